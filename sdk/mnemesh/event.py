@@ -1,0 +1,75 @@
+"""The event: one write as the log holds it, with every part that any store needs.
+
+A `put` is a patch, a `forget` a tombstone. The body of a put may hold
+
+    type: text                          attributes: {name: value}, null removes
+    edges: [{relation, target_id, properties?}]   remove_edges: [{relation, target_id}]
+    vectors: {space: float32 vector}    remove_vectors: [space]      text: text, "" removes
+
+`schema` is the version of this layout. Fields that this version does not know are kept in `extra` and written out
+again, so an event survives a passage through older code. Looks at `wire`, `errors` and `clock`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from mnemesh import wire
+from mnemesh.clock import stamp_ms
+
+SCHEMA = 1
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One write. Times are milliseconds since 1970; `hlc` is a stamp of `mnemesh.clock`."""
+
+    id: str
+    tenant: str
+    entity_id: str
+    op: Literal["put", "forget"]
+    agent: str
+    site: str
+    hlc: int
+    body: dict[str, Any] = {}
+    valid_from: int | None = None
+    valid_to: int | None = None
+    schema: int = SCHEMA
+    extra: dict[str, Any] = {}
+
+    def encode(self) -> bytes:
+        """MessagePack, unknown fields included."""
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        for name in ("valid_from", "valid_to"):
+            if fields[name] is None:
+                del fields[name]
+        return wire.encode(fields | self.extra if self.extra else fields)
+
+    @property
+    def valid_from_ms(self) -> int:
+        """When it began to be true: as said by the writer, else when it was written."""
+        return stamp_ms(self.hlc) if self.valid_from is None else self.valid_from
+
+
+class Record(NamedTuple):
+    """An event at its place in a site's log. `recorded_at` is the log's time, in milliseconds since 1970."""
+
+    sequence: int
+    recorded_at: int
+    partition: int
+    event: Event
+
+
+_FIELDS = tuple(name for name in Event.__struct_fields__ if name != "extra")
+_KNOWN = frozenset(_FIELDS)
+
+
+def decode_event(payload: bytes) -> Event:
+    """The event in a log message. Raises `BadRequest` if it is none."""
+    fields = wire.decode(payload)
+    if isinstance(fields, dict) and (unknown := fields.keys() - _KNOWN):
+        fields = {name: fields[name] for name in fields.keys() & _KNOWN} | {
+            "extra": {name: fields[name] for name in unknown}
+        }
+    return wire.convert(fields, Event)

@@ -1,0 +1,363 @@
+"""The request and reply of every operation, as frozen Structs.
+
+A caller's entity document is `Entity`; what a read returns is `Context`. Times are RFC 3339 with a zone (or
+MessagePack timestamps); sequences are positions in a site's log; scores are larger for better whatever the metric.
+Which operation takes which of these is in `subjects.yaml`. Looks at `wire` only.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mnemesh.wire import Vector
+
+Token = dict[str, int]
+"""Site → log sequence: what a write returns, and what a later read may demand to have seen."""
+
+Time = Annotated[datetime, Meta(tz=True)]
+Level = Literal["eventual", "session", "bounded", "strong"]
+Metric = Literal["cosine", "ip", "l2"]
+IndexKind = Literal["auto", "flat", "hnsw"]
+Direction = Literal["out", "in", "both"]
+Count = Annotated[int, Meta(ge=1, le=1000)]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of requests: an unknown field is a mistake that gets named."""
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of replies: a newer mesh may say more than this client knows."""
+
+
+# ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Consistency(Request, frozen=True, kw_only=True):
+    """How fresh a read must be. A replica waits within the budget, else answers `stale`.
+
+    `eventual`: answer now. `session`: at least `token`. `bounded`: at most `max_lag_ms` behind the log.
+    `strong`: at least the log's head when the request arrived.
+    """
+
+    level: Level = "eventual"
+    token: Token = {}
+    max_lag_ms: Annotated[int, Meta(ge=1)] | None = None
+
+
+class Edge(Request, frozen=True, kw_only=True):
+    """A relation from the entity that holds it to `target_id`. (relation, target_id) is its key."""
+
+    relation: Annotated[str, Meta(min_length=1, max_length=256)]
+    target_id: Annotated[str, Meta(min_length=1)]
+    properties: dict[str, Any] = {}
+
+
+class EdgeKey(Request, frozen=True, kw_only=True):
+    """Names one edge to remove."""
+
+    relation: str
+    target_id: str
+
+
+class Entity(Request, frozen=True, kw_only=True):
+    """A caller's document: a patch. Attributes merge (null removes); edges and vectors are added or removed.
+
+    A vector in `attributes` (base64 or numbers under `state_vector`, or a MessagePack vector under any name)
+    lands in the vector space of that name, as does each entry of `vectors`.
+    `valid_from` and `valid_to` say when it was true in the world; they default to now and for ever.
+    """
+
+    entity_id: Annotated[str, Meta(min_length=1)]
+    type: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    attributes: dict[str, Any] = {}
+    edges: list[Edge] = []
+    remove_edges: list[EdgeKey] = []
+    vectors: dict[str, Vector] = {}
+    remove_vectors: list[str] = []
+    text: str | None = None
+    valid_from: Time | None = None
+    valid_to: Time | None = None
+    expected_version: Annotated[int, Meta(ge=0)] | None = None
+
+
+class Missing(Reply, frozen=True, kw_only=True):
+    """Part of the data that a reply does not cover, and why."""
+
+    shard: str
+    partitions: int
+    code: str
+    message: str
+
+
+class Coverage(Reply, frozen=True, kw_only=True):
+    """Which share of the partitions a federated reply speaks for. `complete` only if all of them answered."""
+
+    answered: int
+    total: int
+    missing: list[Missing] = []
+
+    @property
+    def complete(self) -> bool:
+        return self.answered == self.total
+
+
+# ── writes ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SetContext(Entity, frozen=True, kw_only=True):
+    """Request of `set_context`. `expected_version` makes it a compare-and-set; 0 means "must not exist"."""
+
+
+class UpsertEmbedding(Request, frozen=True, kw_only=True):
+    """Request of `upsert_embedding`: one vector of one entity in one space (made on first use)."""
+
+    entity_id: Annotated[str, Meta(min_length=1)]
+    vector: Vector
+    space: str = "default"
+    type: str | None = None
+    attributes: dict[str, Any] = {}
+    metric: Metric | None = None
+    index: IndexKind | None = None
+    model: str | None = None
+    expected_version: Annotated[int, Meta(ge=0)] | None = None
+
+
+class Forget(Request, frozen=True, kw_only=True):
+    """Request of `forget`: erase one entity from the log and every store."""
+
+    entity_id: Annotated[str, Meta(min_length=1)]
+    expected_version: Annotated[int, Meta(ge=0)] | None = None
+
+
+class Written(Reply, frozen=True, kw_only=True):
+    """A write that the log has acknowledged. `version` is the entity's new version for compare-and-set."""
+
+    entity_id: str
+    version: int
+    token: Token
+    duplicate: bool = False
+
+
+class Ingest(Request, frozen=True, kw_only=True):
+    """Request of `ingest`: many documents. `atomic` makes them all or nothing (at most 1,000 then)."""
+
+    entities: list[dict[str, Any]]
+    atomic: bool = False
+
+
+class Outcome(Reply, frozen=True, kw_only=True):
+    """What became of one document of an `ingest`: a version, or an error code and message."""
+
+    entity_id: str
+    version: int | None = None
+    code: str | None = None
+    message: str | None = None
+
+
+class Ingested(Reply, frozen=True, kw_only=True):
+    """Reply of `ingest`. `outcomes` lists the refused ones only, by their `index` in the request's order."""
+
+    accepted: int
+    refused: int
+    token: Token
+    versions: list[int | None]
+    errors: dict[str, Outcome] = {}
+
+
+# ── point reads ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class GetContext(Request, frozen=True, kw_only=True):
+    """Request of `get_context`. `as_of`: what was known then. `valid_at`: what was true then.
+
+    `entity_id` may be left out where the subject's token already spells it.
+    """
+
+    entity_id: str | None = None
+    as_of: Time | None = None
+    valid_at: Time | None = None
+    include_vectors: bool = False
+    consistency: Consistency | None = None
+
+
+class Context(Reply, frozen=True, kw_only=True):
+    """What is remembered of one entity. `version` is the log sequence of its last event."""
+
+    entity_id: str
+    type: str | None = None
+    attributes: dict[str, Any]
+    edges: list[dict[str, Any]]
+    spaces: list[str]
+    text: str | None = None
+    version: int
+    watermark: Token
+    vectors: dict[str, Vector] | None = None
+
+
+class Timeline(Request, frozen=True, kw_only=True):
+    """Request of `timeline` of one entity: its events in log order, after sequence `after`."""
+
+    entity_id: str | None = None
+    after: int = 0
+    limit: Count = 100
+    consistency: Consistency | None = None
+
+
+class TimelineRange(Request, frozen=True, kw_only=True):
+    """Request of `timeline_range`: events of all entities whose valid time starts in [`start`, `end`).
+
+    In log order, resumable: pass the last reply's `next_after` as `after`.
+    """
+
+    start: Time | None = None
+    end: Time | None = None
+    type: str | None = None
+    after: int = 0
+    limit: Count = 100
+    consistency: Consistency | None = None
+
+
+class TimelineEvent(Reply, frozen=True, kw_only=True):
+    """One event as the log holds it. `recorded_at` is log time; `valid_from`/`valid_to` are event time."""
+
+    sequence: int
+    event_id: str
+    entity_id: str
+    op: str
+    agent: str
+    recorded_at: datetime
+    valid_from: datetime
+    valid_to: datetime | None = None
+    body: dict[str, Any] = {}
+
+
+class TimelinePage(Reply, frozen=True, kw_only=True):
+    """Events in log order. `next_after` resumes; `None` when there is no more up to the watermark."""
+
+    events: list[TimelineEvent]
+    next_after: int | None = None
+    watermark: Token
+    coverage: Coverage | None = None
+
+
+# ── questions over shards ───────────────────────────────────────────────────────────────────────────────────
+
+
+class SearchEmbedding(Request, frozen=True, kw_only=True):
+    """Request of `search_embedding`: the `k` nearest of `vector` in `space`.
+
+    `filter` maps attribute names to a value (equality) or to a map of operators:
+    `{"weekday": 3, "date": {"lt": "2016-05-01"}, "region": {"in": ["a", "b"]}}`;
+    operators: eq ne lt lte gt gte in exists. All must hold. `output_fields` names attributes to return.
+    """
+
+    vector: Vector
+    space: str = "default"
+    k: Count = 10
+    type: str | None = None
+    filter: dict[str, Any] = {}
+    output_fields: list[str] = []
+    include_vectors: bool = False
+    consistency: Consistency | None = None
+
+
+class SearchText(Request, frozen=True, kw_only=True):
+    """Request of `search_text`: the `k` best by BM25 for the words of `query`."""
+
+    query: Annotated[str, Meta(min_length=1, max_length=4096)]
+    k: Count = 10
+    type: str | None = None
+    consistency: Consistency | None = None
+
+
+class Hit(Reply, frozen=True, kw_only=True):
+    """One found entity. `score` is larger for better: cosine, inner product, minus squared L2, or BM25."""
+
+    entity_id: str
+    score: float
+    attributes: dict[str, Any] | None = None
+    vector: Vector | None = None
+
+
+class Hits(Reply, frozen=True, kw_only=True):
+    """Best first. `coverage` is there on a federated reply."""
+
+    hits: list[Hit]
+    watermark: Token
+    coverage: Coverage | None = None
+
+
+class Traverse(Request, frozen=True, kw_only=True):
+    """Request of `traverse`: breadth first from `start` along `relations` (all if empty) to `depth` hops.
+
+    At most `limit` nodes are returned, nearest first; `truncated` says if that cut anything off.
+    """
+
+    start: list[str] | str
+    relations: list[str] = []
+    direction: Direction = "out"
+    depth: Annotated[int, Meta(ge=1, le=64)] = 1
+    limit: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    consistency: Consistency | None = None
+
+
+class Node(Reply, frozen=True, kw_only=True):
+    """A reached entity, how many hops away, and the edge (`via` entity, `relation`) that reached it first."""
+
+    entity_id: str
+    depth: int
+    via: str | None = None
+    relation: str | None = None
+
+
+class Traversal(Reply, frozen=True, kw_only=True):
+    """Reply of `traverse`, nearest first; the start nodes have depth 0."""
+
+    nodes: list[Node]
+    truncated: bool
+    watermark: Token
+    coverage: Coverage
+
+
+# ── between the router and the shards ───────────────────────────────────────────────────────────────────────
+
+
+class Expand(Request, frozen=True, kw_only=True):
+    """Request of `shard_expand`: the edges that touch `entity_ids` on this shard, one hop."""
+
+    entity_ids: list[str]
+    relations: list[str] = []
+    direction: Direction = "out"
+    limit: Annotated[int, Meta(ge=1)] = 100_000
+    consistency: Consistency | None = None
+
+
+class Expanded(Reply, frozen=True, kw_only=True):
+    """Edges as (from, relation, to) in the direction walked. `truncated` if there were more than `limit`."""
+
+    edges: list[tuple[str, str, str]]
+    truncated: bool
+    watermark: Token
+
+
+class Status(Request, frozen=True, kw_only=True):
+    """Request of `shard_status`."""
+
+    digest: bool = False
+
+
+class ShardStatus(Reply, frozen=True, kw_only=True):
+    """Where a replica stands. `digest` is a hash over all that it holds, to compare replicas with."""
+
+    shard: str
+    watermark: Token
+    partitions: int
+    entities: int
+    edges: int
+    vectors: int
+    digest: str | None = None
