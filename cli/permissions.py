@@ -1,0 +1,136 @@
+"""What the contract lets each role do, as nats-server permissions, and the broker's mappings.
+
+`allowed(contract, role)` is the one derivation; the generated configuration, the tests and `mnemesh doctor` all use it.
+`<tenant>`, `<agent>` and `<site>` stay in the entries; `cli/server.py` fills them in for each user.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+Contract = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """Allow lists, in nats-server's terms. Services also answer requests (`allow_responses`)."""
+
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+    responds: bool
+
+
+def allowed(contract: Contract, role: str) -> Permissions:
+    """Everything that a role may publish and subscribe; whatever is not here the server refuses."""
+    root = contract["root"]
+    publish: list[str] = []
+    subscribe = [f"{contract['roles'][role]['inbox']}.>"]
+    identity = ("tenant", "agent") if role == "agent" else ()
+    for operation in contract["operations"].values():
+        if role in operation["callers"]:
+            publish.append(_wild(f"{root}.{operation['subject']}", keep=identity))
+            if "mapped" in operation:
+                publish.append(_wild(f"{root}.{operation['mapped']}", keep=identity))
+        if role == operation["owner"]:
+            subscribe.append(_wild(f"{root}.{operation.get('mapped', operation['subject'])}"))
+    for stream in contract["streams"].values():
+        if role in stream["writers"]:
+            publish.append(_wild(f"{root}.{stream['subject']}", keep=("site",)))
+        if role in stream["readers"]:
+            publish += _reader(stream["name"])
+    for bucket in contract["buckets"].values():
+        stream_name = f"KV_{bucket['name']}"
+        if role in bucket["writers"]:
+            publish.append(f"$KV.{bucket['name']}.>")
+        if role in bucket["readers"]:
+            publish += _reader(stream_name)
+    owns = any(operation["owner"] == role for operation in contract["operations"].values())
+    if owns:
+        subscribe.append("$SRV.>")
+    if role == "operator":
+        publish += ["$SRV.>", "$JS.API.>", "$JS.ACK.>", "$JS.FC.>"]
+    publish.append("$SYS.REQ.USER.INFO")
+    return Permissions(tuple(publish), tuple(subscribe), responds=owns)
+
+
+def _wild(template: str, keep: tuple[str, ...] = ()) -> str:
+    return re.sub(r"<(\w+)>", lambda match: match.group() if match.group(1) in keep else "*", template)
+
+
+def _reader(stream: str) -> list[str]:
+    """The JetStream API that following one stream takes, and fetching single messages of it."""
+    return [
+        f"$JS.API.STREAM.INFO.{stream}",
+        f"$JS.API.CONSUMER.CREATE.{stream}.>",
+        f"$JS.API.CONSUMER.INFO.{stream}.*",
+        f"$JS.API.CONSUMER.DELETE.{stream}.*",
+        f"$JS.API.STREAM.MSG.GET.{stream}",
+        f"$JS.API.DIRECT.GET.{stream}.>",
+        f"$JS.FC.{stream}.>",
+    ]
+
+
+def permissions_conf(contract: Contract) -> str:
+    """`deploy/nats/permissions.conf`: one variable a role, to be included in a server's configuration."""
+    lines = [
+        "# Generated from subjects.yaml; do not edit.",
+        "# Include this file inside an account and name a role's variable in a user's entry:",
+        "#   users: [ { user: gateway, password: $GATEWAY_PASSWORD, permissions: $gateway_permissions } ]",
+        "# Templates: replace <site> by the name of the site, and <tenant> and <agent> for each agent.",
+    ]
+    for role in contract["roles"]:
+        lines += ["", f"{role}_permissions: {{", *_block(allowed(contract, role)), "}"]
+    return "\n".join(lines) + "\n"
+
+
+def _block(permissions: Permissions) -> list[str]:
+    lines = []
+    for verb, subjects in (("publish", permissions.publish), ("subscribe", permissions.subscribe)):
+        lines.append(f"  {verb}: {{ allow: [")
+        lines += [f'    "{subject}"' for subject in subjects]
+        lines.append("  ] }")
+    if permissions.responds:
+        lines.append('  allow_responses: { max: 1, expires: "5m" }')
+    return lines
+
+
+def user_block(permissions: Permissions, **tokens: str) -> str:
+    """A role's permissions with its tokens filled in, as the value of a user's `permissions` key."""
+    text = "\n".join(["{", *_block(permissions), "}"])
+    return re.sub(r"<(\w+)>", lambda match: tokens[match.group(1)], text)
+
+
+def mappings_conf(contract: Contract) -> str:
+    """`deploy/nats/mappings.conf`: how the broker routes point reads. `<site>` is filled in for each site."""
+    lines = [
+        "# Generated from subjects.yaml; do not edit.",
+        "# Replace <site> by the name of the site whose server this is.",
+        "mappings: {",
+    ]
+    lines += [f'  "{source}": "{target}"' for source, target in mappings(contract).items()]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def mappings(contract: Contract) -> dict[str, str]:
+    """Source → destination of every mapped operation, in nats-server's mapping language."""
+    rules = {}
+    for operation in contract["operations"].values():
+        if "mapped" not in operation:
+            continue
+        order = re.findall(r"<(\w+)>", operation["subject"])
+        place = {token: index for index, token in enumerate(order, 1)}
+        pair = f"{place['tenant']},{place['entity']}"
+
+        def destination(match: re.Match[str], place: dict[str, int] = place, pair: str = pair) -> str:
+            token = match.group(1)
+            if token == "site":
+                return "<site>"
+            if token == "partition":
+                return f"{{{{partition({contract['partitions']},{pair})}}}}"
+            return f"{{{{wildcard({place[token]})}}}}"
+
+        source = f"{contract['root']}.{re.sub(r'<[^>]+>', '*', operation['subject'])}"
+        rules[source] = f"{contract['root']}.{re.sub(r'<([^>]+)>', destination, operation['mapped'])}"
+    return rules

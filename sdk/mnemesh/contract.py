@@ -1,0 +1,61 @@
+"""What the generated operation table is made of.
+
+`mnemesh.subjects` holds the table itself, generated from `subjects.yaml`. Looks at nothing else in the package.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import msgspec
+
+Role = Literal["agent", "gateway", "router", "shard", "operator"]
+
+_PLACEHOLDER = re.compile(r"<(\w+)>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One entry of the contract. `served` is the subject that the owner listens on."""
+
+    name: str
+    owner: Role
+    callers: tuple[Role, ...]
+    subject: str
+    served: str
+    request: type[msgspec.Struct]
+    reply: type[msgspec.Struct]
+    budget_ms: int
+    max_bytes: int
+    idempotent: Literal["always", "by_id"]
+    concurrency: int
+    mailbox: int
+
+    def pattern(self, **bound: str) -> str:
+        """The subject to subscribe to: `served` with the bound tokens filled in and `*` for the others."""
+        return _PLACEHOLDER.sub(lambda match: bound.get(match.group(1), "*"), self.served)
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Where each named token stands in `served`."""
+        return {
+            match.group(1): index
+            for index, token in enumerate(self.served.split("."))
+            if (match := _PLACEHOLDER.fullmatch(token))
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """One KV bucket of the contract."""
+
+    name: str
+    about: str
+
+
+def fill(template: str, **tokens: str) -> str:
+    """A template with every `<token>` replaced. Raises `KeyError` on one that is not given."""
+    return _PLACEHOLDER.sub(lambda match: tokens[match.group(1)], template)

@@ -1,0 +1,383 @@
+"""Subject builders and the operation table. Generated from `subjects.yaml`; do not edit."""
+
+from __future__ import annotations
+
+# fmt: off
+from mnemesh import messages
+from mnemesh.contract import Bucket, Operation
+
+CONTRACT = "47f1b446c498"
+"""Hash of the contract that this code was generated from."""
+
+SET_CONTEXT = Operation(
+    name="set_context",
+    owner="gateway",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.set_context.<tenant>.<agent>",
+    served="mnemesh.v1.memory.set_context.<tenant>.<agent>",
+    request=messages.SetContext,
+    reply=messages.Written,
+    budget_ms=5000,
+    max_bytes=524288,
+    idempotent="by_id",
+    concurrency=4096,
+    mailbox=8192,
+)
+UPSERT_EMBEDDING = Operation(
+    name="upsert_embedding",
+    owner="gateway",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.upsert_embedding.<tenant>.<agent>",
+    served="mnemesh.v1.memory.upsert_embedding.<tenant>.<agent>",
+    request=messages.UpsertEmbedding,
+    reply=messages.Written,
+    budget_ms=5000,
+    max_bytes=524288,
+    idempotent="by_id",
+    concurrency=4096,
+    mailbox=8192,
+)
+FORGET = Operation(
+    name="forget",
+    owner="gateway",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.forget.<tenant>.<agent>",
+    served="mnemesh.v1.memory.forget.<tenant>.<agent>",
+    request=messages.Forget,
+    reply=messages.Written,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="by_id",
+    concurrency=1024,
+    mailbox=4096,
+)
+INGEST = Operation(
+    name="ingest",
+    owner="gateway",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.ingest.<tenant>.<agent>",
+    served="mnemesh.v1.memory.ingest.<tenant>.<agent>",
+    request=messages.Ingest,
+    reply=messages.Ingested,
+    budget_ms=30000,
+    max_bytes=8388608,
+    idempotent="by_id",
+    concurrency=16,
+    mailbox=256,
+)
+GET_CONTEXT = Operation(
+    name="get_context",
+    owner="shard",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.get_context.<tenant>.<agent>.<entity>",
+    served="mnemesh.v1.shard.get.<site>.<partition>.<tenant>.<agent>.<entity>",
+    request=messages.GetContext,
+    reply=messages.Context,
+    budget_ms=2000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=256,
+    mailbox=8192,
+)
+TIMELINE = Operation(
+    name="timeline",
+    owner="shard",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.timeline.<tenant>.<agent>.<entity>",
+    served="mnemesh.v1.shard.timeline.<site>.<partition>.<tenant>.<agent>.<entity>",
+    request=messages.Timeline,
+    reply=messages.TimelinePage,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=64,
+    mailbox=2048,
+)
+SEARCH_EMBEDDING = Operation(
+    name="search_embedding",
+    owner="router",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.search_embedding.<tenant>.<agent>",
+    served="mnemesh.v1.memory.search_embedding.<tenant>.<agent>",
+    request=messages.SearchEmbedding,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=512,
+    mailbox=4096,
+)
+SEARCH_TEXT = Operation(
+    name="search_text",
+    owner="router",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.search_text.<tenant>.<agent>",
+    served="mnemesh.v1.memory.search_text.<tenant>.<agent>",
+    request=messages.SearchText,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=512,
+    mailbox=4096,
+)
+TRAVERSE = Operation(
+    name="traverse",
+    owner="router",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.traverse.<tenant>.<agent>",
+    served="mnemesh.v1.memory.traverse.<tenant>.<agent>",
+    request=messages.Traverse,
+    reply=messages.Traversal,
+    budget_ms=5000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=256,
+    mailbox=4096,
+)
+TIMELINE_RANGE = Operation(
+    name="timeline_range",
+    owner="router",
+    callers=("agent",),
+    subject="mnemesh.v1.memory.timeline_range.<tenant>.<agent>",
+    served="mnemesh.v1.memory.timeline_range.<tenant>.<agent>",
+    request=messages.TimelineRange,
+    reply=messages.TimelinePage,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+SHARD_SEARCH = Operation(
+    name="shard_search",
+    owner="shard",
+    callers=("router",),
+    subject="mnemesh.v1.shard.search.<shard>.<tenant>.<agent>",
+    served="mnemesh.v1.shard.search.<shard>.<tenant>.<agent>",
+    request=messages.SearchEmbedding,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=512,
+    mailbox=8192,
+)
+SHARD_SEARCH_TEXT = Operation(
+    name="shard_search_text",
+    owner="shard",
+    callers=("router",),
+    subject="mnemesh.v1.shard.search_text.<shard>.<tenant>.<agent>",
+    served="mnemesh.v1.shard.search_text.<shard>.<tenant>.<agent>",
+    request=messages.SearchText,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=256,
+    mailbox=8192,
+)
+SHARD_EXPAND = Operation(
+    name="shard_expand",
+    owner="shard",
+    callers=("router",),
+    subject="mnemesh.v1.shard.expand.<shard>.<tenant>.<agent>",
+    served="mnemesh.v1.shard.expand.<shard>.<tenant>.<agent>",
+    request=messages.Expand,
+    reply=messages.Expanded,
+    budget_ms=5000,
+    max_bytes=1048576,
+    idempotent="always",
+    concurrency=256,
+    mailbox=8192,
+)
+SHARD_TIMELINE_RANGE = Operation(
+    name="shard_timeline_range",
+    owner="shard",
+    callers=("router",),
+    subject="mnemesh.v1.shard.timeline_range.<shard>.<tenant>.<agent>",
+    served="mnemesh.v1.shard.timeline_range.<shard>.<tenant>.<agent>",
+    request=messages.TimelineRange,
+    reply=messages.TimelinePage,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=64,
+    mailbox=2048,
+)
+SHARD_STATUS = Operation(
+    name="shard_status",
+    owner="shard",
+    callers=("operator",),
+    subject="mnemesh.v1.shard.status.<shard>",
+    served="mnemesh.v1.shard.status.<shard>",
+    request=messages.Status,
+    reply=messages.ShardStatus,
+    budget_ms=60000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=2,
+    mailbox=64,
+)
+
+OPERATIONS: dict[str, Operation] = {
+    "set_context": SET_CONTEXT,
+    "upsert_embedding": UPSERT_EMBEDDING,
+    "forget": FORGET,
+    "ingest": INGEST,
+    "get_context": GET_CONTEXT,
+    "timeline": TIMELINE,
+    "search_embedding": SEARCH_EMBEDDING,
+    "search_text": SEARCH_TEXT,
+    "traverse": TRAVERSE,
+    "timeline_range": TIMELINE_RANGE,
+    "shard_search": SHARD_SEARCH,
+    "shard_search_text": SHARD_SEARCH_TEXT,
+    "shard_expand": SHARD_EXPAND,
+    "shard_timeline_range": SHARD_TIMELINE_RANGE,
+    "shard_status": SHARD_STATUS,
+}
+
+TENANTS = Bucket(name="mnemesh_tenants", about="the tenants that exist, each with its default consistency")
+SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves which partitions")
+SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
+
+BUCKETS = (TENANTS, SHARDS, SPACES)
+
+
+LOG_DUPLICATE_WINDOW_S = 120
+
+
+def log_stream(site: str) -> str:
+    """The stream."""
+    return f"MEMORY_{site}"
+
+
+def log_event(site: str, tenant: str, partition: int | str, entity: str) -> str:
+    """One message an event; every store is a projection of it."""
+    return f"mnemesh.v1.log.{site}.{tenant}.{partition}.{entity}"
+
+
+def agent_inbox(tenant: str, agent: str) -> str:
+    """Inbox prefix of agent: a client that reasons and acts."""
+    return f"_INBOX_agent_{tenant}.{agent}"
+
+
+def agent_user(tenant: str, agent: str) -> str:
+    """User name of agent."""
+    return f"{tenant}.{agent}"
+
+
+def gateway_inbox() -> str:
+    """Inbox prefix of gateway: takes writes and commits them to the log."""
+    return "_INBOX_gateway_0"
+
+
+def gateway_user() -> str:
+    """User name of gateway."""
+    return "gateway"
+
+
+def router_inbox() -> str:
+    """Inbox prefix of router: answers questions that span shards."""
+    return "_INBOX_router_0"
+
+
+def router_user() -> str:
+    """User name of router."""
+    return "router"
+
+
+def shard_inbox() -> str:
+    """Inbox prefix of shard: serves some partitions from stores that follow the log."""
+    return "_INBOX_shard_0"
+
+
+def shard_user() -> str:
+    """User name of shard."""
+    return "shard"
+
+
+def operator_inbox() -> str:
+    """Inbox prefix of operator: provisions streams and watches the mesh."""
+    return "_INBOX_operator_0"
+
+
+def operator_user() -> str:
+    """User name of operator."""
+    return "operator"
+
+
+def set_context(tenant: str, agent: str) -> str:
+    """Patch one entity."""
+    return f"mnemesh.v1.memory.set_context.{tenant}.{agent}"
+
+
+def upsert_embedding(tenant: str, agent: str) -> str:
+    """Set one vector of one entity."""
+    return f"mnemesh.v1.memory.upsert_embedding.{tenant}.{agent}"
+
+
+def forget(tenant: str, agent: str) -> str:
+    """Erase one entity from the log and every store."""
+    return f"mnemesh.v1.memory.forget.{tenant}.{agent}"
+
+
+def ingest(tenant: str, agent: str) -> str:
+    """Write many documents in one request, each on its own or all or nothing."""
+    return f"mnemesh.v1.memory.ingest.{tenant}.{agent}"
+
+
+def get_context(tenant: str, agent: str, entity: str) -> str:
+    """Read one entity, now or as of a time."""
+    return f"mnemesh.v1.memory.get_context.{tenant}.{agent}.{entity}"
+
+
+def timeline(tenant: str, agent: str, entity: str) -> str:
+    """The events of one entity in log order, resumable."""
+    return f"mnemesh.v1.memory.timeline.{tenant}.{agent}.{entity}"
+
+
+def search_embedding(tenant: str, agent: str) -> str:
+    """The nearest vectors of a space over all shards."""
+    return f"mnemesh.v1.memory.search_embedding.{tenant}.{agent}"
+
+
+def search_text(tenant: str, agent: str) -> str:
+    """The best matches of words over all shards, by BM25."""
+    return f"mnemesh.v1.memory.search_text.{tenant}.{agent}"
+
+
+def traverse(tenant: str, agent: str) -> str:
+    """Walk the graph breadth first, across shards."""
+    return f"mnemesh.v1.memory.traverse.{tenant}.{agent}"
+
+
+def timeline_range(tenant: str, agent: str) -> str:
+    """The events of a time range over all shards in log order, resumable."""
+    return f"mnemesh.v1.memory.timeline_range.{tenant}.{agent}"
+
+
+def shard_search(shard: str, tenant: str, agent: str) -> str:
+    """Search_embedding on one shard."""
+    return f"mnemesh.v1.shard.search.{shard}.{tenant}.{agent}"
+
+
+def shard_search_text(shard: str, tenant: str, agent: str) -> str:
+    """Search_text on one shard."""
+    return f"mnemesh.v1.shard.search_text.{shard}.{tenant}.{agent}"
+
+
+def shard_expand(shard: str, tenant: str, agent: str) -> str:
+    """One hop of traverse on one shard."""
+    return f"mnemesh.v1.shard.expand.{shard}.{tenant}.{agent}"
+
+
+def shard_timeline_range(shard: str, tenant: str, agent: str) -> str:
+    """Timeline_range on one shard."""
+    return f"mnemesh.v1.shard.timeline_range.{shard}.{tenant}.{agent}"
+
+
+def shard_status(shard: str) -> str:
+    """Where one replica of a shard stands."""
+    return f"mnemesh.v1.shard.status.{shard}"
