@@ -1,0 +1,255 @@
+"""How concurrent events of one entity become one state, whatever order their sites' logs arrive in.
+
+* **Stamps.** Two gateways of a site may have clocks that differ; the site's log order still wins. So the effective
+  stamp of an event is `max(event.hlc, last effective stamp of that entity from that site + 1)`. It depends only on the
+  events of its own site, which always arrive in that site's order.
+* **Last writer wins**, by the key `(valid_from, stamp, site)`, for each attribute, each edge `(relation, target)`,
+  each vector space, the type and the text. A removal keeps its key, so that an older write that comes late loses to it.
+* **`forget` wins over every event with a stamp below its own**, whatever their valid times. What a put with a later
+  stamp said stays, also where a forgotten put had hidden it: so a forget needs the history (`fold`), not only the state.
+* **Two times.** `fold` takes the events recorded at or before `as_of` whose validity holds at `valid_at`. A state
+  that took every event (`State`, kept by `State.put`) equals the fold at `valid_at = now` from `exact_from` on.
+
+Pure functions over plain data: no store, no clock. Looks at `mnemesh` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import msgspec
+
+from mnemesh import wire
+from mnemesh.clock import stamp_ms
+from mnemesh.errors import BadRequest
+from mnemesh.event import Event, Record
+
+Mark: TypeAlias = tuple[int, str]
+"""(effective stamp, site): the place of an event among all events of its entity."""
+
+Key: TypeAlias = tuple[int, int, str]
+"""(valid_from in ms, effective stamp, site): the larger of two writes to one thing wins."""
+
+NEVER = 2**63 - 1
+"""`exact_from` of a state that only a fold can answer for, because a validity ends."""
+
+_LARGEST_STAMP = 1 << 62  # the year 4199; leaves room in 64 bits for the stamps that must follow it
+_TIMES = range(-62_135_596_800_000, 253_402_300_800_000)  # ms from year 1 to 9999: what a datetime can show
+
+
+class EdgePut(msgspec.Struct, frozen=True):
+    relation: str
+    target_id: str
+    properties: dict[str, Any] = {}
+
+
+class EdgeKey(msgspec.Struct, frozen=True):
+    relation: str
+    target_id: str
+
+
+class Patch(msgspec.Struct, frozen=True):
+    """The body of a put, as far as this version knows it. Vectors: only the names of the spaces matter here."""
+
+    type: str | None = None
+    attributes: dict[str, Any] = {}
+    edges: list[EdgePut] = []
+    remove_edges: list[EdgeKey] = []
+    vectors: dict[str, Any] = {}
+    remove_vectors: list[str] = []
+    text: str | None = None
+
+
+class Change(NamedTuple):
+    """One event, checked and stamped, ready to merge. `patch` is `None` for a forget."""
+
+    sequence: int
+    recorded_at: int
+    site: str
+    stamp: int
+    valid_from: int
+    valid_to: int | None
+    patch: Patch | None
+
+    @property
+    def mark(self) -> Mark:
+        return self.stamp, self.site
+
+    @property
+    def since(self) -> int:
+        """From when on it is seen. A writer that gave no time is seen at once, even if its clock runs ahead."""
+        implied = self.valid_from == stamp_ms(self.stamp)
+        return min(self.valid_from, self.recorded_at) if implied else self.valid_from
+
+    def holds_at(self, moment_ms: int) -> bool:
+        return self.since <= moment_ms and (self.valid_to is None or moment_ms < self.valid_to)
+
+
+class Edge(NamedTuple):
+    """The last write to one (relation, target)."""
+
+    key: Key
+    properties: dict[str, Any]
+    removed: bool
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True):
+    """What is remembered of one entity. An edge is `{relation, target_id, properties?}`, in the order of its key."""
+
+    entity_id: str
+    type: str | None
+    attributes: dict[str, Any]
+    edges: list[dict[str, Any]]
+    spaces: list[str]
+    text: str | None
+    version: int
+
+
+class Ledger(msgspec.Struct, array_like=True):
+    """What merging must remember beside the values: who wrote each last. Removed things keep their keys."""
+
+    stamps: dict[str, int] = {}
+    tombstone: Mark | None = None
+    type: Key | None = None
+    text: Key | None = None
+    attributes: dict[str, Key] = {}
+    spaces: dict[str, tuple[bool, Key]] = {}
+
+
+class State(msgspec.Struct):
+    """An entity as far as merged. `alive` is false until a put, and after a forget until the next put."""
+
+    ledger: Ledger = msgspec.field(default_factory=Ledger)
+    alive: bool = False
+    type: str | None = None
+    text: str | None = None
+    attributes: dict[str, Any] = {}
+    edges: dict[tuple[str, str], Edge] = {}
+    exact_from: int = 0
+
+    @property
+    def spaces(self) -> list[str]:
+        return sorted(name for name, (present, _) in self.ledger.spaces.items() if present)
+
+    def is_forgotten(self, change: Change) -> bool:
+        """Whether a forget that is known already wins over this change."""
+        return self.ledger.tombstone is not None and change.mark < self.ledger.tombstone
+
+    def put(self, change: Change) -> None:
+        """Merge one put that is not forgotten. Putting it again changes nothing."""
+        patch, ledger = change.patch, self.ledger
+        assert patch is not None, "a forget is folded, not put"
+        key = (change.valid_from, change.stamp, change.site)
+        self.alive = True
+        if change.valid_to is not None:
+            self.exact_from = NEVER
+        elif change.since > change.recorded_at:
+            self.exact_from = max(self.exact_from, change.since)
+        if patch.type is not None and _wins(key, ledger.type):
+            ledger.type, self.type = key, patch.type
+        if patch.text is not None and _wins(key, ledger.text):
+            ledger.text, self.text = key, patch.text or None
+        for name, value in patch.attributes.items():
+            if _wins(key, ledger.attributes.get(name)):
+                ledger.attributes[name] = key
+                if value is None:
+                    self.attributes.pop(name, None)
+                else:
+                    self.attributes[name] = value
+        # An event that both removes and adds a thing adds it: the later call wins among equal keys.
+        for gone in patch.remove_edges:
+            self._put_edge(gone.relation, gone.target_id, Edge(key, {}, removed=True))
+        for edge in patch.edges:
+            self._put_edge(edge.relation, edge.target_id, Edge(key, edge.properties, removed=False))
+        for name in patch.remove_vectors:
+            self._put_space(name, False, key)
+        for name in patch.vectors:
+            self._put_space(name, True, key)
+
+    def _put_edge(self, relation: str, target_id: str, edge: Edge) -> None:
+        held = self.edges.get((relation, target_id))
+        if held is None or edge.key >= held.key:
+            self.edges[relation, target_id] = edge
+
+    def _put_space(self, name: str, present: bool, key: Key) -> None:
+        held = self.ledger.spaces.get(name)
+        if held is None or key >= held[1]:
+            self.ledger.spaces[name] = present, key
+
+    def document(self, entity_id: str, version: int) -> Document | None:
+        """The state as a reader sees it; `None` where nothing is remembered."""
+        if not self.alive:
+            return None
+        return Document(
+            entity_id=entity_id,
+            type=self.type,
+            attributes=self.attributes,
+            edges=[
+                edge_view(relation, target_id, edge.properties)
+                for (relation, target_id), edge in sorted(self.edges.items())
+                if not edge.removed
+            ],
+            spaces=self.spaces,
+            text=self.text,
+            version=version,
+        )
+
+
+def edge_view(relation: str, target_id: str, properties: dict[str, Any] | None) -> dict[str, Any]:
+    """An edge as readers see it."""
+    view: dict[str, Any] = {"relation": relation, "target_id": target_id}
+    if properties:
+        view["properties"] = properties
+    return view
+
+
+def patch_of(event: Event) -> Patch:
+    """The checked body of a put. Raises `BadRequest` on an event that breaks the layout or that no clock can hold."""
+    if not 0 <= event.hlc < _LARGEST_STAMP:
+        raise BadRequest(f"hlc {event.hlc} is out of range")
+    for moment in (event.valid_from, event.valid_to):
+        if moment is not None and moment not in _TIMES:
+            raise BadRequest(f"{moment} ms is outside the years 1 to 9999")
+    if event.op == "forget":
+        return Patch()
+    patch = wire.convert(event.body, Patch)
+    for space, vector in patch.vectors.items():
+        wire.as_vector(vector, what=f"vectors.{space}")
+    return patch
+
+
+def stamped(record: Record, patch: Patch, stamps: dict[str, int]) -> Change:
+    """The change that a record makes. `stamps`, the entity's last stamp of each site, moves on."""
+    event = record.event
+    stamp = stamps[event.site] = max(event.hlc, stamps.get(event.site, -1) + 1)
+    return Change(
+        record.sequence,
+        record.recorded_at,
+        event.site,
+        stamp,
+        stamp_ms(stamp) if event.valid_from is None else event.valid_from,
+        event.valid_to,
+        patch if event.op == "put" else None,
+    )
+
+
+def fold(changes: Iterable[Change], as_of_ms: int | None = None, valid_at_ms: int | None = None) -> State:
+    """The state that an entity's changes come to, in whatever order they are given.
+
+    `as_of_ms`: only what was recorded by then. `valid_at_ms`: only what holds then; `None` takes all validities.
+    The stamps of sites are not part of it: they belong to whoever stamps.
+    """
+    known = [change for change in changes if as_of_ms is None or change.recorded_at <= as_of_ms]
+    tombstone = max((change.mark for change in known if change.patch is None), default=None)
+    state = State(ledger=Ledger(tombstone=tombstone))
+    for change in known:
+        if change.patch is None or state.is_forgotten(change):
+            continue
+        if valid_at_ms is None or change.holds_at(valid_at_ms):
+            state.put(change)
+    return state
+
+
+def _wins(key: Key, held: Key | None) -> bool:
+    return held is None or key >= held

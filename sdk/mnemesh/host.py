@@ -1,0 +1,129 @@
+"""The process around actors: connect, start, serve until told to stop, drain, close.
+
+`Host.run` reads as that story. It ends with an error if the connection closes for good or supervised work
+escalates, so that whoever started the process starts it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
+
+from mnemesh.actor import Actor
+from mnemesh.connection import Link, LinkOptions
+from mnemesh.discovery import Discovery
+from mnemesh.errors import Unavailable
+
+logger = logging.getLogger("mnemesh.host")
+
+DRAIN_S = 20.0
+
+
+class Host:
+    """Runs actors over their links until `stop`."""
+
+    def __init__(self, *actors: Actor) -> None:
+        self.actors: Sequence[Actor] = actors
+        self.ready = asyncio.Event()
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ask for a drain; `run` returns when it is done."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Start every actor, serve, drain. Raises `Unavailable` if a connection closed for good."""
+        discoveries = [Discovery(actor) for actor in self.actors]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for actor, discovery in zip(self.actors, discoveries, strict=True):
+                    await actor.start(tasks)
+                    await discovery.start()
+                    await actor.link.flush()
+                self.ready.set()
+                lost = await self._stopped_or_lost()
+                for discovery in discoveries:
+                    await discovery.stop()
+                if not lost:
+                    async with asyncio.timeout(DRAIN_S):
+                        await asyncio.gather(*(actor.drain() for actor in self.actors))
+                raise _Done
+        except* _Done:
+            pass
+        finally:
+            for actor in self.actors:
+                await actor.link.close()
+        if lost:
+            raise Unavailable("the connection to NATS closed for good")
+
+    async def _stopped_or_lost(self) -> bool:
+        """Wait for `stop` (False) or for a connection that closed (True)."""
+        waits = [asyncio.ensure_future(actor.link.closed.wait()) for actor in self.actors]
+        stop = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait([stop, *waits], return_when=asyncio.FIRST_COMPLETED)
+            return not stop.done()
+        finally:
+            for wait in (stop, *waits):
+                wait.cancel()
+
+
+class _Done(Exception):
+    """Ends the task group once all is drained, cancelling the background work that has no end of its own."""
+
+
+@contextlib.asynccontextmanager
+async def hosted(*actors: Actor) -> AsyncIterator[Host]:
+    """Actors that serve within the block and are drained at its end."""
+    host = Host(*actors)
+    run = asyncio.ensure_future(host.run())
+    ready = asyncio.ensure_future(host.ready.wait())
+    await asyncio.wait([run, ready], return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    if run.done():
+        await run
+    try:
+        yield host
+    finally:
+        host.stop()
+        await run
+
+
+async def link_as(options: LinkOptions, patience_s: float) -> Link:
+    """Open a link, trying again while nobody answers. Raises `Unavailable` after `patience_s`, `Denied` at once."""
+    deadline = asyncio.get_running_loop().time() + patience_s
+    while True:
+        try:
+            return await Link.open(options)
+        except Unavailable:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise
+            await asyncio.sleep(0.2)
+
+
+def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+    """Run a process's main coroutine on uvloop where the platform has it, with an event that SIGINT and SIGTERM set."""
+
+    async def with_signals() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError):
+                loop.add_signal_handler(signum, stop.set)
+        return await main(stop)
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(with_signals())
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

@@ -1,0 +1,62 @@
+"""Supervision of background work: restart with backoff, escalate when restarting does not help."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+logger = logging.getLogger("mnemesh.supervision")
+
+
+class Escalated(Exception):
+    """Work failed too often to be restarted once more. It ends the process, whose parent starts it afresh."""
+
+
+class Supervisor:
+    """Runs `work` until it returns. When it raises, waits and runs it again, as one-for-one supervisors do.
+
+    More than `most` failures within `window_s` seconds raise `Escalated` from the last one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[], Awaitable[None]],
+        *,
+        most: int = 8,
+        window_s: float = 60.0,
+        first_backoff_s: float = 0.1,
+        longest_backoff_s: float = 10.0,
+    ) -> None:
+        self.name = name
+        self.restarts = 0
+        self._work = work
+        self._most = most
+        self._window_s = window_s
+        self._first_backoff_s = first_backoff_s
+        self._longest_backoff_s = longest_backoff_s
+        self._failures: deque[float] = deque()
+
+    async def run(self) -> None:
+        """Run the work to its end. Raises `Escalated`; cancellation passes through."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await self._work()
+                return
+            except Exception as error:  # noqa: BLE001 - a supervisor answers every failure of what it supervises
+                now = loop.time()
+                self._failures.append(now)
+                while self._failures[0] < now - self._window_s:
+                    self._failures.popleft()
+                if len(self._failures) > self._most:
+                    raise Escalated(f"{self.name} failed {len(self._failures)} times") from error
+                self.restarts += 1
+                ceiling = min(
+                    self._longest_backoff_s, self._first_backoff_s * 2.0 ** (len(self._failures) - 1)
+                )
+                logger.warning("%s failed and starts again: %r", self.name, error)
+                await asyncio.sleep(random.uniform(ceiling / 2, ceiling))
