@@ -49,7 +49,7 @@ def subjects_py(contract: Contract) -> str:
         "",
         "# fmt: off",
         "from mnemesh import messages",
-        "from mnemesh.contract import Bucket, Operation",
+        "from mnemesh.contract import AnyOperation, Bucket, Operation",
         "",
         f'CONTRACT = "{digest}"',
         '"""Hash of the contract that this code was generated from."""',
@@ -74,7 +74,7 @@ def subjects_py(contract: Contract) -> str:
             f"    mailbox={operation['mailbox']},",
             ")",
         ]
-    lines += ["", "OPERATIONS: dict[str, Operation] = {"]
+    lines += ["", "OPERATIONS: dict[str, AnyOperation] = {"]
     lines += [f'    "{name}": {name.upper()},' for name in contract["operations"]]
     lines += ["}", ""]
     for name, bucket in contract["buckets"].items():
@@ -161,9 +161,7 @@ def asyncapi(contract: Contract) -> str:
         "channels": channels,
         "operations": operations,
         "components": {
-            "messages": {
-                kind: {"name": kind, "payload": {"$ref": f"#/components/schemas/{kind}"}} for kind in ordered
-            },
+            "messages": {kind: {"name": kind, "payload": {"$ref": f"#/components/schemas/{kind}"}} for kind in ordered},
             "schemas": schemas,
         },
     }
@@ -195,11 +193,7 @@ def generate() -> list[Path]:
 def drifted() -> list[Path]:
     """The generated files that are not what the contract says."""
     contract = load()
-    return [
-        path
-        for path, render in FILES.items()
-        if not path.exists() or path.read_text() != render(contract)
-    ]
+    return [path for path, render in FILES.items() if not path.exists() or path.read_text() != render(contract)]
 
 
 _SUBJECT = re.compile(r"mnemesh\.v\d+\.")

@@ -1,14 +1,14 @@
 """How concurrent events of one entity become one state, whatever order their sites' logs arrive in.
 
-* **Stamps.** Two gateways of a site may have clocks that differ; the site's log order still wins. So the effective
-  stamp of an event is `max(event.hlc, last effective stamp of that entity from that site + 1)`. It depends only on the
-  events of its own site, which always arrive in that site's order.
+* **Stamps.** Two gateways of a site may have clocks that differ; the site's log order still wins. So the
+  effective stamp of an event is `max(event.hlc, last effective stamp of that entity from that site + 1)`. It
+  depends only on the events of its own site, which always arrive in that site's order.
 * **Last writer wins**, by the key `(valid_from, stamp, site)`, for each attribute, each edge `(relation, target)`,
-  each vector space, the type and the text. A removal keeps its key, so that an older write that comes late loses to it.
-* **`forget` wins over every event with a stamp below its own**, whatever their valid times. What a put with a later
-  stamp said stays, also where a forgotten put had hidden it: so a forget needs the history (`fold`), not only the state.
-* **Two times.** `fold` takes the events recorded at or before `as_of` whose validity holds at `valid_at`. A state
-  that took every event (`State`, kept by `State.put`) equals the fold at `valid_at = now` from `exact_from` on.
+  each vector space, the type and the text. A removal keeps its key, so an older write that comes late loses.
+* **`forget` wins over every event with a stamp below its own**, whatever their valid times. What a put with a
+  later stamp said stays, also where a forgotten put had hidden it: so a forget needs the history (`fold`).
+* **Two times.** `fold` takes the events recorded at or before `as_of` whose validity holds at `valid_at`. A
+  `State` that took every event equals the fold at `valid_at = now` once now is past its `exact_from`.
 
 Pure functions over plain data: no store, no clock. Looks at `mnemesh` only.
 """
@@ -32,7 +32,7 @@ Key: TypeAlias = tuple[int, int, str]
 """(valid_from in ms, effective stamp, site): the larger of two writes to one thing wins."""
 
 NEVER = 2**63 - 1
-"""`exact_from` of a state that only a fold can answer for, because a validity ends."""
+"""`exact_from` of a state that only a fold can answer for, because some validity ends."""
 
 _LARGEST_STAMP = 1 << 62  # the year 4199; leaves room in 64 bits for the stamps that must follow it
 _TIMES = range(-62_135_596_800_000, 253_402_300_800_000)  # ms from year 1 to 9999: what a datetime can show
@@ -50,7 +50,7 @@ class EdgeKey(msgspec.Struct, frozen=True):
 
 
 class Patch(msgspec.Struct, frozen=True):
-    """The body of a put, as far as this version knows it. Vectors: only the names of the spaces matter here."""
+    """The body of a put, as far as this version knows it. Of vectors, only the names of spaces matter here."""
 
     type: str | None = None
     attributes: dict[str, Any] = {}
@@ -78,7 +78,7 @@ class Change(NamedTuple):
 
     @property
     def since(self) -> int:
-        """From when on it is seen. A writer that gave no time is seen at once, even if its clock runs ahead."""
+        """From when on it is seen: without a time of its own at once, even if the writer's clock runs ahead."""
         implied = self.valid_from == stamp_ms(self.stamp)
         return min(self.valid_from, self.recorded_at) if implied else self.valid_from
 
@@ -95,7 +95,7 @@ class Edge(NamedTuple):
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
-    """What is remembered of one entity. An edge is `{relation, target_id, properties?}`, in the order of its key."""
+    """What is remembered of one entity. Edges are `{relation, target_id, properties?}`, in that order."""
 
     entity_id: str
     type: str | None
@@ -150,13 +150,14 @@ class State(msgspec.Struct):
             ledger.type, self.type = key, patch.type
         if patch.text is not None and _wins(key, ledger.text):
             ledger.text, self.text = key, patch.text or None
+        keys, values = ledger.attributes, self.attributes
         for name, value in patch.attributes.items():
-            if _wins(key, ledger.attributes.get(name)):
-                ledger.attributes[name] = key
+            if _wins(key, keys.get(name)):
+                keys[name] = key
                 if value is None:
-                    self.attributes.pop(name, None)
+                    values.pop(name, None)
                 else:
-                    self.attributes[name] = value
+                    values[name] = value
         # An event that both removes and adds a thing adds it: the later call wins among equal keys.
         for gone in patch.remove_edges:
             self._put_edge(gone.relation, gone.target_id, Edge(key, {}, removed=True))
@@ -205,7 +206,7 @@ def edge_view(relation: str, target_id: str, properties: dict[str, Any] | None) 
 
 
 def patch_of(event: Event) -> Patch:
-    """The checked body of a put. Raises `BadRequest` on an event that breaks the layout or that no clock can hold."""
+    """The checked body of a put. Raises `BadRequest` or `TooLarge` on an event that breaks the layout."""
     if not 0 <= event.hlc < _LARGEST_STAMP:
         raise BadRequest(f"hlc {event.hlc} is out of range")
     for moment in (event.valid_from, event.valid_to):
@@ -237,7 +238,7 @@ def stamped(record: Record, patch: Patch, stamps: dict[str, int]) -> Change:
 def fold(changes: Iterable[Change], as_of_ms: int | None = None, valid_at_ms: int | None = None) -> State:
     """The state that an entity's changes come to, in whatever order they are given.
 
-    `as_of_ms`: only what was recorded by then. `valid_at_ms`: only what holds then; `None` takes all validities.
+    `as_of_ms`: only what was recorded by then. `valid_at_ms`: only what holds then; `None`: all.
     The stamps of sites are not part of it: they belong to whoever stamps.
     """
     known = [change for change in changes if as_of_ms is None or change.recorded_at <= as_of_ms]

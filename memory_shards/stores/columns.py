@@ -7,13 +7,14 @@ A filter maps attribute names to a value (equality) or to a map of operators; al
     in        a list of texts, numbers, bools: equal to one of them
     exists    true or false
 
-An absent attribute meets only `exists: false`. Texts, bools and lists of scalars are dictionary-encoded, so a
-predicate runs once per distinct value, not once per row; numbers compare as float64. Any other value (a map, a
-time) can only be asked to exist. Looks at `errors` only.
+An absent attribute meets only `exists: false`. Texts, bools and lists of scalars are dictionary-encoded, so
+a predicate runs once per distinct value, not once per row; numbers compare as float64. Any other value (a
+map, a time) can only be asked to exist. Looks at `errors` only.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -36,9 +37,9 @@ _OPERATORS = ("eq", "ne", *_ORDERINGS, "in", "exists")
 
 # The first codes of every dictionary. Absence is zero, so a column that few rows use stays untouched pages of
 # `np.zeros`, which cost no memory.
-_ABSENT, _NUMBER, _OPAQUE = range(3)
-_RESERVED: tuple[object, ...] = (None, None, None)
+_ABSENT, _NUMBER, _OPAQUE = _RESERVED = range(3)
 _SPARE_VALUES = 1024
+_BEYOND_FLOAT = 1 << 1000
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -53,11 +54,13 @@ class Condition(NamedTuple):
 
 def parse_filter(wanted: Mapping[str, Any]) -> list[Condition]:
     """The conditions of a filter. Raises `BadRequest` that names the attribute and the operator at fault."""
-    return [
-        _checked(Condition(attribute, op, operand))
-        for attribute, demand in wanted.items()
-        for op, operand in (_operators(attribute, demand) if isinstance(demand, Mapping) else [("eq", demand)])
-    ]
+    conditions = []
+    for attribute, demand in wanted.items():
+        operators = demand if isinstance(demand, Mapping) else {"eq": demand}
+        if not operators:
+            raise BadRequest(f"filter on {attribute!r}: names no operator; use {', '.join(_OPERATORS)}")
+        conditions += [_checked(Condition(attribute, op, operand)) for op, operand in operators.items()]
+    return conditions
 
 
 class Columns:
@@ -83,8 +86,8 @@ class Columns:
 
     def select(self, live: NDArray[np.bool_], kind: str | None, conditions: Sequence[Condition]) -> Rows:
         """The live rows of this type (any if `None`) that meet every condition."""
-        # Each condition looks only at the rows that the ones before it left, so the cheap and selective go first.
-        demands = [(self._attributes.get(wanted.attribute, _EMPTY), wanted) for wanted in conditions]
+        # Each condition looks only at the rows that the ones before it left: the selective go first.
+        demands = [(self._attributes.get(wanted.attribute, Column()), wanted) for wanted in conditions]
         demands.sort(key=lambda demand: demand[1].op not in ("eq", "in"))
         if kind is not None:
             demands.append((self._types, Condition("type", "eq", kind)))
@@ -105,8 +108,9 @@ class Column:
     def __init__(self) -> None:
         self._codes = np.zeros(0, np.int32)
         self._numbers = np.zeros(0, np.float64)
-        self._values: list[object] = list(_RESERVED)
+        self._values: list[object] = [None] * len(_RESERVED)
         self._code_of: dict[object, int] = {}
+        self._holders: dict[object, list[int]] = {}  # item of a list → the codes of the lists that hold it
 
     def set(self, row: int, value: object) -> None:
         """Give a row its value; `None` clears it."""
@@ -115,9 +119,9 @@ class Column:
                 self._codes[row] = _ABSENT
             return
         self._codes = grown(self._codes, row + 1)
-        if type(value) in (int, float) and value == value:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
             self._numbers = grown(self._numbers, row + 1)
-            self._numbers[row] = _as_float(value)
+            self._numbers[row] = value
             self._codes[row] = _NUMBER
         else:
             self._codes[row] = self._code(value)
@@ -140,22 +144,22 @@ class Column:
     def _met(self, wanted: Condition, codes: NDArray[np.int32], rows: Rows | None) -> NDArray[np.bool_]:
         op, operand = wanted.op, wanted.operand
         if op == "exists":
-            present: NDArray[np.bool_] = codes != _ABSENT
-            return present if operand else ~present
+            return codes != _ABSENT if operand else codes == _ABSENT
         if op == "ne":
             return (codes != _ABSENT) & ~self._met(Condition(wanted.attribute, "eq", operand), codes, rows)
         if op in _ORDERINGS:
             if isinstance(operand, str):
                 return self._ordered_texts(_ORDERINGS[op], operand, codes)
             return self._numbers_met(_ORDERINGS[op], operand, codes, rows)
-        met = np.zeros(len(codes), np.bool_)
+        met: NDArray[np.bool_] | None = None
         for item in operand if op == "in" else (operand,):
             # Scanning int32 codes costs 19 µs per 100,000 rows: posting lists would not earn their memory.
-            for code in self._codes_equal_to(item):
-                met |= codes == code
+            equal = [codes == code for code in self._codes_equal_to(item)]
             if type(item) in (int, float):
-                met |= self._numbers_met(operator.eq, item, codes, rows)
-        return met
+                equal.append(self._numbers_met(operator.eq, item, codes, rows))
+            for same in equal:
+                met = same if met is None else met | same
+        return np.zeros(len(codes), np.bool_) if met is None else met
 
     def _numbers_met(
         self, compare: Callable[[Any, Any], Any], operand: float, codes: NDArray[np.int32], rows: Rows | None
@@ -164,7 +168,7 @@ class Column:
             return np.zeros(len(codes), np.bool_)
         self._numbers = grown(self._numbers, len(self._codes))
         numbers = self._numbers[: len(codes)] if rows is None else self._numbers[rows]
-        met: NDArray[np.bool_] = (codes == _NUMBER) & compare(numbers, _as_float(operand))
+        met: NDArray[np.bool_] = (codes == _NUMBER) & compare(numbers, float(operand))
         return met
 
     def _ordered_texts(
@@ -180,14 +184,7 @@ class Column:
     def _codes_equal_to(self, item: object) -> list[int]:
         """The codes of the text or bool itself, and of the lists that contain the item."""
         code = self._code_of.get(item) if isinstance(item, str | bool) else None
-        tagged = (isinstance(item, bool), item)
-        return ([] if code is None else [code]) + [
-            self._code_of[listed] for listed in self._lists if tagged in listed
-        ]
-
-    @property
-    def _lists(self) -> list[tuple[object, ...]]:
-        return []
+        return self._holders.get((isinstance(item, bool), item), []) + ([] if code is None else [code])
 
     def _code(self, value: object) -> int:
         if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
@@ -199,20 +196,56 @@ class Column:
         if code is None:
             if len(self._values) > 2 * len(self._codes) + _SPARE_VALUES:
                 self._drop_unused()
-            code = self._code_of[value] = len(self._values)
-            self._values.append(value)
+            code = self._intern(value)
+        return code
+
+    def _intern(self, value: object) -> int:
+        code = self._code_of[value] = len(self._values)
+        self._values.append(value)
+        if isinstance(value, tuple):
+            for item in set(value):
+                self._holders.setdefault(item, []).append(code)
         return code
 
     def _drop_unused(self) -> None:
-        """Forget the values that no row holds any more, so an ever-changing text does not grow the dictionary."""
-        used = np.union1d(np.arange(len(_RESERVED)), self._codes)
-        table = np.zeros(len(self._values), np.int32)
-        table[used] = np.arange(len(used))
-        self._codes = table[self._codes]
-        self._values = [self._values[code] for code in used.tolist()]
-        self._code_of = {
-            value: code for code, value in enumerate(self._values) if code >= len(_RESERVED)
-        }
+        """Forget values that no row holds any more: an ever-changing text must not fill the memory."""
+        used = np.bincount(self._codes, minlength=len(self._values)) > 0
+        used[: len(_RESERVED)] = True
+        self._codes = (np.cumsum(used, dtype=np.int32) - 1)[self._codes]
+        values = [self._values[code] for code in np.flatnonzero(used)[len(_RESERVED) :]]
+        self._values, self._code_of, self._holders = [None] * len(_RESERVED), {}, {}
+        for value in values:
+            self._intern(value)
 
 
-_EMPTY = Column()
+def grown(array: NDArray[_Scalar], size: int) -> NDArray[_Scalar]:
+    """The array itself if it has `size` items, else a copy with room to spare, padded with zeros."""
+    if len(array) >= size:
+        return array
+    larger = np.zeros(max(size, 2 * len(array)), array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+def _checked(wanted: Condition) -> Condition:
+    attribute, op, operand = wanted
+    if op in ("eq", "ne"):
+        right, expected = _is_scalar(operand), "a text, a number or a bool"
+    elif op in _ORDERINGS:
+        right, expected = _is_scalar(operand) and not isinstance(operand, bool), "a text or a number"
+    elif op == "in":
+        right = isinstance(operand, list | tuple) and all(map(_is_scalar, operand))
+        expected = "a list of texts, numbers or bools"
+    elif op == "exists":
+        right, expected = isinstance(operand, bool), "true or false"
+    else:
+        raise BadRequest(f"filter on {attribute!r}: unknown operator {op!r}; use {', '.join(_OPERATORS)}")
+    if not right:
+        raise BadRequest(f"filter on {attribute!r}: {op} needs {expected}, not {operand!r:.80}")
+    return wanted
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, int):
+        return abs(value) < _BEYOND_FLOAT
+    return isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))

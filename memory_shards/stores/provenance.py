@@ -1,7 +1,7 @@
 """For which log and which partitions a SQLite file was built, so that a store never mixes two of them.
 
-A store is derived: where the file was built for another site, another set of partitions, another incarnation of the
-log (the stream's creation time) or another layout of its tables, it starts from empty and the log rebuilds it.
+A store is derived: where the file was built for another site, another set of partitions, another incarnation of
+the log (the stream's creation time) or another layout of its tables, it starts from empty and the log rebuilds it.
 Shared by every store that keeps a SQLite file. Looks at the standard library only.
 """
 
@@ -18,32 +18,33 @@ log = logging.getLogger(__name__)
 def keep_or_clear(
     connection: sqlite3.Connection, *, site: str, partitions: Set[int], incarnation: str, layout: int
 ) -> bool:
-    """Whether the file was built for just this. If not, every table is dropped, in the transaction that notes it.
+    """Whether the file was built for just this. If not, drop every table, in the transaction that notes it.
 
-    `connection` is in autocommit mode (`isolation_level=None`), outside a transaction; the caller creates its tables after,
-    with `IF NOT EXISTS`. `False` also for a new file.
+    `connection` is in autocommit mode (`isolation_level=None`) and outside a transaction; the caller creates its
+    tables after this, with `IF NOT EXISTS`. `False` for a new file too.
     """
     wanted = json.dumps([site, sorted(partitions), incarnation, layout])
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.execute("CREATE TABLE IF NOT EXISTS provenance (built_for TEXT NOT NULL)")
-        found = connection.execute("SELECT built_for FROM provenance").fetchone()
-        if found != (wanted,):
+        found = connection.execute("SELECT built_for FROM provenance").fetchall()
+        kept = found == [(wanted,)]
+        if not kept:
             if found:
-                log.warning("%s was built for another log or partition set; it starts from empty", _file(connection))
+                log.warning("%s was built for another log or partition set: cleared", _file(connection))
             _clear(connection)
             connection.execute("INSERT INTO provenance VALUES (?)", (wanted,))
         connection.execute("COMMIT")
     except BaseException:
         connection.execute("ROLLBACK")
         raise
-    return found == (wanted,)
+    return kept
 
 
 def _clear(connection: sqlite3.Connection) -> None:
     connection.execute("DELETE FROM provenance")
     # Virtual tables first: each takes its shadow tables along, which cannot be dropped by name.
-    tables = "SELECT name FROM sqlite_schema WHERE type = 'table' AND sql LIKE ? AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+    tables = "SELECT name FROM sqlite_schema WHERE type = 'table' AND sql LIKE ? AND name NOT GLOB 'sqlite_*'"
     for pattern in ("CREATE VIRTUAL TABLE%", "CREATE TABLE%"):
         for (name,) in connection.execute(tables, (pattern,)).fetchall():
             if name != "provenance":

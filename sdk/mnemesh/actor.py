@@ -6,8 +6,8 @@
         @handles(subjects.SET_CONTEXT)
         async def set_context(self, request: SetContext, call: Call) -> Written: ...
 
-A subclass declares one handler for each operation that the contract says its role owns; a missing or foreign one is an error
-when it starts. Each operation has its own mailbox. A request lives like this:
+A subclass declares one handler for each operation that the contract says its role owns; a missing or foreign one is
+an error when it starts. Each operation has its own mailbox. A request lives like this:
 
     callback: reply subject private?  →  mailbox (full: `busy`)  →  budget left?  →  decode  →  guard  →  handler  →  reply
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import nats.nuid
@@ -30,7 +31,7 @@ from mnemesh import subjects, wire
 from mnemesh.asker import Asker
 from mnemesh.call import Call, Caller, budget_s, current, error_body, error_headers
 from mnemesh.connection import Link
-from mnemesh.contract import Operation, Role
+from mnemesh.contract import AnyOperation, Role
 from mnemesh.errors import BadRequest, Busy, Internal, MnemeshError, Timeout, TooLarge
 from mnemesh.guard import AllowAll, Guard
 from mnemesh.mailbox import Mailbox
@@ -45,7 +46,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 BUSY_RETRY_MS = 50
 
 
-def handles(operation: Operation) -> Callable[[F], F]:
+def handles(operation: AnyOperation) -> Callable[[F], F]:
     """Mark a method as the handler of an operation."""
 
     def mark(method: F) -> F:
@@ -79,11 +80,11 @@ class Actor:
 
     # ── what a subclass says about itself ───────────────────────────────────────────────────────────────────
 
-    def bindings(self, operation: Operation) -> Iterable[Mapping[str, str]]:
+    def bindings(self, operation: AnyOperation) -> Iterable[Mapping[str, str]]:
         """The tokens that this actor fills in where it subscribes; one subscription for each map."""
         return ({},)
 
-    def queue(self, operation: Operation) -> str:
+    def queue(self, operation: AnyOperation) -> str:
         """The queue group that shares the requests: all replicas of the actor."""
         return self.role
 
@@ -100,7 +101,10 @@ class Actor:
         return {}
 
     async def prepare(self) -> None:
-        """Get ready to serve. Requests come only after."""
+        """Take what serving needs. The background work starts after."""
+
+    async def ready(self) -> None:
+        """Wait for what the background work must have reached before the first request."""
 
     async def release(self) -> None:
         """Give back what `prepare` took, after the last request."""
@@ -108,7 +112,7 @@ class Actor:
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
-    def handlers(cls) -> dict[str, tuple[Operation, str]]:
+    def handlers(cls) -> dict[str, tuple[AnyOperation, str]]:
         """Each handled operation and the name of its method. Raises if they are not what the contract demands."""
         found = {
             operation.name: (operation, name)
@@ -127,8 +131,14 @@ class Actor:
         handlers = self.handlers()
         await self.asker.open()
         await self.prepare()
-        for name, work in self.background().items():
+        works: dict[str, Callable[[], Awaitable[None]]] = {
+            "guard": partial(self.guard.follow, self.link, self.asker.inbox),
+            **self.background(),
+        }
+        for name, work in works.items():
             tasks.create_task(Supervisor(f"{self.role}.{name}", work).run(), name=name)
+        await self.guard.ready()
+        await self.ready()
         for operation, method in handlers.values():
             stats = self.stats[operation.name] = OperationStats()
             server = _Server(self, operation, getattr(self, method), stats, tasks)
@@ -157,7 +167,7 @@ class _Server:
     def __init__(
         self,
         actor: Actor,
-        operation: Operation,
+        operation: AnyOperation,
         handler: Handler,
         stats: OperationStats,
         tasks: asyncio.TaskGroup,
@@ -199,7 +209,7 @@ class _Server:
         except MnemeshError as error:
             code, headers, payload = _error_reply(error, as_json)
             self._stats.last_error = f"{code}: {error.message}"
-        except Exception as error:  # noqa: BLE001 - the one place where a bug becomes `internal`; the log has it all
+        except Exception as error:  # the one place where a bug becomes `internal`; the log has it all
             logger.exception("%s failed", self._operation.name)
             code, headers, payload = _error_reply(
                 Internal(f"{self._operation.name} failed; see the log of the {self._actor.role}"), as_json
@@ -214,9 +224,7 @@ class _Server:
         if request.deadline <= self._loop.time():
             raise Timeout(f"the budget was spent before {operation.name} began")
         if len(message.data) > operation.max_bytes:
-            raise TooLarge(
-                f"{operation.name} takes {operation.max_bytes} bytes; this request has {len(message.data)}"
-            )
+            raise TooLarge(f"{operation.name} takes {operation.max_bytes} bytes; this request has {len(message.data)}")
         parts = message.subject.split(".")
         tokens = {name: parts[index] for name, index in self._positions.items()}
         caller = Caller(tokens.get("tenant", ""), tokens.get("agent", ""))

@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from mnemesh import wire
 from mnemesh.call import ERROR_CODE, current, error_from, outgoing
 from mnemesh.connection import Link
-from mnemesh.contract import Operation
+from mnemesh.contract import AnyOperation, Operation, R
 from mnemesh.errors import MnemeshError, Timeout, TooLarge
 from mnemesh.inbox import Ask, Inbox
 
@@ -25,24 +25,24 @@ class Asker:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        self._inbox = Inbox(link)
+        self.inbox = Inbox(link)
 
     async def open(self) -> Asker:
-        await self._inbox.open()
+        await self.inbox.open()
         return self
 
     async def ask(
         self,
-        operation: Operation,
+        operation: Operation[Any, R],
         subject: str,
         request: object,
         *,
         budget_s: float | None = None,
         message_id: str | None = None,
-    ) -> Any:
+    ) -> R:
         """One request, one reply of type `operation.reply`. Raises any `MnemeshError`."""
         budget = self._budget(operation, budget_s)
-        message = await self._inbox.request(
+        message = await self.inbox.request(
             subject,
             self._payload(operation, request),
             budget_s=budget,
@@ -52,11 +52,11 @@ class Asker:
 
     async def scatter(
         self,
-        operation: Operation,
+        operation: Operation[Any, R],
         requests: Sequence[tuple[str, object]],
         *,
         budget_s: float | None = None,
-    ) -> list[Any]:
+    ) -> list[R | MnemeshError]:
         """Many (subject, request) at once; a reply or a `MnemeshError` for each, in order.
 
         A request object that appears several times is encoded once.
@@ -65,19 +65,16 @@ class Asker:
         payloads = {id(request): request for _, request in requests}
         encoded = {key: self._payload(operation, request) for key, request in payloads.items()}
         asks = [Ask(subject, encoded[id(request)]) for subject, request in requests]
-        messages = await self._inbox.scatter(asks, budget_s=budget, headers=outgoing(budget))
-        return [
-            message if isinstance(message, MnemeshError) else _settled(operation, message)
-            for message in messages
-        ]
+        messages = await self.inbox.scatter(asks, budget_s=budget, headers=outgoing(budget))
+        return [message if isinstance(message, MnemeshError) else _settled(operation, message) for message in messages]
 
-    def _payload(self, operation: Operation, request: object) -> bytes:
+    def _payload(self, operation: AnyOperation, request: object) -> bytes:
         payload = wire.encode(request)
         if len(payload) > operation.max_bytes:
             raise TooLarge(f"{operation.name} takes {operation.max_bytes} bytes; this request has {len(payload)}")
         return payload
 
-    def _budget(self, operation: Operation, budget_s: float | None) -> float:
+    def _budget(self, operation: AnyOperation, budget_s: float | None) -> float:
         budget = operation.budget_ms / 1000 if budget_s is None else budget_s
         call = current.get()
         if call is not None:
@@ -87,7 +84,7 @@ class Asker:
         return budget
 
 
-def reply_of(operation: Operation, message: Msg) -> Any:
+def reply_of(operation: Operation[Any, R], message: Msg) -> R:
     """The reply in a message, or raise the error that it holds."""
     body = wire.decode(message.data)
     code = message.headers.get(ERROR_CODE) if message.headers else None
@@ -96,7 +93,7 @@ def reply_of(operation: Operation, message: Msg) -> Any:
     return wire.convert(body, operation.reply)
 
 
-def _settled(operation: Operation, message: Msg) -> Any:
+def _settled(operation: Operation[Any, R], message: Msg) -> R | MnemeshError:
     try:
         return reply_of(operation, message)
     except MnemeshError as error:

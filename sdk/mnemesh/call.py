@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from mnemesh.contract import Operation
+from mnemesh.contract import AnyOperation
 from mnemesh.errors import BY_CODE, BadRequest, Internal, MnemeshError
 
 BUDGET = "Mnemesh-Budget-Ms"
@@ -36,7 +36,7 @@ class Caller:
 class Call:
     """A request that a handler works on. `deadline` is in the event loop's time, in seconds."""
 
-    operation: Operation
+    operation: AnyOperation
     caller: Caller
     deadline: float
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Call:
 current: ContextVar[Call | None] = ContextVar("mnemesh_call", default=None)
 
 
-def budget_s(operation: Operation, headers: Mapping[str, str] | None) -> float:
+def budget_s(operation: AnyOperation, headers: Mapping[str, str] | None) -> float:
     """The budget that a request names, else its operation's own, in seconds. Raises `BadRequest`."""
     text = headers.get(BUDGET) if headers else None
     if text is None:

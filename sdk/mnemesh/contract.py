@@ -8,26 +8,29 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
 Role = Literal["agent", "gateway", "router", "shard", "operator"]
 
+Q = TypeVar("Q", bound=msgspec.Struct)
+R = TypeVar("R", bound=msgspec.Struct)
+
 _PLACEHOLDER = re.compile(r"<(\w+)>")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operation:
-    """One entry of the contract. `served` is the subject that the owner listens on."""
+class Operation(Generic[Q, R]):
+    """One entry of the contract, from requests `Q` to replies `R`. `served` is the subject the owner listens on."""
 
     name: str
     owner: Role
     callers: tuple[Role, ...]
     subject: str
     served: str
-    request: type[msgspec.Struct]
-    reply: type[msgspec.Struct]
+    request: type[Q]
+    reply: type[R]
     budget_ms: int
     max_bytes: int
     idempotent: Literal["always", "by_id"]
@@ -54,6 +57,9 @@ class Bucket:
 
     name: str
     about: str
+
+
+AnyOperation = Operation[Any, Any]
 
 
 def fill(template: str, **tokens: str) -> str:

@@ -73,9 +73,7 @@ class Discovery:
     def _stats(self) -> dict[str, Any]:
         return self._identity("stats") | {
             "started": self._started.isoformat().replace("+00:00", "Z"),
-            "endpoints": [
-                self._endpoint(name, stats) for name, stats in self._actor.stats.items()
-            ],
+            "endpoints": [self._endpoint(name, stats) for name, stats in self._actor.stats.items()],
         }
 
     def _endpoint(self, name: str, stats: OperationStats) -> dict[str, Any]:

@@ -96,9 +96,7 @@ class Inbox:
         """The server names the subject after its mapping, where the identity still ends the subject."""
         ending = subject.split(".")[-3:]
         for pending in list(self._pending.values()):
-            if not pending.reply.done() and (
-                pending.subject == subject or pending.subject.split(".")[-3:] == ending
-            ):
+            if not pending.reply.done() and (pending.subject == subject or pending.subject.split(".")[-3:] == ending):
                 pending.reply.set_exception(denied_error(pending.subject))
 
     def _fail_all(self) -> None:

@@ -146,21 +146,20 @@ class Written(Reply, frozen=True, kw_only=True):
 class Ingest(Request, frozen=True, kw_only=True):
     """Request of `ingest`: many documents. `atomic` makes them all or nothing (at most 1,000 then)."""
 
-    entities: list[dict[str, Any]]
+    entities: list[Any]
     atomic: bool = False
 
 
 class Outcome(Reply, frozen=True, kw_only=True):
-    """What became of one document of an `ingest`: a version, or an error code and message."""
+    """Why one document of an `ingest` was refused: an error code and message."""
 
     entity_id: str
-    version: int | None = None
-    code: str | None = None
-    message: str | None = None
+    code: str
+    message: str
 
 
 class Ingested(Reply, frozen=True, kw_only=True):
-    """Reply of `ingest`. `outcomes` lists the refused ones only, by their `index` in the request's order."""
+    """Reply of `ingest`. `versions` and `errors` (by index, as text) are in the order of the request's entities."""
 
     accepted: int
     refused: int

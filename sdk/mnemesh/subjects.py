@@ -4,9 +4,9 @@ from __future__ import annotations
 
 # fmt: off
 from mnemesh import messages
-from mnemesh.contract import Bucket, Operation
+from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "47f1b446c498"
+CONTRACT = "632edf1b9287"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -220,7 +220,7 @@ SHARD_STATUS = Operation(
     mailbox=64,
 )
 
-OPERATIONS: dict[str, Operation] = {
+OPERATIONS: dict[str, AnyOperation] = {
     "set_context": SET_CONTEXT,
     "upsert_embedding": UPSERT_EMBEDDING,
     "forget": FORGET,
@@ -238,7 +238,7 @@ OPERATIONS: dict[str, Operation] = {
     "shard_status": SHARD_STATUS,
 }
 
-TENANTS = Bucket(name="mnemesh_tenants", about="the tenants that exist, each with its default consistency")
+TENANTS = Bucket(name="mnemesh_tenants", about="the tenants that exist")
 SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves which partitions")
 SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
 

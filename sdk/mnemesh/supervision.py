@@ -47,7 +47,7 @@ class Supervisor:
             try:
                 await self._work()
                 return
-            except Exception as error:  # noqa: BLE001 - a supervisor answers every failure of what it supervises
+            except Exception as error:  # a supervisor answers every failure of what it supervises
                 now = loop.time()
                 self._failures.append(now)
                 while self._failures[0] < now - self._window_s:
@@ -55,8 +55,6 @@ class Supervisor:
                 if len(self._failures) > self._most:
                     raise Escalated(f"{self.name} failed {len(self._failures)} times") from error
                 self.restarts += 1
-                ceiling = min(
-                    self._longest_backoff_s, self._first_backoff_s * 2.0 ** (len(self._failures) - 1)
-                )
+                ceiling = min(self._longest_backoff_s, self._first_backoff_s * 2.0 ** (len(self._failures) - 1))
                 logger.warning("%s failed and starts again: %r", self.name, error)
                 await asyncio.sleep(random.uniform(ceiling / 2, ceiling))

@@ -34,6 +34,7 @@ EXT_FLOAT16 = 2
 MAX_DIMENSION = 4096
 _LITTLE_FLOAT32 = np.dtype("<f4")
 _LITTLE_FLOAT16 = np.dtype("<f2")
+_VECTOR_TYPES: dict[int, np.dtype[Any]] = {EXT_FLOAT32: _LITTLE_FLOAT32, EXT_FLOAT16: _LITTLE_FLOAT16}
 
 T = TypeVar("T")
 
@@ -169,7 +170,7 @@ def _to_json(value: object) -> Any:
 
 
 def _from_ext(code: int, data: bytes) -> Any:
-    kind = {EXT_FLOAT32: _LITTLE_FLOAT32, EXT_FLOAT16: _LITTLE_FLOAT16}.get(code)
+    kind = _VECTOR_TYPES.get(code)
     if kind is None:
         raise BadRequest(f"unknown MessagePack extension type {code}")
     if len(data) % kind.itemsize:

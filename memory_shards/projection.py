@@ -1,0 +1,72 @@
+"""A projection: one store kept up to date from the log, with a watermark and a worker thread of its own.
+
+Projections of one shard share the follower and nothing else, so a slow store never delays another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from memory_shards.stores import Store
+from memory_shards.watermark import Watermark
+from mnemesh.event import Record
+
+Result = TypeVar("Result")
+
+MOST_WAITING = 8
+"""Batches that may wait for a store before the follower stops reading for all of them."""
+
+
+class Projection:
+    """Feeds one store. `offer` records in log order; `run` applies them; `on_worker` runs reads beside them.
+
+    `most` bounds how many records one transaction applies, and so how long it keeps the worker from reads.
+    """
+
+    def __init__(self, name: str, store: Store, *, most: int = 1000) -> None:
+        self.name = name
+        self.store = store
+        self.watermark = Watermark(store.watermark)
+        self.applied = 0
+        self._most = most
+        self._current: tuple[Sequence[Record], int] | None = None
+        self._queue: asyncio.Queue[tuple[Sequence[Record], int]] = asyncio.Queue(MOST_WAITING)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"store-{name}")
+
+    async def offer(self, records: Sequence[Record], watermark: int) -> None:
+        """Hand over the records up to `watermark`; waits while the store is far behind."""
+        await self._queue.put((records, watermark))
+
+    async def run(self) -> None:
+        """Apply what is offered, for ever. If the store fails, the next run begins with what it did not commit."""
+        while True:
+            if self._current is None:
+                self._current = await self._next()
+            records, watermark = self._current
+            for start in range(0, max(1, len(records)), self._most):
+                chunk = records[start : start + self._most]
+                reached = watermark if start + self._most >= len(records) else chunk[-1].sequence
+                await self.on_worker(self.store.apply, chunk, reached)
+                self.applied += len(chunk)
+                self.watermark.advance(reached)
+            self._current = None
+
+    async def _next(self) -> tuple[Sequence[Record], int]:
+        """What waits, as one batch, so that a store that fell behind catches up in larger transactions."""
+        records, watermark = await self._queue.get()
+        while len(records) < self._most and not self._queue.empty():
+            more, watermark = self._queue.get_nowait()
+            records = [*records, *more]
+        return records, watermark
+
+    async def on_worker(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """Run a blocking call on the store's thread, in turn with `apply`."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)
+
+    async def close(self) -> None:
+        """Close the store after what its thread is doing now."""
+        await self.on_worker(self.store.close)
+        self._worker.shutdown(wait=True)

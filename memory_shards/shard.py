@@ -1,0 +1,296 @@
+"""The shard: one replica of some partitions. It follows its site's log and answers reads from its stores.
+
+Every replica of a shard reads the same log and listens in the same queue group; none is the leader. Its life:
+
+    prepare   which log is it, open the stores (they empty themselves if they were built for another)
+    follow    messages of the log → records of our partitions → every projection
+    serve     wait as fresh as demanded → read the store → say the watermark that was read
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from memory_shards.batcher import Batcher
+from memory_shards.freshness import Freshness, LogHead
+from memory_shards.projection import Projection
+from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
+from memory_shards.stores.sqlite import SqliteStore
+from mnemesh import messages, subjects
+from mnemesh.actor import Actor, handles
+from mnemesh.call import Call
+from mnemesh.clock import to_ms
+from mnemesh.connection import Link
+from mnemesh.contract import AnyOperation
+from mnemesh.errors import BadRequest, MnemeshError, NotFound
+from mnemesh.event import Record, decode_event
+from mnemesh.follower import Follower, Stored
+from mnemesh.guard import Guard
+from mnemesh.ids import from_token, to_token
+from mnemesh.jetstream import stream_state
+from mnemesh.stats import Gauge
+
+logger = logging.getLogger("mnemesh.shard")
+
+MOST_FOLLOWED = 1000
+MOST_VECTORS_APPLIED = 250
+"""Records in one transaction of the vector store: about 5 ms of its worker, which searches wait for."""
+
+
+class Shard(Actor):
+    """Serves some partitions of the memory from stores that follow the log."""
+
+    role = "shard"
+
+    def __init__(
+        self,
+        link: Link,
+        *,
+        name: str,
+        site: str,
+        partitions: Iterable[int],
+        folder: Path,
+        guard: Guard | None = None,
+    ) -> None:
+        super().__init__(link, guard=guard)
+        self.name = name
+        self.site = site
+        self.partitions = frozenset(partitions)
+        self.undecodable = 0
+        self._folder = folder
+        self._log = subjects.log_stream(site)
+        self._partition_tokens = {str(partition): partition for partition in self.partitions}
+        self._freshness = Freshness(site, LogHead(self._ask_head))
+        self._searches: Batcher[VectorQuery, list[messages.Hit]] = Batcher(self._search)
+
+    # ── what the runtime asks ───────────────────────────────────────────────────────────────────────────────
+
+    def bindings(self, operation: AnyOperation) -> Iterable[Mapping[str, str]]:
+        if "partition" in operation.positions:
+            return [{"site": self.site, "partition": token} for token in self._partition_tokens]
+        return [{"shard": self.name}]
+
+    def queue(self, operation: AnyOperation) -> str:
+        """Replicas share the requests, but each tells its own status."""
+        return self.instance if operation is subjects.SHARD_STATUS else f"shard-{self.name}"
+
+    def metadata(self) -> dict[str, str]:
+        return {"shard": self.name, "site": self.site, "partitions": str(len(self.partitions))}
+
+    def gauges(self) -> list[Gauge]:
+        gauges = [Gauge("undecodable_events", "Events of the log that could not be read", lambda: self.undecodable)]
+        for projection in self._projections:
+            gauges.append(
+                Gauge(
+                    f"{projection.name}_watermark",
+                    f"Last log sequence applied to the {projection.name}",
+                    lambda projection=projection: projection.watermark.value,  # type: ignore[misc]
+                )
+            )
+        return gauges
+
+    def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        applying = {f"apply.{projection.name}": projection.run for projection in self._projections}
+        return {"follow": self._follow, "search": self._searches.run, **applying}
+
+    # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def prepare(self) -> None:
+        state = await stream_state(self.asker.inbox, self._log)
+        self._incarnation = state.incarnation
+        self._open_stores()
+        if max(self._documents.watermark, self._vectors.watermark) > state.last_sequence:
+            logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
+            self._documents.close()
+            self._vectors.close()
+            shutil.rmtree(self._folder)
+            self._open_stores()
+        self._document_projection = Projection("documents", self._documents)
+        self._vector_projection = Projection("vectors", self._vectors, most=MOST_VECTORS_APPLIED)
+        self._projections = (self._document_projection, self._vector_projection)
+
+    def _open_stores(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        built_for = {"site": self.site, "partitions": self.partitions, "incarnation": self._incarnation}
+        self._documents = SqliteStore(self._folder, **built_for)
+        self._vectors = FaissStore(self._folder, **built_for)
+
+    async def release(self) -> None:
+        for projection in self._projections:
+            await projection.close()
+
+    async def _follow(self) -> None:
+        """Bring every event of our partitions to every projection, from where the slowest one stands."""
+        after = min(projection.store.watermark for projection in self._projections)
+        follower = Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation)
+        async for batch in follower.batches(MOST_FOLLOWED):
+            records = self._records(batch)
+            for projection in self._projections:
+                await projection.offer(records, batch[-1].sequence)
+
+    def _records(self, batch: Sequence[Stored]) -> list[Record]:
+        records = []
+        for message in batch:
+            # …log.<site>.<tenant>.<partition>.<entity>
+            partition = self._partition_tokens.get(message.subject.rsplit(".", 2)[1])
+            if partition is None:
+                continue
+            try:
+                event = decode_event(message.payload)
+            except MnemeshError as error:
+                self.undecodable += 1
+                logger.error("event %d of %s cannot be read: %s", message.sequence, self._log, error)
+                continue
+            records.append(Record(message.sequence, message.recorded_at, partition, event))
+        return records
+
+    async def _ask_head(self) -> int:
+        return (await stream_state(self.asker.inbox, self._log)).last_sequence
+
+    # ── point reads ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @handles(subjects.GET_CONTEXT)
+    async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
+        entity_id = _entity_id(request.entity_id, call)
+        watermark = self._document_projection.watermark
+        await self._freshness.wait(request.consistency, watermark, call)
+        seen = watermark.value
+        document = self._documents.get(
+            call.caller.tenant,
+            entity_id,
+            as_of_ms=to_ms(request.as_of) if request.as_of else None,
+            valid_at_ms=to_ms(request.valid_at) if request.valid_at else None,
+        )
+        if document is None:
+            raise NotFound(f"nothing is remembered of {entity_id[:200]!r} (as of {self.site} {seen})")
+        vectors = None
+        if request.include_vectors:
+            await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
+            vectors = await self._vector_projection.on_worker(self._vectors.vectors_of, call.caller.tenant, entity_id)
+        return messages.Context(
+            entity_id=document.entity_id,
+            type=document.type,
+            attributes=document.attributes,
+            edges=document.edges,
+            spaces=document.spaces,
+            text=document.text,
+            version=document.version,
+            watermark={self.site: seen},
+            vectors=vectors,
+        )
+
+    @handles(subjects.TIMELINE)
+    async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
+        entity_id = _entity_id(request.entity_id, call)
+        watermark = self._document_projection.watermark
+        await self._freshness.wait(request.consistency, watermark, call)
+        seen = watermark.value
+        events = self._documents.timeline(call.caller.tenant, entity_id, request.after, request.limit)
+        return self._page(events, request.limit, seen)
+
+    # ── parts of questions that span shards ─────────────────────────────────────────────────────────────────
+
+    @handles(subjects.SHARD_TIMELINE_RANGE)
+    async def timeline_range(self, request: messages.TimelineRange, call: Call) -> messages.TimelinePage:
+        watermark = self._document_projection.watermark
+        await self._freshness.wait(request.consistency, watermark, call)
+        seen = watermark.value
+        events = await self._document_projection.on_worker(
+            self._documents.timeline_range,
+            call.caller.tenant,
+            to_ms(request.start) if request.start else None,
+            to_ms(request.end) if request.end else None,
+            request.type,
+            request.after,
+            request.limit,
+        )
+        return self._page(events, request.limit, seen)
+
+    @handles(subjects.SHARD_SEARCH)
+    async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
+        watermark = self._vector_projection.watermark
+        await self._freshness.wait(request.consistency, watermark, call)
+        seen = watermark.value
+        query = VectorQuery(
+            tenant=call.caller.tenant,
+            space=request.space,
+            vector=request.vector,
+            k=request.k,
+            type=request.type,
+            filter=request.filter,
+            output_fields=request.output_fields,
+            include_vectors=request.include_vectors,
+        )
+        return messages.Hits(hits=await self._searches.ask(query), watermark={self.site: seen})
+
+    async def _search(self, queries: Sequence[VectorQuery]) -> Sequence[list[messages.Hit] | Exception]:
+        return await self._vector_projection.on_worker(self._vectors.search, queries)
+
+    @handles(subjects.SHARD_SEARCH_TEXT)
+    async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
+        watermark = self._document_projection.watermark
+        await self._freshness.wait(request.consistency, watermark, call)
+        seen = watermark.value
+        hits = await self._document_projection.on_worker(
+            self._documents.search_text, call.caller.tenant, request.query, request.k, request.type
+        )
+        return messages.Hits(hits=hits, watermark={self.site: seen})
+
+    @handles(subjects.SHARD_EXPAND)
+    async def expand(self, request: messages.Expand, call: Call) -> messages.Expanded:
+        watermark = self._document_projection.watermark
+        await self._freshness.wait(request.consistency, watermark, call)
+        seen = watermark.value
+        edges, truncated = self._documents.expand(
+            call.caller.tenant, request.entity_ids, request.relations, request.direction, request.limit
+        )
+        return messages.Expanded(edges=edges, truncated=truncated, watermark={self.site: seen})
+
+    @handles(subjects.SHARD_STATUS)
+    async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
+        """Counts are read on the stores' own threads, so they match the watermarks and hold up no read."""
+        entities, edges = await self._document_projection.on_worker(self._documents.counts)
+        vectors = await self._vector_projection.on_worker(self._vectors.count)
+        digest = None
+        if request.digest:
+            digest = "-".join(
+                await asyncio.gather(
+                    self._document_projection.on_worker(self._documents.digest),
+                    self._vector_projection.on_worker(self._vectors.digest),
+                )
+            )
+        applied = min(projection.watermark.value for projection in self._projections)
+        return messages.ShardStatus(
+            shard=self.name,
+            watermark={self.site: applied},
+            partitions=len(self.partitions),
+            entities=entities,
+            edges=edges,
+            vectors=vectors,
+            digest=digest,
+        )
+
+    def _page(self, events: list[messages.TimelineEvent], limit: int, seen: int) -> messages.TimelinePage:
+        more = len(events) == limit
+        return messages.TimelinePage(
+            events=events,
+            next_after=events[-1].sequence if more else None,
+            watermark={self.site: seen},
+        )
+
+
+def _entity_id(named: str | None, call: Call) -> str:
+    """The id that a point read is about: its token's, and the request's own where the token is a digest."""
+    token = call.tokens["entity"]
+    if named is None:
+        entity_id = from_token(token)
+        if entity_id is None:
+            raise BadRequest("the subject holds a digest of the id, so the request must name entity_id")
+        return entity_id
+    if to_token(named) != token:
+        raise BadRequest(f"entity_id {named[:200]!r} is not the one that the subject is about")
+    return named

@@ -1,0 +1,349 @@
+"""The embedded store: attributes, edges, text and timelines of a shard in one SQLite file, `memory.db`.
+
+`apply` runs on the store's worker thread, with a connection of its own. All reads but `digest` run on one other
+thread, the event loop's, with a second connection: write-ahead logging lets both go on at once, and each read sees
+one committed state. They take from some microseconds to, for the widest questions, milliseconds; `bench/` has the
+numbers. Vectors are in another store. Looks at `memory_shards.merge`, its own `sqlite_*` files, and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from memory_shards import merge
+from memory_shards.merge import Document, State, edge_view
+from memory_shards.stores.provenance import keep_or_clear
+from memory_shards.stores.sqlite_batch import Batch
+from memory_shards.stores.sqlite_schema import LAYOUT, SCHEMA, connect, history
+from mnemesh import wire
+from mnemesh.clock import from_ms, wall_ms
+from mnemesh.event import Record
+from mnemesh.messages import Direction, Hit, TimelineEvent
+
+_GET = """
+SELECT id, alive, exact_from, type, doc, text, version FROM entity WHERE tenant = ? AND entity_id = ?
+"""
+_EDGES = """
+SELECT relation, target, properties FROM edge WHERE source = ? AND NOT removed ORDER BY relation, target
+"""
+_EVENT = """
+SELECT sequence, event_id, entity_id, op, agent, recorded_at, valid_from, valid_to, body
+FROM event JOIN entity ON entity.id = event.entity
+"""
+_TIMELINE = _EVENT + "WHERE entity.tenant = ? AND entity_id = ? AND sequence > ? ORDER BY sequence LIMIT ?"
+# The page is chosen first, within the index where there are bounds, and only its events are then fetched.
+_RANGE = """WHERE sequence IN (
+    SELECT sequence FROM event {index} WHERE tenant = :tenant AND sequence > :after{bounds}{type}
+    ORDER BY sequence LIMIT :limit) ORDER BY sequence
+"""
+_BOUNDS = " AND valid_from >= :start AND valid_from < :end"
+_TYPE = " AND (SELECT type FROM entity WHERE id = event.entity) = :type"
+# An edge whose source is not exact yet is a candidate even where its last write removed it: the fold decides.
+_OUT = """
+SELECT entity_id, relation, target, source, exact_from > ? FROM entity CROSS JOIN edge ON source = entity.id
+WHERE entity.tenant = ? AND entity_id IN ({ids}) AND (NOT removed OR exact_from > ?){relations} ORDER BY 1, 2, 3
+"""
+_IN = """
+SELECT target, relation, entity_id, source, exact_from > ? FROM edge CROSS JOIN entity ON entity.id = source
+WHERE edge.tenant = ? AND target IN ({ids}) AND (NOT removed OR exact_from > ?){relations} ORDER BY 1, 2, 3
+"""
+_SEARCH = """
+SELECT entity_id, -rank FROM entity_text JOIN entity ON entity.id = entity_text.rowid
+WHERE entity_text MATCH ? AND tenant = ?{type} ORDER BY rank, entity_id LIMIT ?
+"""
+_IDS_A_STATEMENT = 500
+
+# A word is what ASCII punctuation and blanks leave; the tokenizer makes a phrase of whatever else is in it.
+_WORD = re.compile(r"[0-9A-Za-z\u0080-\U0010ffff]+")
+
+
+class SqliteStore:
+    """One shard's memory on disk, but for the vectors.
+
+    The file serves one `site`, one set of `partitions` and one `incarnation` of the log (its stream's creation time);
+    opened for another, it starts from empty and from watermark 0.
+    """
+
+    def __init__(self, folder: Path, *, site: str, partitions: Set[int], incarnation: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "memory.db"
+        self._writer = connect(self._file)
+        keep_or_clear(self._writer, site=site, partitions=partitions, incarnation=incarnation, layout=LAYOUT)
+        self._writer.executescript(SCHEMA)
+        meta = dict(self._writer.execute("SELECT name, value FROM meta"))
+        self._watermark: int = meta.get("watermark", 0)
+        self._rejected: int = meta.get("rejected", 0)
+        self._reader = connect(self._file)
+        self._reader.execute("PRAGMA query_only = ON")
+        self._snapshot = _Snapshot(self._reader)
+
+    @property
+    def watermark(self) -> int:
+        """The last log sequence applied and committed. A read that starts later sees at least this."""
+        return self._watermark
+
+    @property
+    def rejected(self) -> int:
+        """How many events broke a rule and were skipped, since the file was begun."""
+        return self._rejected
+
+    def apply(self, records: Sequence[Record], watermark: int) -> None:
+        """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
+
+        An event that breaks a rule is skipped, logged and counted. Raises `sqlite3.Error` where the file fails (a full
+        disk, say); nothing of the call has had an effect then.
+        """
+        if watermark <= self._watermark:
+            return
+        self._writer.execute("BEGIN IMMEDIATE")
+        try:
+            batch = Batch(self._writer)
+            for record in records:
+                if record.sequence > self._watermark:
+                    batch.take(record)
+            batch.flush()
+            rejected = self._rejected + batch.rejected
+            self._writer.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+                [("watermark", watermark), ("rejected", rejected)],
+            )
+            self._writer.execute("COMMIT")
+        except BaseException:
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+            raise
+        self._watermark, self._rejected = watermark, rejected
+
+    def close(self) -> None:
+        """Close the file. Neither `apply` nor a read may be under way."""
+        self._reader.close()
+        self._writer.close()
+
+    # ── reads ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def get(
+        self, tenant: str, entity_id: str, as_of_ms: int | None = None, valid_at_ms: int | None = None
+    ) -> Document | None:
+        """What is remembered of an entity; `None` if nothing is, or it was forgotten.
+
+        `as_of_ms`: what was recorded by then; `valid_at_ms`: what held then (now, if not given). `version` is the log
+        sequence of its last event (by `as_of_ms`).
+        """
+        with self._snapshot:
+            row = self._reader.execute(_GET, (tenant, entity_id)).fetchone()
+            if row is None:
+                return None
+            id, alive, exact_from, type, doc, text, version = row
+            now = wall_ms()
+            if as_of_ms is not None or valid_at_ms is not None or exact_from > now:
+                changes = history(self._reader, id)
+                if as_of_ms is not None:
+                    changes = [change for change in changes if change.recorded_at <= as_of_ms]
+                    version = max((change.sequence for change in changes), default=0)
+                return merge.fold(changes, valid_at_ms=now if valid_at_ms is None else valid_at_ms).document(
+                    entity_id, version
+                )
+            if not alive:
+                return None
+            edges = self._reader.execute(_EDGES, (id,)).fetchall()
+        attributes, spaces = wire.decode(doc)
+        return Document(
+            entity_id=entity_id,
+            type=type,
+            attributes=attributes,
+            edges=[edge_view(relation, to, raw and wire.decode(raw)) for relation, to, raw in edges],
+            spaces=spaces,
+            text=text,
+            version=version,
+        )
+
+    def timeline(self, tenant: str, entity_id: str, after: int = 0, limit: int = 100) -> list[TimelineEvent]:
+        """The entity's events after sequence `after`, in log order. A forget has erased those before it."""
+        return _events(self._reader.execute(_TIMELINE, (tenant, entity_id, after, limit)))
+
+    def timeline_range(
+        self,
+        tenant: str,
+        start_ms: int | None = None,
+        end_ms: int | None = None,
+        type: str | None = None,
+        after: int = 0,
+        limit: int = 100,
+    ) -> list[TimelineEvent]:
+        """Events of all entities whose valid time starts in [`start_ms`, `end_ms`), after sequence `after`, in log order.
+
+        With a bound the index on (tenant, valid_from) chooses the page, at a cost that grows with the events in the
+        range; without one the log order is walked, at the cost of the page. `type` is the entity's type now.
+        """
+        bounded = start_ms is not None or end_ms is not None
+        chosen = _RANGE.format(
+            index="INDEXED BY event_by_validity" if bounded else "NOT INDEXED",
+            bounds=_BOUNDS if bounded else "",
+            type="" if type is None else _TYPE,
+        )
+        values = {
+            "tenant": tenant,
+            "after": after,
+            "start": -merge.NEVER if start_ms is None else start_ms,
+            "end": merge.NEVER if end_ms is None else end_ms,
+            "type": type,
+            "limit": limit,
+        }
+        return _events(self._reader.execute(_EVENT + chosen, values))
+
+    def expand(
+        self,
+        tenant: str,
+        entity_ids: Sequence[str],
+        relations: Sequence[str] = (),
+        direction: Direction = "out",
+        limit: int = 100_000,
+    ) -> tuple[list[tuple[str, str, str]], bool]:
+        """The edges one hop from `entity_ids` along `relations` (all if empty), as (from, relation, to) in the walk's direction.
+
+        Sorted, without repeats; the flag tells whether there were more than `limit`.
+        """
+        found: list[tuple[str, str, str]] = []
+        wanted = sorted(set(entity_ids))
+        with self._snapshot:
+            for start in range(0, len(wanted), _IDS_A_STATEMENT):
+                ids = wanted[start : start + _IDS_A_STATEMENT]
+                for edge in self._one_hop(tenant, ids, relations, direction):
+                    if found and edge == found[-1]:
+                        continue
+                    if len(found) == limit:
+                        return found, True
+                    found.append(edge)
+        return found, False
+
+    def search_text(self, tenant: str, query: str, k: int, type: str | None = None) -> list[Hit]:
+        """The `k` entities whose last text answers best, by BM25, to any of the words of `query`; best first.
+
+        Any text is a query; one without words finds nothing. Validity is not looked at.
+        """
+        words = dict.fromkeys(_WORD.findall(query.encode(errors="replace").decode()))
+        if not words:
+            return []
+        expression = " OR ".join(f'"{word}"' for word in words)
+        values = [expression, tenant, k] if type is None else [expression, tenant, type, k]
+        rows = self._reader.execute(_SEARCH.format(type="" if type is None else " AND type = ?"), values)
+        return [Hit(entity_id=entity_id, score=score) for entity_id, score in rows]
+
+    def counts(self) -> tuple[int, int]:
+        """How many entities and edges are remembered. Walks an index of each: milliseconds a million."""
+        with self._snapshot:
+            (entities,) = self._reader.execute("SELECT count(*) FROM entity WHERE alive").fetchone()
+            (edges,) = self._reader.execute("SELECT count(*) FROM edge WHERE NOT removed").fetchone()
+        return entities, edges
+
+    def digest(self) -> str:
+        """A hash of the state, the tombstones and each entity's events in order: equal where the same log was applied.
+
+        Reads everything, on a connection of its own: it may run on any thread.
+        """
+        hashed = hashlib.blake2b(digest_size=16)
+        with closing(connect(self._file)) as connection:
+            connection.execute("BEGIN")
+            for row in _digested(connection):
+                hashed.update(wire.encode(row))
+        return hashed.hexdigest()
+
+    def _one_hop(
+        self, tenant: str, ids: Sequence[str], relations: Sequence[str], direction: Direction
+    ) -> Iterator[tuple[str, str, str]]:
+        """The edges that touch `ids`, sorted; a self-loop comes twice where both directions are walked."""
+        outward = self._walk(_OUT, tenant, ids, relations)
+        inward = self._walk(_IN, tenant, ids, relations)
+        match direction:
+            case "out":
+                return outward
+            case "in":
+                return inward
+            case "both":
+                return heapq.merge(outward, inward)
+
+    def _walk(
+        self, query: str, tenant: str, ids: Sequence[str], relations: Sequence[str]
+    ) -> Iterator[tuple[str, str, str]]:
+        now = wall_ms()
+        chosen = f" AND relation IN ({_places(relations)})" if relations else ""
+        rows = self._reader.execute(
+            query.format(ids=_places(ids), relations=chosen), (now, tenant, *ids, now, *relations)
+        )
+        states: dict[int, State] = {}
+        for near, relation, far, source, inexact in rows:
+            if inexact:
+                if source not in states:
+                    states[source] = merge.fold(history(self._reader, source), valid_at_ms=now)
+                edge = states[source].edges.get((relation, far if query is _OUT else near))
+                if edge is None or edge.removed:
+                    continue
+            yield near, relation, far
+
+
+class _Snapshot:
+    """A read transaction: the statements within see one commit."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._connection.execute("BEGIN")
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.execute("COMMIT")
+
+
+def _places(values: Sequence[str]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _events(rows: Iterable[tuple[Any, ...]]) -> list[TimelineEvent]:
+    return [
+        TimelineEvent(
+            sequence=sequence,
+            event_id=event_id,
+            entity_id=entity_id,
+            op=op,
+            agent=agent,
+            recorded_at=from_ms(recorded_at),
+            valid_from=from_ms(valid_from),
+            valid_to=None if valid_to is None else from_ms(valid_to),
+            body=wire.decode(body),
+        )
+        for sequence, event_id, entity_id, op, agent, recorded_at, valid_from, valid_to, body in rows
+    ]
+
+
+def _digested(connection: sqlite3.Connection) -> Iterator[object]:
+    """All that replicas of one log agree on, in an order that owes nothing to surrogate keys.
+
+    Not the stamps of sites nor the versions: a log that was purged of what a forget erased no longer tells them.
+    """
+    entities = "SELECT id, tenant, entity_id, alive, exact_from, type, text, doc, ledger FROM entity"
+    edges = "SELECT relation, target, removed, valid_from, stamp, site, properties FROM edge WHERE source = ?"
+    events = "SELECT event_id FROM event WHERE entity = ? ORDER BY sequence"
+    for id, *values, doc, ledger in connection.execute(f"{entities} ORDER BY tenant, entity_id"):
+        attributes, spaces = wire.decode(doc)
+        keys = msgspec.msgpack.decode(ledger, type=merge.Ledger)
+        if not values[2] and keys.tombstone is None:
+            continue  # only ever named by events that were skipped
+        yield values, sorted(attributes.items()), spaces
+        yield (
+            keys.tombstone,
+            keys.type,
+            keys.text,
+            sorted(keys.attributes.items()),
+            sorted(keys.spaces.items()),
+        )
+        yield connection.execute(f"{edges} ORDER BY relation, target", (id,)).fetchall()
+        yield connection.execute(events, (id,)).fetchall()

@@ -1,0 +1,90 @@
+"""The tables of `memory.db`, how its connections are set up, and the history that both its sides read.
+
+* `entity`: one row for each entity ever written, forgotten ones too (their tombstone is in `ledger`). `doc`
+  holds `[attributes, spaces]`, which readers need; `ledger` the keys, which only merging needs.
+* `edge`: the last write to each (source, relation, target), removals too. A target need not exist: it is a text.
+* `event`: the history that forgets have left, with effective stamps; of a vector only its dimension.
+* `entity_text`: the full-text index over `entity.text`; the text itself is kept once, in `entity`.
+
+Looks at `memory_shards.merge` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+
+from memory_shards.merge import Change, Patch
+from mnemesh import wire
+from mnemesh.event import Event
+
+LAYOUT = 1
+"""Goes up with every change of the tables or of what is in them; a file of another layout is rebuilt."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS entity (
+    id INTEGER PRIMARY KEY, tenant TEXT NOT NULL, entity_id TEXT NOT NULL, partition INTEGER NOT NULL,
+    version INTEGER NOT NULL,     -- the log sequence of its last event, also of one without effect
+    alive INTEGER NOT NULL,
+    exact_from INTEGER NOT NULL,  -- ms; before that only the history tells what is true now
+    type TEXT, doc BLOB NOT NULL, ledger BLOB NOT NULL, text TEXT,
+    UNIQUE (tenant, entity_id));
+CREATE TABLE IF NOT EXISTS edge (
+    source INTEGER NOT NULL, relation TEXT NOT NULL, target TEXT NOT NULL, tenant TEXT NOT NULL,
+    removed INTEGER NOT NULL, valid_from INTEGER NOT NULL, stamp INTEGER NOT NULL, site TEXT NOT NULL,
+    properties BLOB,
+    PRIMARY KEY (source, relation, target)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS edge_in ON edge (tenant, target, relation);
+CREATE TABLE IF NOT EXISTS event (
+    sequence INTEGER PRIMARY KEY, entity INTEGER NOT NULL, tenant TEXT NOT NULL, event_id TEXT NOT NULL,
+    op TEXT NOT NULL, agent TEXT NOT NULL, site TEXT NOT NULL, stamp INTEGER NOT NULL,
+    recorded_at INTEGER NOT NULL, valid_from INTEGER NOT NULL, valid_to INTEGER, body BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS event_of_entity ON event (entity);
+CREATE INDEX IF NOT EXISTS event_by_validity ON event (tenant, valid_from);
+CREATE VIRTUAL TABLE IF NOT EXISTS entity_text USING fts5 (
+    text, content='entity', content_rowid='id', tokenize='unicode61');
+"""
+
+HISTORY = """
+SELECT sequence, recorded_at, site, stamp, valid_from, valid_to, op, body FROM event
+WHERE entity = ? ORDER BY sequence
+"""
+
+Doc: TypeAlias = tuple[dict[str, Any], list[str]]
+"""What `entity.doc` holds: the attributes, and the names of the spaces that have a vector."""
+
+
+def connect(file: Path) -> sqlite3.Connection:
+    """A connection in autocommit mode that may be handed to another thread, to be used by one at a time."""
+    connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False, cached_statements=512)
+    # The log is the truth: a commit that a power cut takes back is replayed, for its watermark goes with it.
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "cache_size = -32768"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def history(connection: sqlite3.Connection, entity: int) -> list[Change]:
+    """What is left of an entity's events, in log order."""
+    changes = []
+    for row in connection.execute(HISTORY, (entity,)):
+        sequence, recorded_at, site, stamp, valid_from, valid_to, op, body = row
+        patch = msgspec.convert(wire.decode(body), Patch) if op == "put" else None
+        changes.append(Change(sequence, recorded_at, site, stamp, valid_from, valid_to, patch))
+    return changes
+
+
+def body_blob(event: Event, patch: Patch) -> bytes:
+    """The body as the history keeps it, with fields unknown to this version; those of the event are its `extra`.
+
+    Raises `ValueError` or `OverflowError` where the body cannot be encoded.
+    """
+    if event.op == "forget":
+        return b"\x80"  # an empty map
+    body = event.body
+    if patch.vectors:
+        body = body | {"vectors": {name: {"dimension": len(v)} for name, v in patch.vectors.items()}}
+    return wire.encode({"extra": event.extra} | body if event.extra else body)

@@ -1,0 +1,36 @@
+"""A watermark that reads can wait for: the last log sequence that a projection has applied."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from itertools import count
+
+
+class Watermark:
+    """Only grows. Belongs to one event loop."""
+
+    def __init__(self, value: int = 0) -> None:
+        self._value = value
+        self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._order = count()
+
+    @property
+    def value(self) -> int:
+        return self._value
+
+    def advance(self, value: int) -> None:
+        """Move up to `value` and wake whoever waited for it."""
+        self._value = max(self._value, value)
+        while self._waiters and self._waiters[0][0] <= self._value:
+            _, _, waiter = heapq.heappop(self._waiters)
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def reached(self, sequence: int) -> None:
+        """Return once the watermark is at least `sequence`. Bound it with `asyncio.timeout`."""
+        if sequence <= self._value:
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiters, (sequence, next(self._order), waiter))
+        await waiter

@@ -1,0 +1,124 @@
+"""The router: questions that span shards. It scatters them, merges the answers, and says what they cover.
+
+A partial answer is never dressed as whole: `coverage` names each shard that did not answer and why. Only when none answered
+is the reply an error.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from mnemesh import messages, subjects
+from mnemesh.actor import Actor, handles
+from mnemesh.call import Call
+from mnemesh.connection import Link
+from mnemesh.contract import AnyOperation
+from mnemesh.errors import BadRequest, MnemeshError, NotFound, Unavailable
+from mnemesh.guard import Guard
+from mnemesh.ids import to_token
+from mnemesh.wire import as_vector
+from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
+from router.shard_map import ShardMap
+from router.traversal import Walk
+
+
+class Router(Actor):
+    """Answers questions that span shards."""
+
+    role = "router"
+
+    def __init__(self, link: Link, *, guard: Guard | None = None) -> None:
+        super().__init__(link, guard=guard)
+        self._map = ShardMap()
+        self._scatter = Scatter(self.asker)
+
+    def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        return {"shard_map": partial(self._map.follow, self.link, self.asker.inbox)}
+
+    async def ready(self) -> None:
+        await self._map.ready.wait()
+
+    @handles(subjects.SEARCH_EMBEDDING)
+    async def search_embedding(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
+        as_vector(request.vector)
+        gathered = await self._ask_all(subjects.SHARD_SEARCH, subjects.shard_search, request, call)
+        return self._merged(_without_absent(gathered), request.k)
+
+    @handles(subjects.SEARCH_TEXT)
+    async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
+        gathered = await self._ask_all(subjects.SHARD_SEARCH_TEXT, subjects.shard_search_text, request, call)
+        return self._merged(gathered, request.k)
+
+    @handles(subjects.TIMELINE_RANGE)
+    async def timeline_range(self, request: messages.TimelineRange, call: Call) -> messages.TimelinePage:
+        gathered = await self._ask_all(subjects.SHARD_TIMELINE_RANGE, subjects.shard_timeline_range, request, call)
+        raise_if_nothing(gathered)
+        pages = gathered.replies.values()
+        merged = heapq.merge(*(page.events for page in pages), key=lambda event: event.sequence)
+        events = list(islice(merged, request.limit))
+        more = sum(len(page.events) for page in pages) > len(events) or any(
+            page.next_after is not None for page in pages
+        )
+        return messages.TimelinePage(
+            events=events,
+            next_after=events[-1].sequence if more else None,
+            watermark=lowest(gathered.replies),
+            coverage=coverage(self._map.shards, gathered.errors),
+        )
+
+    @handles(subjects.TRAVERSE)
+    async def traverse(self, request: messages.Traverse, call: Call) -> messages.Traversal:
+        starts = [request.start] if isinstance(request.start, str) else request.start
+        if not starts:
+            raise BadRequest("traverse needs at least one start")
+        for start in starts:
+            to_token(start)
+        self._require_shards()
+        return await Walk(self._scatter, self._map, request, call).run()
+
+    def _require_shards(self) -> None:
+        if not self._map.shards:
+            raise Unavailable("the shard map is empty: no shard has been set up", retry_after_ms=500)
+
+    async def _ask_all(
+        self, operation: AnyOperation, subject: Callable[[str, str, str], str], request: Any, call: Call
+    ) -> Gathered:
+        self._require_shards()
+        shards = self._map.shards
+        caller = call.caller
+        return await self._scatter.ask(
+            operation,
+            {name: (subject(name, caller.tenant, caller.agent), request) for name in shards},
+            shards,
+            call,
+        )
+
+    def _merged(self, gathered: Gathered, k: int) -> messages.Hits:
+        """The k best of all shards; equal scores in the order of their ids, so that the answer is stable."""
+        raise_if_nothing(gathered)
+        hits = heapq.nsmallest(
+            k,
+            (hit for reply in gathered.replies.values() for hit in reply.hits),
+            key=lambda hit: (-hit.score, hit.entity_id),
+        )
+        return messages.Hits(
+            hits=hits,
+            watermark=lowest(gathered.replies),
+            coverage=coverage(self._map.shards, gathered.errors),
+        )
+
+
+def _without_absent(gathered: Gathered) -> Gathered:
+    """A shard that has no vector of a space has answered, with nothing; unless none of them knows the space."""
+    absent = {name: error for name, error in gathered.errors.items() if isinstance(error, NotFound)}
+    if len(absent) == len(gathered.errors) and not gathered.replies:
+        return gathered
+    empty: MnemeshError | messages.Hits = messages.Hits(hits=[], watermark={})
+    return Gathered(
+        gathered.replies | dict.fromkeys(absent, empty),
+        {name: error for name, error in gathered.errors.items() if name not in absent},
+    )

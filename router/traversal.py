@@ -1,0 +1,110 @@
+"""Walking the graph across shards: breadth first, one exchange of frontiers with the shards a hop.
+
+An edge lives in the partition of the entity that holds it. So outward hops ask each shard for the part of the frontier
+that it has, and inward hops ask every shard, since the holders may be anywhere. A node is expanded
+once, so cycles end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mnemesh import messages, subjects
+from mnemesh.call import Call
+from mnemesh.errors import MnemeshError
+from mnemesh.messages import Node, Token, Traverse
+from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
+from router.shard_map import ShardMap
+
+MOST_IN_EXPAND = 2000
+"""Ids in one request to a shard; a wider frontier goes in several rounds."""
+
+
+class Walk:
+    """One traversal."""
+
+    def __init__(self, scatter: Scatter, shard_map: ShardMap, request: Traverse, call: Call) -> None:
+        self._scatter = scatter
+        self._map = shard_map
+        self._request = request
+        self._call = call
+        self._nodes: dict[str, Node] = {}
+        self._truncated = False
+        self._errors: dict[str, MnemeshError] = {}
+        self._watermark: Token = {}
+
+    async def run(self) -> messages.Traversal:
+        """Walk to the depth or to the limit. Raises what the shards said if none of them answered the first hop."""
+        request = self._request
+        starts = [request.start] if isinstance(request.start, str) else request.start
+        for start in starts[: request.limit]:
+            self._nodes[start] = Node(entity_id=start, depth=0)
+        self._truncated = len(starts) > request.limit
+        frontier = list(self._nodes)
+        for depth in range(1, request.depth + 1):
+            if not frontier:
+                break
+            frontier = await self._hop(frontier, depth)
+        return messages.Traversal(
+            nodes=list(self._nodes.values()),
+            truncated=self._truncated,
+            watermark=self._watermark,
+            coverage=coverage(self._map.shards, self._errors),
+        )
+
+    async def _hop(self, frontier: Sequence[str], depth: int) -> list[str]:
+        reached: dict[str, Node] = {}
+        for start in range(0, len(frontier), MOST_IN_EXPAND):
+            gathered = await self._expand(frontier[start : start + MOST_IN_EXPAND])
+            if depth == 1:
+                raise_if_nothing(gathered)
+            self._errors |= gathered.errors
+            seen = lowest(gathered.replies)
+            self._watermark = seen | {
+                site: min(sequence, seen.get(site, sequence)) for site, sequence in self._watermark.items()
+            }
+            edges = []
+            for reply in gathered.replies.values():
+                self._truncated |= reply.truncated
+                edges += reply.edges
+            for near, relation, far in sorted(edges):
+                if far not in self._nodes and far not in reached:
+                    reached[far] = Node(entity_id=far, depth=depth, via=near, relation=relation)
+        room = self._request.limit - len(self._nodes)
+        if len(reached) > room:
+            self._truncated = True
+            reached = dict(list(reached.items())[:room])
+        self._nodes |= reached
+        return list(reached)
+
+    async def _expand(self, ids: Sequence[str]) -> Gathered:
+        """The edges of these ids, from the shards that may have them."""
+        request = self._request
+        shards = self._map.shards
+        caller = self._call.caller
+        parts: dict[str, list[str]] = {name: [] for name in shards}
+        if request.direction == "out":
+            for entity_id in ids:
+                owner = self._map.owner_of(caller.tenant, entity_id)
+                if owner is not None:
+                    parts[owner].append(entity_id)
+        else:
+            parts = {name: list(ids) for name in shards}
+        return await self._scatter.ask(
+            subjects.SHARD_EXPAND,
+            {
+                name: (
+                    subjects.shard_expand(name, caller.tenant, caller.agent),
+                    messages.Expand(
+                        entity_ids=part,
+                        relations=request.relations,
+                        direction=request.direction,
+                        consistency=request.consistency,
+                    ),
+                )
+                for name, part in parts.items()
+                if part
+            },
+            shards,
+            self._call,
+        )

@@ -1,0 +1,180 @@
+"""Following a stream: every message in order from a sequence on, through whatever happens to the connection.
+
+An ordered push consumer of our own making (ADR-17): no acks, flow control, idle heartbeats every second. A gap, a lost consumer
+or a silent one is answered by a new consumer from the last sequence + 1. Flow control is answered when
+the reader has taken what came before, so a slow reader slows the server and nothing piles up.
+
+https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-17.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from typing import NamedTuple
+
+import nats.errors
+import nats.nuid
+from nats.aio.msg import Msg
+
+from mnemesh.connection import Link
+from mnemesh.errors import MnemeshError
+from mnemesh.inbox import Inbox
+from mnemesh.jetstream import StreamState, api, stream_state
+
+logger = logging.getLogger("mnemesh.follower")
+
+HEARTBEAT_S = 1.0
+SILENCE_S = 3.0
+INACTIVE_S = 30.0
+_NS = 1_000_000_000
+
+
+class Stored(NamedTuple):
+    """One stored message. `recorded_at` is the stream's time in milliseconds since 1970."""
+
+    sequence: int
+    recorded_at: int
+    subject: str
+    payload: bytes
+    headers: Mapping[str, str] | None
+
+
+class StreamShrank(Exception):
+    """The stream ends before what the reader has seen, or is another one: what was derived from it is void."""
+
+
+class Follower:
+    """Reads a stream from sequence `after + 1` on.
+
+    `incarnation` is the stream that the reader knows; if it is another now, `batches` raises `StreamShrank`.
+    """
+
+    def __init__(self, link: Link, inbox: Inbox, stream: str, *, after: int = 0, incarnation: str) -> None:
+        self._link = link
+        self._inbox = inbox
+        self._stream = stream
+        self._incarnation = incarnation
+        self._last = after
+        self._deliver = f"{link.options.inbox_prefix}.{nats.nuid.NUID().next().decode()}"
+        self._buffer: deque[Stored | str] = deque()
+        self._wake = asyncio.Event()
+        self._expected = 1
+        self._name = ""
+        self._broken = False
+        self.recreated = -1
+
+    async def batches(self, most: int) -> AsyncIterator[list[Stored]]:
+        """Lists of 1 to `most` messages in log order, for ever. Raises `StreamShrank`."""
+        subscription = await self._link.subscribe(self._deliver + ".*", self._on_message)
+        try:
+            await self._create()
+            while True:
+                try:
+                    async with asyncio.timeout(SILENCE_S):
+                        await self._wake.wait()
+                except TimeoutError:
+                    self._broken = True
+                batch = await self._take(most)
+                if batch:
+                    self._last = batch[-1].sequence
+                    yield batch
+                elif self._broken:
+                    await self._create()
+        finally:
+            with contextlib.suppress(nats.errors.Error):
+                await subscription.unsubscribe()
+
+    async def _take(self, most: int) -> list[Stored]:
+        """Up to `most` messages, answering the flow control that stood between them."""
+        batch: list[Stored] = []
+        while self._buffer and len(batch) < most:
+            item = self._buffer.popleft()
+            if isinstance(item, str):
+                await self._link.publish(item, b"")
+            else:
+                batch.append(item)
+        if not self._buffer:
+            self._wake.clear()
+        return batch
+
+    async def _create(self) -> None:
+        """A fresh consumer from the last message taken, for as long as it takes to get one."""
+        while True:
+            try:
+                await self._verify(await stream_state(self._inbox, self._stream))
+                self._name = nats.nuid.NUID().next().decode()
+                self._buffer.clear()
+                self._wake.clear()
+                self._expected = 1
+                self._broken = False
+                await api(
+                    self._inbox,
+                    f"CONSUMER.CREATE.{self._stream}.{self._name}",
+                    {
+                        "stream_name": self._stream,
+                        "config": {
+                            "name": self._name,
+                            "deliver_subject": f"{self._deliver}.{self._name}",
+                            "deliver_policy": "by_start_sequence",
+                            "opt_start_seq": self._last + 1,
+                            "ack_policy": "none",
+                            "max_deliver": 1,
+                            "flow_control": True,
+                            "idle_heartbeat": int(HEARTBEAT_S * _NS),
+                            "inactive_threshold": int(INACTIVE_S * _NS),
+                            "mem_storage": True,
+                            "num_replicas": 1,
+                        },
+                    },
+                )
+            except MnemeshError as error:
+                logger.info("cannot follow %s yet: %s", self._stream, error.message)
+                await asyncio.sleep(0.2)
+            else:
+                self.recreated += 1
+                return
+
+    async def _verify(self, state: StreamState) -> None:
+        if state.incarnation != self._incarnation:
+            raise StreamShrank(f"{self._stream} was made anew at {state.incarnation}")
+        if state.last_sequence < self._last:
+            raise StreamShrank(f"{self._stream} ends at {state.last_sequence}; {self._last} was read before")
+
+    async def _on_message(self, message: Msg) -> None:
+        headers = message.headers
+        if headers and "Status" in headers and not message.data:
+            if message.subject == f"{self._deliver}.{self._name}":
+                self._on_status(message, headers)
+            return
+        fields = message.reply.split(".")
+        # $JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<ns>.<pending>; ADR-15's longer form
+        # has <domain>.<account hash> before the stream and a token at the end.
+        consumer, sequence, position, moment = (
+            fields[3:4] + fields[5:8] if len(fields) == 9 else fields[5:6] + fields[7:10]
+        )
+        if consumer != self._name or self._broken:
+            return
+        if int(position) != self._expected:
+            logger.warning("gap in %s: message %s, expected %d", self._stream, position, self._expected)
+            self._broken = True
+            self._wake.set()
+            return
+        self._expected += 1
+        self._buffer.append(Stored(int(sequence), int(moment) // 1_000_000, message.subject, message.data, headers))
+        self._wake.set()
+
+    def _on_status(self, message: Msg, headers: dict[str, str]) -> None:
+        if headers["Status"] != "100":
+            self._broken = True
+        elif message.reply:
+            self._buffer.append(message.reply)
+        else:
+            if stalled := headers.get("Nats-Consumer-Stalled"):
+                self._buffer.append(stalled)
+            if int(headers.get("Nats-Last-Consumer", 0)) != self._expected - 1:
+                self._broken = True
+        self._wake.set()

@@ -1,0 +1,131 @@
+"""The JetStream API calls that the mesh needs, as plain requests, and the shape of the log's stream.
+
+nats-py's own client lacks `allow_atomic` and its watchers stall when a consumer is lost, so streams and buckets are made
+here, followed by `follower.py`, and written by `log_writer.py` and `kv.py`. Looks at `inbox`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from mnemesh import subjects
+from mnemesh.errors import Conflict, Internal, MnemeshError, NotFound, TooLarge, Unavailable
+from mnemesh.inbox import Inbox
+
+API = "$JS.API"
+API_BUDGET_S = 5.0
+
+NOT_FOUND = (10014, 10059, 10037)
+"""consumer, stream, message not found (nats-server's errors.json)"""
+WRONG_LAST_SEQUENCE = 10071
+WRONG_LAST_SEQUENCE_CONSTANT = 10164
+BATCH_HOLDS_DUPLICATE = 10201
+
+
+class JetStreamError(Internal):
+    """An error reply of JetStream; `err_code` is the number in nats-server's errors.json."""
+
+    def __init__(self, message: str, err_code: int) -> None:
+        super().__init__(message)
+        self.err_code = err_code
+
+
+def check(reply: dict[str, Any]) -> dict[str, Any]:
+    """A JetStream reply, or raise what its error stands for."""
+    error = reply.get("error")
+    if error is None:
+        return reply
+    number = error.get("err_code", 0)
+    text = f"JetStream: {error.get('description', error)} ({number})"
+    if number in (WRONG_LAST_SEQUENCE, WRONG_LAST_SEQUENCE_CONSTANT):
+        raise Conflict(text)
+    if number in NOT_FOUND:
+        raise NotFound(text)
+    if number in (10054, 10097):
+        raise TooLarge(text)
+    if error.get("code") == 503:
+        raise Unavailable(text, retry_after_ms=200)
+    raise JetStreamError(text, number)
+
+
+async def api(inbox: Inbox, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One API request, such as `STREAM.INFO.name`. Raises what `check` raises, and what `Inbox.request` does."""
+    payload = json.dumps(body).encode() if body else b""
+    message = await inbox.request(f"{API}.{verb}", payload, budget_s=API_BUDGET_S)
+    return check(json.loads(message.data))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """Where a stream stands. `incarnation` tells a stream from another of the same name made later."""
+
+    incarnation: str
+    first_sequence: int
+    last_sequence: int
+    messages: int
+    bytes: int
+
+
+async def stream_state(inbox: Inbox, stream: str) -> StreamState:
+    """The state of a stream, from its leader."""
+    info = await api(inbox, f"STREAM.INFO.{stream}")
+    state = info["state"]
+    return StreamState(info["created"], state["first_seq"], state["last_seq"], state["messages"], state["bytes"])
+
+
+async def ensure_log(inbox: Inbox, site: str, *, replicas: int = 1) -> StreamState:
+    """Make the log of a site, or bring an existing one up to this configuration."""
+    name = subjects.log_stream(site)
+    config = {
+        "name": name,
+        "subjects": [subjects.log_event(site, "*", "*", "*")],
+        "retention": "limits",
+        "discard": "new",
+        "storage": "file",
+        "num_replicas": replicas,
+        "duplicate_window": subjects.LOG_DUPLICATE_WINDOW_S * 1_000_000_000,
+        "allow_atomic": True,
+        "allow_rollup_hdrs": True,
+        "allow_direct": True,
+        "deny_delete": False,
+        "max_msgs_per_subject": -1,
+    }
+    await _ensure(inbox, config)
+    return await stream_state(inbox, name)
+
+
+async def ensure_bucket(inbox: Inbox, bucket: str, *, replicas: int = 1) -> None:
+    """Make a KV bucket as `nats kv add` would (ADR-8), with a history of one."""
+    await _ensure(
+        inbox,
+        {
+            "name": f"KV_{bucket}",
+            "subjects": [f"$KV.{bucket}.>"],
+            "storage": "file",
+            "num_replicas": replicas,
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+            "allow_direct": True,
+        },
+    )
+
+
+async def _ensure(inbox: Inbox, config: dict[str, Any]) -> None:
+    name = config["name"]
+    try:
+        await api(inbox, f"STREAM.INFO.{name}")
+    except NotFound:
+        await api(inbox, f"STREAM.CREATE.{name}", config)
+    else:
+        await api(inbox, f"STREAM.UPDATE.{name}", config)
+
+
+def is_refused_batch(error: MnemeshError) -> bool:
+    """Whether a batch as a whole was refused for something that one member did."""
+    return isinstance(error, Conflict) or (
+        isinstance(error, JetStreamError) and error.err_code == BATCH_HOLDS_DUPLICATE
+    )

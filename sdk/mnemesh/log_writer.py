@@ -1,0 +1,256 @@
+"""Appending to the log: group commit by JetStream's atomic batches (ADR-50).
+
+Whatever is appended while a commit is under way goes into the next one, so batches grow with the load and a lone write
+waits for nobody. One sync then pays for the whole batch.
+
+https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-50.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import nats.nuid
+
+from mnemesh.connection import Link
+from mnemesh.errors import Busy, Conflict, Internal, MnemeshError
+from mnemesh.inbox import Inbox
+from mnemesh.jetstream import check, is_refused_batch
+
+MESSAGE_ID = "Nats-Msg-Id"
+EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+ROLLUP = "Nats-Rollup"
+BATCH_ID = "Nats-Batch-Id"
+BATCH_SEQUENCE = "Nats-Batch-Sequence"
+BATCH_COMMIT = "Nats-Batch-Commit"
+
+MOST_IN_BATCH = 1000
+"""nats-server's limit for one atomic batch."""
+MOST_BYTES_IN_BATCH = 8 * 1024 * 1024
+MOST_WAITING = 65_536
+COMMIT_S = 5.0
+
+
+class Append(NamedTuple):
+    """One message to append. `expected` is the subject's last sequence for compare-and-set (0: there is none).
+
+    `rollup` erases what the subject held before, in the same commit.
+    """
+
+    subject: str
+    payload: bytes
+    event_id: str
+    expected: int | None = None
+    rollup: bool = False
+
+
+class Position(NamedTuple):
+    """Where an append landed. `duplicate`: the id was there already, and this is where."""
+
+    sequence: int
+    duplicate: bool
+
+
+class _Group(NamedTuple):
+    """Appends that one caller waits for. `atomic` ones travel in a batch of their own."""
+
+    appends: Sequence[Append]
+    atomic: bool
+    done: asyncio.Future[list[Position | MnemeshError]]
+
+
+class LogWriter:
+    """Appends to one log. `run` must be running (it is the gateway's background work)."""
+
+    def __init__(self, link: Link, inbox: Inbox) -> None:
+        self._link = link
+        self._inbox = inbox
+        self._groups: deque[_Group] = deque()
+        self._waiting = 0
+        self._wake = asyncio.Event()
+        self._nuid = nats.nuid.NUID()
+        self.commits = 0
+        self.appended = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many appends wait for the next commit."""
+        return self._waiting
+
+    async def append(self, append: Append) -> Position:
+        """Append one message. Raises `Conflict`, `Busy`, or what the connection raises."""
+        (outcome,) = await self._enqueue([append], atomic=False)
+        if isinstance(outcome, MnemeshError):
+            raise outcome
+        return outcome
+
+    async def append_each(self, appends: Sequence[Append]) -> list[Position | MnemeshError]:
+        """Append many, each on its own: a position or an error for each, in order."""
+        return await self._enqueue(appends, atomic=False) if appends else []
+
+    async def append_all(self, appends: Sequence[Append]) -> list[Position]:
+        """Append all (at most 1,000) or none. Raises `Conflict` if any compare-and-set failed."""
+        outcomes = await self._enqueue(appends, atomic=True) if appends else []
+        positions = []
+        for outcome in outcomes:
+            if isinstance(outcome, MnemeshError):
+                raise outcome
+            positions.append(outcome)
+        return positions
+
+    async def run(self) -> None:
+        """Commit for ever. A failed commit fails those who wait for it, and only them."""
+        while True:
+            await self._wake.wait()
+            batch = self._take()
+            appends = [append for group in batch for append in group.appends]
+            try:
+                outcomes = await self._commit(appends, atomic=batch[0].atomic)
+            except MnemeshError as error:
+                outcomes = [error] * len(appends)
+            except BaseException:
+                for group in batch:
+                    group.done.cancel()
+                raise
+            self._hand_out(batch, outcomes)
+
+    async def _enqueue(self, appends: Sequence[Append], *, atomic: bool) -> list[Position | MnemeshError]:
+        if self._waiting + len(appends) > MOST_WAITING:
+            raise Busy(f"{self._waiting} writes wait for the log already", retry_after_ms=100)
+        done: asyncio.Future[list[Position | MnemeshError]] = asyncio.get_running_loop().create_future()
+        self._groups.append(_Group(appends, atomic, done))
+        self._waiting += len(appends)
+        self._wake.set()
+        return await done
+
+    def _take(self) -> list[_Group]:
+        """The groups for one commit: one atomic group alone, or others up to a batch. A large group is alone too."""
+        batch = [self._groups.popleft()]
+        count = len(batch[0].appends)
+        size = _size(batch[0])
+        while self._groups and not batch[0].atomic and not self._groups[0].atomic:
+            count += len(self._groups[0].appends)
+            size += _size(self._groups[0])
+            if count > MOST_IN_BATCH or size > MOST_BYTES_IN_BATCH:
+                break
+            batch.append(self._groups.popleft())
+        self._waiting -= sum(len(group.appends) for group in batch)
+        if not self._groups:
+            self._wake.clear()
+        return batch
+
+    async def _commit(self, appends: Sequence[Append], *, atomic: bool) -> list[Position | MnemeshError]:
+        if atomic:
+            try:
+                return list(await self._publish_batch(appends))
+            except MnemeshError as error:
+                if isinstance(error, Conflict) or not is_refused_batch(error):
+                    raise
+            # An id is stored already: this is the retry of a batch whose ack was lost, so all of it is there.
+            return await self._publish_singly(appends)
+        outcomes: list[Position | MnemeshError] = []
+        for chunk in _chunks(appends):
+            if len(chunk) == 1:
+                outcomes += await self._publish_singly(chunk)
+                continue
+            try:
+                outcomes += await self._publish_batch(chunk)
+            except MnemeshError as error:
+                if not is_refused_batch(error):
+                    outcomes += [error] * len(chunk)
+                else:
+                    outcomes += await self._publish_singly(chunk)
+        return outcomes
+
+    async def _publish_batch(self, appends: Sequence[Append]) -> list[Position]:
+        """One atomic batch: all stored at consecutive sequences, or none."""
+        if len(appends) == 1:
+            (outcome,) = await self._publish_singly(appends)
+            if isinstance(outcome, MnemeshError):
+                raise outcome
+            return [outcome]
+        batch_id = self._nuid.next().decode()
+        for sequence, append in enumerate(appends[:-1], 1):
+            headers = _headers(append)
+            headers[BATCH_ID] = batch_id
+            headers[BATCH_SEQUENCE] = str(sequence)
+            await self._link.publish(append.subject, append.payload, headers=headers)
+        last = appends[-1]
+        headers = _headers(last) | {
+            BATCH_ID: batch_id,
+            BATCH_SEQUENCE: str(len(appends)),
+            BATCH_COMMIT: "1",
+        }
+        ack = check(
+            json.loads((await self._inbox.request(last.subject, last.payload, budget_s=COMMIT_S, headers=headers)).data)
+        )
+        if ack.get("count") != len(appends):
+            raise Internal(f"the log acknowledged {ack.get('count')} of {len(appends)} messages of a batch")
+        self.commits += 1
+        self.appended += len(appends)
+        first = ack["seq"] - len(appends) + 1
+        return [Position(first + offset, False) for offset in range(len(appends))]
+
+    async def _publish_singly(self, appends: Sequence[Append]) -> list[Position | MnemeshError]:
+        """Each on its own, all under way at once; the server keeps their order."""
+        return await asyncio.gather(*(self._publish_one(append) for append in appends))
+
+    async def _publish_one(self, append: Append) -> Position | MnemeshError:
+        try:
+            message = await self._inbox.request(
+                append.subject, append.payload, budget_s=COMMIT_S, headers=_headers(append)
+            )
+            ack = check(json.loads(message.data))
+        except MnemeshError as error:
+            return error
+        self.commits += 1
+        self.appended += 1
+        return Position(ack["seq"], ack.get("duplicate", False))
+
+    def _hand_out(self, batch: Sequence[_Group], outcomes: Sequence[Position | MnemeshError]) -> None:
+        start = 0
+        for group in batch:
+            end = start + len(group.appends)
+            if not group.done.done():
+                group.done.set_result(list(outcomes[start:end]))
+            start = end
+
+
+def _headers(append: Append) -> dict[str, str]:
+    headers = {MESSAGE_ID: append.event_id}
+    if append.expected is not None:
+        headers[EXPECTED] = str(append.expected)
+    if append.rollup:
+        headers[ROLLUP] = "sub"
+    return headers
+
+
+def _size(group: _Group) -> int:
+    return sum(len(append.payload) for append in group.appends)
+
+
+def _chunks(appends: Sequence[Append]) -> list[Sequence[Append]]:
+    """Runs of at most a batch, each subject with a compare-and-set or a rollup at most once in its run."""
+    chunks: list[Sequence[Append]] = []
+    start = 0
+    size = 0
+    seen: set[str] = set()
+    exclusive: set[str] = set()
+    for index, append in enumerate(appends):
+        special = append.expected is not None or append.rollup
+        clash = append.subject in exclusive or (special and append.subject in seen)
+        if index - start >= MOST_IN_BATCH or size + len(append.payload) > MOST_BYTES_IN_BATCH or clash:
+            if index > start:
+                chunks.append(appends[start:index])
+            start, size = index, 0
+            seen, exclusive = set(), set()
+        seen.add(append.subject)
+        if special:
+            exclusive.add(append.subject)
+        size += len(append.payload)
+    chunks.append(appends[start:])
+    return chunks

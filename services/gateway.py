@@ -1,0 +1,235 @@
+"""The gateway: takes writes, turns each into one event, and answers when the log has acknowledged it.
+
+    check the document → settle its spaces → stamp the event → append (group commit) → version and token
+
+It holds no state but its clock, so any number of gateways serve one site.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any
+
+import nats.nuid
+
+from mnemesh import messages, subjects, wire
+from mnemesh.actor import Actor, handles
+from mnemesh.call import MESSAGE_ID, Call
+from mnemesh.clock import HybridClock, to_ms
+from mnemesh.connection import Link
+from mnemesh.errors import BadRequest, MnemeshError, NotFound, TooLarge
+from mnemesh.event import Event, decode_event
+from mnemesh.guard import Guard
+from mnemesh.ids import partition_of_tokens, to_token
+from mnemesh.jetstream import api, stream_state
+from mnemesh.log_writer import MOST_IN_BATCH, Append, LogWriter, Position
+from mnemesh.stats import Gauge
+from services.documents import body_of
+from services.spaces import Spaces
+
+LONGEST_ID = 128
+MOST_ENTITIES = 10_000
+DOCUMENTS_A_SLICE = 64
+"""How many documents of an ingest are prepared before other requests get their turn: about 2 ms."""
+
+
+class Gateway(Actor):
+    """Takes writes and commits them to the log."""
+
+    role = "gateway"
+
+    def __init__(self, link: Link, *, site: str, guard: Guard | None = None) -> None:
+        super().__init__(link, guard=guard)
+        self.site = site
+        self._clock = HybridClock()
+        self._spaces = Spaces()
+        self._log = LogWriter(link, self.asker.inbox)
+        self._nuid = nats.nuid.NUID()
+
+    def metadata(self) -> dict[str, str]:
+        return {"site": self.site}
+
+    def gauges(self) -> list[Gauge]:
+        return [
+            Gauge("log_waiting", "Writes that wait for the next commit", lambda: self._log.waiting),
+            Gauge("log_commits", "Commits to the log", lambda: self._log.commits),
+            Gauge("log_appended", "Events appended to the log", lambda: self._log.appended),
+        ]
+
+    def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        return {
+            "log": self._log.run,
+            "spaces": partial(self._spaces.follow, self.link, self.asker.inbox),
+        }
+
+    async def prepare(self) -> None:
+        """Start the clock no earlier than the newest stamp in the log, whatever the machine's clock says."""
+        stream = subjects.log_stream(self.site)
+        state = await stream_state(self.asker.inbox, stream)
+        if not state.messages:
+            return
+        try:
+            reply = await api(self.asker.inbox, f"STREAM.MSG.GET.{stream}", {"seq": state.last_sequence})
+        except NotFound:
+            return
+        self._clock.observe(decode_event(base64.b64decode(reply["message"]["data"])).hlc)
+
+    async def ready(self) -> None:
+        await self._spaces.ready.wait()
+
+    # ── operations ──────────────────────────────────────────────────────────────────────────────────────────
+
+    @handles(subjects.SET_CONTEXT)
+    async def set_context(self, request: messages.SetContext, call: Call) -> messages.Written:
+        append = await self._put(request, call, self._event_id(call))
+        return self._written(request.entity_id, await self._log.append(append))
+
+    @handles(subjects.UPSERT_EMBEDDING)
+    async def upsert_embedding(self, request: messages.UpsertEmbedding, call: Call) -> messages.Written:
+        wanted = {name: value for name in ("metric", "index", "model") if (value := getattr(request, name)) is not None}
+        entity = messages.Entity(
+            entity_id=request.entity_id,
+            type=request.type,
+            attributes=request.attributes,
+            vectors={request.space: request.vector},
+            expected_version=request.expected_version,
+        )
+        append = await self._put(entity, call, self._event_id(call), wanted={request.space: wanted})
+        return self._written(request.entity_id, await self._log.append(append))
+
+    @handles(subjects.FORGET)
+    async def forget(self, request: messages.Forget, call: Call) -> messages.Written:
+        append = self._append(
+            request.entity_id, "forget", {}, call, self._event_id(call), request.expected_version, rollup=True
+        )
+        return self._written(request.entity_id, await self._log.append(append))
+
+    @handles(subjects.INGEST)
+    async def ingest(self, request: messages.Ingest, call: Call) -> messages.Ingested:
+        if not request.entities:
+            raise BadRequest("ingest needs at least one entity")
+        most = MOST_IN_BATCH if request.atomic else MOST_ENTITIES
+        if len(request.entities) > most:
+            raise TooLarge(f"ingest takes at most {most} entities here; this request has {len(request.entities)}")
+        event_id = self._event_id(call)
+        appends: list[Append | MnemeshError] = []
+        for index, document in enumerate(request.entities):
+            if index % DOCUMENTS_A_SLICE == DOCUMENTS_A_SLICE - 1:
+                await asyncio.sleep(0)
+            try:
+                entity = wire.convert(document, messages.Entity)
+                appends.append(await self._put(entity, call, f"{event_id}.{index}"))
+            except MnemeshError as error:
+                if request.atomic:
+                    raise type(error)(f"entity {index}: {error.message}") from error
+                appends.append(error)
+        good = [append for append in appends if isinstance(append, Append)]
+        append_many = self._log.append_all if request.atomic else self._log.append_each
+        written = iter(await append_many(good))
+        outcomes = [next(written) if isinstance(append, Append) else append for append in appends]
+        return self._ingested(request, outcomes)
+
+    # ── from request to event ───────────────────────────────────────────────────────────────────────────────
+
+    async def _put(
+        self,
+        entity: messages.Entity,
+        call: Call,
+        event_id: str,
+        wanted: Mapping[str, dict[str, Any]] | None = None,
+    ) -> Append:
+        body = body_of(entity)
+        settings = {}
+        for name, vector in body.get("vectors", {}).items():
+            space = await self._spaces.settle(
+                self.asker.inbox, call.caller.tenant, name, len(vector), (wanted or {}).get(name)
+            )
+            if beyond := space.settings():
+                settings[name] = beyond
+        if settings:
+            body["spaces"] = settings
+        return self._append(
+            entity.entity_id,
+            "put",
+            body,
+            call,
+            event_id,
+            entity.expected_version,
+            valid_from=to_ms(entity.valid_from) if entity.valid_from else None,
+            valid_to=to_ms(entity.valid_to) if entity.valid_to else None,
+        )
+
+    def _append(
+        self,
+        entity_id: str,
+        op: Any,
+        body: dict[str, Any],
+        call: Call,
+        event_id: str,
+        expected: int | None,
+        *,
+        valid_from: int | None = None,
+        valid_to: int | None = None,
+        rollup: bool = False,
+    ) -> Append:
+        tenant = call.caller.tenant
+        token = to_token(entity_id)
+        event = Event(
+            id=event_id,
+            tenant=tenant,
+            entity_id=entity_id,
+            op=op,
+            agent=call.caller.agent,
+            site=self.site,
+            hlc=self._clock.now(),
+            body=body,
+            valid_from=valid_from,
+            valid_to=valid_to,
+        )
+        subject = subjects.log_event(self.site, tenant, partition_of_tokens(tenant, token), token)
+        return Append(subject, event.encode(), event_id, expected, rollup)
+
+    def _event_id(self, call: Call) -> str:
+        """The caller's own id for the write, scoped to the caller so that nobody can take another's; else a new one."""
+        named = call.headers.get(MESSAGE_ID)
+        if named is None:
+            named = self._nuid.next().decode()
+        elif not 0 < len(named) <= LONGEST_ID:
+            raise BadRequest(f"{MESSAGE_ID} must have 1 to {LONGEST_ID} characters")
+        return f"{call.caller.tenant}.{call.caller.agent}.{named}"
+
+    def _written(self, entity_id: str, position: Position) -> messages.Written:
+        return messages.Written(
+            entity_id=entity_id,
+            version=position.sequence,
+            token={self.site: position.sequence},
+            duplicate=position.duplicate,
+        )
+
+    def _ingested(self, request: messages.Ingest, outcomes: list[Position | MnemeshError]) -> messages.Ingested:
+        errors = {
+            str(index): messages.Outcome(
+                entity_id=_named(request.entities[index])[:256],
+                code=outcome.code,
+                message=outcome.message,
+            )
+            for index, outcome in enumerate(outcomes)
+            if isinstance(outcome, MnemeshError)
+        }
+        versions = [None if isinstance(outcome, MnemeshError) else outcome.sequence for outcome in outcomes]
+        last = max((version for version in versions if version is not None), default=0)
+        return messages.Ingested(
+            accepted=len(outcomes) - len(errors),
+            refused=len(errors),
+            token={self.site: last} if last else {},
+            versions=versions,
+            errors=errors,
+        )
+
+
+def _named(document: object) -> str:
+    """The id in a document that may be anything."""
+    return str(document.get("entity_id", "")) if isinstance(document, dict) else ""

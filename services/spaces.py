@@ -1,0 +1,79 @@
+"""The vector spaces of every tenant: the first vector settles dimension, metric, index and model.
+
+Kept in a KV bucket, where the first gateway to create a space wins and all others follow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from mnemesh import subjects
+from mnemesh.connection import Link
+from mnemesh.errors import BadRequest, Conflict
+from mnemesh.inbox import Inbox
+from mnemesh.kv import BucketView, create
+
+
+class Space(msgspec.Struct, frozen=True):
+    """One named vector space. `model` names what made the vectors, for people."""
+
+    dimension: int
+    metric: str = "cosine"
+    index: str = "auto"
+    model: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What a store needs beside the dimension, where it is not the default."""
+        defaults = Space(self.dimension)
+        return {
+            name: getattr(self, name)
+            for name in ("metric", "index", "model")
+            if getattr(self, name) != getattr(defaults, name)
+        }
+
+
+class Spaces:
+    """The known spaces; `follow` keeps them current."""
+
+    def __init__(self) -> None:
+        self._view = BucketView(subjects.SPACES.name)
+        self._known: dict[str, Space] = {}
+
+    @property
+    def ready(self) -> asyncio.Event:
+        return self._view.ready
+
+    async def follow(self, link: Link, inbox: Inbox) -> None:
+        await self._view.follow(link, inbox)
+
+    async def settle(
+        self, inbox: Inbox, tenant: str, name: str, dimension: int, wanted: dict[str, Any] | None = None
+    ) -> Space:
+        """The space, made if it is new. Raises `BadRequest` if it has another dimension, metric, index or model."""
+        key = f"{tenant}.{name}"
+        space = self._known.get(key)
+        if space is None:
+            space = self._known[key] = await self._find_or_create(inbox, key, Space(dimension, **(wanted or {})))
+        if space.dimension != dimension:
+            raise BadRequest(f"space {name!r} has {space.dimension} dimensions; this vector has {dimension}")
+        for setting, value in (wanted or {}).items():
+            if getattr(space, setting) != value:
+                raise BadRequest(
+                    f"space {name!r} has {setting} {getattr(space, setting)!r}, not {value!r}; "
+                    "it was settled by its first vector"
+                )
+        return space
+
+    async def _find_or_create(self, inbox: Inbox, key: str, space: Space) -> Space:
+        held = self._view.entries.get(key)
+        if held is None:
+            try:
+                await create(inbox, subjects.SPACES.name, key, msgspec.json.encode(space))
+            except Conflict:
+                held = await self._view.wait_for(key)
+            else:
+                return space
+        return msgspec.json.decode(held, type=Space)

@@ -1,0 +1,506 @@
+"""The embedded store: what it remembers, what it shows at which time, and that a replay always ends in the same place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_merge import FUTURE, forget, interleaved, put, records, site_logs
+
+from memory_shards.merge import Document
+from memory_shards.stores.sqlite import SqliteStore
+from mnemesh.clock import stamp_ms
+from mnemesh.event import Event, Record
+
+ENTITIES = ("pump", "valve")
+ALL = frozenset(range(64))
+
+
+def opened(folder: Path, site: str = "hub", partitions: frozenset[int] = ALL, incarnation: str = "1") -> SqliteStore:
+    return SqliteStore(folder, site=site, partitions=partitions, incarnation=incarnation)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = opened(tmp_path)
+    yield store
+    store.close()
+
+
+def write(store: SqliteStore, *events: Event) -> None:
+    """Append events to the store's log and apply them as one batch."""
+    first = store.watermark + 1
+    log = [Record(n, n * 5, 0, event) for n, event in enumerate(events, first)]
+    store.apply(log, log[-1].sequence)
+
+
+def got(store: SqliteStore, entity_id: str = "pump", **times: int) -> Document:
+    document = store.get("acme", entity_id, **times)
+    assert document is not None
+    return document
+
+
+# ── against a model ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Model:
+    """What the store must show, the slow and obvious way: keep every event, and look for the largest."""
+
+    def __init__(self, log: list[Record]) -> None:
+        self.log: dict[str, list[tuple[Record, tuple[int, str]]]] = {}
+        stamps: dict[tuple[str, str], int] = {}
+        for record in log:
+            event = record.event
+            of = event.entity_id, event.site
+            stamps[of] = max(event.hlc, stamps.get(of, -1) + 1)
+            self.log.setdefault(event.entity_id, []).append((record, (stamps[of], event.site)))
+
+    def left(self, entity_id: str) -> list[tuple[Record, tuple[int, str]]]:
+        """The events that no forget has erased."""
+        log = self.log.get(entity_id, [])
+        erased = max((mark for record, mark in log if record.event.op == "forget"), default=(-1, ""))
+        return [(record, mark) for record, mark in log if mark >= erased]
+
+    def get(self, entity_id: str, as_of: int, valid_at: int) -> dict[str, Any] | None:
+        best: dict[tuple[str, ...], tuple[tuple[int, tuple[int, str], int], Any]] = {}
+        visible = False
+        for record, mark in self.left(entity_id):
+            event, body = record.event, record.event.body
+            implied = stamp_ms(mark[0])
+            start = implied if event.valid_from is None else event.valid_from
+            since = min(start, record.recorded_at) if start == implied else start
+            end = event.valid_to if event.valid_to is not None else valid_at + 1
+            if event.op == "forget" or record.recorded_at > as_of or not since <= valid_at < end:
+                continue
+            visible = True
+            said: list[tuple[tuple[str, ...], Any]] = [(("attribute", name), v) for name, v in body.get("attributes", {}).items()]
+            said += [((name,), body[name] or None) for name in ("type", "text") if name in body]
+            said += [(("edge", e["relation"], e["target_id"]), None) for e in body.get("remove_edges", [])]
+            said += [(("edge", e["relation"], e["target_id"]), e) for e in body.get("edges", [])]
+            said += [(("space", name), None) for name in body.get("remove_vectors", [])]
+            said += [(("space", name), name) for name in body.get("vectors", {})]
+            for turn, (thing, value) in enumerate(said):
+                key = start, mark, turn
+                if thing not in best or key > best[thing][0]:
+                    best[thing] = key, value
+        if not visible:
+            return None
+        held = {thing: value for thing, (_, value) in sorted(best.items()) if value is not None}
+        return {
+            "type": held.get(("type",)),
+            "text": held.get(("text",)),
+            "attributes": {thing[1]: value for thing, value in held.items() if thing[0] == "attribute"},
+            "edges": [value for thing, value in held.items() if thing[0] == "edge"],
+            "spaces": [value for thing, value in held.items() if thing[0] == "space"],
+        }
+
+
+def shown(document: Document | None) -> dict[str, Any] | None:
+    if document is None:
+        return None
+    return {name: getattr(document, name) for name in ("type", "text", "attributes", "edges", "spaces")}
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> list[Record]:
+    return records(draw(interleaved(draw(site_logs(ENTITIES)))))
+
+
+def apply_in(store: SqliteStore, log: list[Record], cuts: list[int]) -> None:
+    """Apply the log in the batches that `cuts` make of it."""
+    for start, end in zip([0, *cuts], [*cuts, len(log)], strict=True):
+        batch = log[start:end]
+        store.apply(batch, batch[-1].sequence if batch else store.watermark)
+
+
+@st.composite
+def cuts_of(draw: st.DrawFn, log: list[Record]) -> list[int]:
+    return sorted(draw(st.lists(st.integers(0, len(log)), max_size=4)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), logs())
+def test_the_store_shows_what_a_model_shows(data: st.DataObject, log: list[Record]) -> None:
+    model, now = Model(log), 1_000_000
+    with tempfile.TemporaryDirectory() as folder:
+        store = opened(Path(folder))
+        apply_in(store, log, data.draw(cuts_of(log)))
+        edges = 0
+        for entity_id in ENTITIES:
+            current = model.get(entity_id, now, now)
+            assert shown(store.get("acme", entity_id)) == current
+            for as_of, valid_at in ((20, 20), (now, 25), (35, now), (now, FUTURE + 1)):
+                document = store.get("acme", entity_id, as_of_ms=as_of, valid_at_ms=valid_at)
+                assert shown(document) == model.get(entity_id, as_of, valid_at)
+
+            outward = [(entity_id, e["relation"], e["target_id"]) for e in current["edges"]] if current else []
+            assert store.expand("acme", [entity_id]) == (sorted(outward), False)
+            edges += len(outward)
+            told = [event.event_id for event in store.timeline("acme", entity_id)]
+            assert told == [record.event.id for record, _ in model.left(entity_id)]
+            timeless = all(r.event.valid_from is r.event.valid_to is None for r, _ in model.left(entity_id))
+            if timeless:  # a search does not look at validity
+                found = [hit.entity_id for hit in store.search_text("acme", "leaks", 10)]
+                assert (entity_id in found) == (current is not None and current["text"] == "leaks")
+        both, _ = store.expand("acme", ENTITIES, direction="in")
+        assert len(both) <= edges
+        store.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), logs())
+def test_any_split_into_batches_and_any_replay_give_the_same_digest(data: st.DataObject, log: list[Record]) -> None:
+    digests = set()
+    for cuts in ([], list(range(len(log))), data.draw(cuts_of(log))):
+        with tempfile.TemporaryDirectory() as folder:
+            store = opened(Path(folder))
+            apply_in(store, log, cuts)
+            digests.add(store.digest())
+            store.apply(log, store.watermark)
+            digests.add(store.digest())
+            store.close()
+            store = opened(Path(folder))
+            store.apply(log, store.watermark)
+            digests.add(store.digest())
+            store.close()
+    assert len(digests) == 1
+
+
+def test_a_digest_tells_states_apart_but_not_the_order_in_which_entities_were_met(tmp_path: Path) -> None:
+    one, other = opened(tmp_path / "1"), opened(tmp_path / "2")
+    pump, valve = put(attributes={"a": 1}), put(entity_id="valve", id="v")
+    write(one, pump, valve)
+    write(other, valve, pump)
+    assert one.digest() == other.digest()
+    write(other, put(ms=20, attributes={"a": 2}))
+    assert one.digest() != other.digest()
+    one.close()
+    other.close()
+
+
+# ── apply, crash, open ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_after_a_crash_between_batches_the_store_resumes_at_its_watermark(tmp_path: Path) -> None:
+    log = records([put(ms=n, id=str(n), attributes={"n": n}) for n in range(1, 21)])
+    whole, crashed = opened(tmp_path / "whole"), opened(tmp_path / "crashed")
+    whole.apply(log, 20)
+    crashed.apply(log[:12], 12)
+    shutil.copytree(tmp_path / "crashed", tmp_path / "left")  # what a crash leaves: the file and its open WAL
+    resumed = opened(tmp_path / "left")
+    assert resumed.watermark == 12
+    resumed.apply(log[5:], 20)
+    assert resumed.digest() == whole.digest()
+    for store in (whole, crashed, resumed):
+        store.close()
+
+
+def test_a_batch_that_fails_half_way_leaves_nothing_behind(store: SqliteStore) -> None:
+    write(store, put(attributes={"a": 1}, text="leaks"))
+    before = store.digest()
+    broken: Any = None
+    with pytest.raises(AttributeError):
+        store.apply([Record(2, 10, 0, forget(ms=20)), Record(3, 15, 0, put(ms=30)), broken], 4)
+    assert (store.watermark, store.digest()) == (1, before)
+    write(store, put(ms=40, attributes={"a": 2}))
+    assert got(store).attributes == {"a": 2}
+
+
+def test_the_watermark_may_pass_the_last_record_and_never_goes_back(store: SqliteStore) -> None:
+    store.apply([], 7)
+    assert store.watermark == 7
+    store.apply([Record(3, 1, 0, put())], 3)
+    assert store.watermark == 7
+    assert store.get("acme", "pump") is None
+
+
+@pytest.mark.parametrize("other", [{"site": "edge"}, {"partitions": frozenset({1})}, {"incarnation": "2"}])
+def test_a_store_opened_for_another_log_or_partition_set_starts_from_empty(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    store = opened(tmp_path)
+    write(store, put(attributes={"a": 1}, text="leaks", edges=[{"relation": "feeds", "target_id": "tank"}]))
+    store.close()
+    store = opened(tmp_path)
+    assert store.watermark == 1
+    store.close()
+    store = opened(tmp_path, **other)
+    assert (store.watermark, store.rejected, store.counts()) == (0, 0, (0, 0))
+    assert store.get("acme", "pump") is None
+    assert store.search_text("acme", "leaks", 5) == []
+    store.close()
+
+
+def test_an_event_that_breaks_a_rule_is_skipped_counted_and_named(
+    store: SqliteStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(600):
+        deep = {"in": deep}
+    write(store, put(attributes={"a": 1}), put(ms=11, attributes=[1]), put(ms=12, attributes=deep), put(ms=1 << 47))
+    assert got(store).attributes == {"a": 1}
+    assert got(store).version == 4, "a compare-and-set must name the last event on the subject, skipped or not"
+    assert (store.rejected, store.watermark) == (3, 4)
+    assert "event 2 of the log is skipped: " in caplog.text
+    write(store, put(entity_id="valve", attributes=7))
+    assert store.get("acme", "valve") is None
+    assert store.counts() == (1, 0)
+
+
+def test_reads_go_on_while_a_thread_applies_and_each_sees_one_commit(store: SqliteStore) -> None:
+    def edge(n: int) -> list[dict[str, str]]:
+        return [{"relation": "at", "target_id": f"place-{n}"}]
+
+    events = [put(ms=n, attributes={"n": n}, edges=edge(n), remove_edges=edge(n - 1)) for n in range(1, 401)]
+    log = records(events)
+
+    def follow() -> None:
+        for record in log:
+            store.apply([record], record.sequence)
+
+    store.apply([], 0)
+    writer = threading.Thread(target=follow)
+    writer.start()
+    seen = set()
+    while writer.is_alive() or not seen:
+        floor = store.watermark
+        document = store.get("acme", "pump")
+        if document is not None:
+            n = document.attributes["n"]
+            assert document.edges == edge(n)
+            assert document.version == n >= floor
+            seen.add(n)
+    writer.join()
+    assert got(store).attributes == {"n": 400}
+
+
+# ── documents ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_document_has_all_parts_of_what_was_put(store: SqliteStore) -> None:
+    when = datetime(2026, 7, 1, 12, tzinfo=UTC)
+    body = {
+        "type": "pump",
+        "attributes": {"level": 0.5, "since": when, "tags": ["a", {"b": None}], "raw": b"\x00"},
+        "edges": [{"relation": "feeds", "target_id": "tank", "properties": {"pipe": 3}}, {"relation": "at", "target_id": "x"}],
+        "vectors": {"default": np.ones(4, np.float32)},
+        "text": "It hums.",
+    }
+    write(store, put(**body))
+    document = got(store)
+    assert document.attributes == body["attributes"]
+    assert document.edges == [{"relation": "at", "target_id": "x"}, body["edges"][0]]  # type: ignore[index]  # a list
+    assert (document.type, document.text, document.spaces, document.version) == ("pump", "It hums.", ["default"], 1)
+
+
+@pytest.mark.parametrize("entity_id", ["ü.*> \x00'\"%", "記憶 🧠", "x" * 10_240, "a\x00b"])
+def test_an_id_may_hold_any_text(store: SqliteStore, entity_id: str) -> None:
+    edge = {"relation": "same\x00as", "target_id": entity_id + "!"}
+    write(store, put(entity_id=entity_id, attributes={"a": 1}, edges=[edge]), put(entity_id="a", id="other"))
+    assert got(store, entity_id).edges == [edge]
+    assert store.expand("acme", [entity_id])[0] == [(entity_id, "same\x00as", entity_id + "!")]
+    assert store.expand("acme", [entity_id + "!"], direction="in")[0] == [(entity_id + "!", "same\x00as", entity_id)]
+    assert [event.entity_id for event in store.timeline("acme", entity_id)] == [entity_id]
+
+
+def test_tenants_do_not_see_each_other(store: SqliteStore) -> None:
+    edges = [{"relation": "feeds", "target_id": "tank"}]
+    ours = put(attributes={"who": "us"}, text="secret", edges=edges)
+    theirs = Event(id="t", tenant="rival", entity_id="pump", op="put", agent="eve", site="hub", hlc=1, body={"text": "own"})
+    write(store, ours, theirs)
+    assert got(store).attributes == {"who": "us"}
+    assert store.search_text("rival", "secret", 5) == []
+    assert store.expand("rival", ["pump"])[0] == store.expand("rival", ["tank"], direction="in")[0] == []
+    assert [event.event_id for event in store.timeline_range("rival")] == ["t"]
+
+
+def test_attributes_and_edges_are_shown_as_of_a_time_and_as_valid_at_a_time(store: SqliteStore) -> None:
+    old, new = {"relation": "at", "target_id": "old"}, {"relation": "at", "target_id": "new"}
+    write(
+        store,
+        put(ms=5, attributes={"level": 1}, edges=[old]),
+        put(ms=10, attributes={"level": 2}, edges=[new], remove_edges=[old]),
+        put(ms=15, attributes={"level": 9}, valid_from=2, valid_to=4),
+    )
+    assert (got(store).attributes, got(store).edges) == ({"level": 2}, [new])
+    then = got(store, as_of_ms=7)
+    assert (then.attributes, then.edges, then.version) == ({"level": 1}, [old], 1)
+    assert got(store, valid_at_ms=3).attributes == {"level": 9}, "learned late, but true then"
+    assert store.get("acme", "pump", as_of_ms=7, valid_at_ms=3) is None, "not known then"
+    assert (got(store, valid_at_ms=7).edges, got(store, valid_at_ms=12).edges) == ([old], [new])
+
+
+def test_a_plan_for_the_future_shows_neither_in_documents_nor_on_walks_until_it_holds(store: SqliteStore) -> None:
+    now, later = ({"relation": "at", "target_id": name} for name in ("here", "there"))
+    write(store, put(edges=[now]), put(ms=20, valid_from=FUTURE, edges=[later], remove_edges=[now]))
+    assert got(store).edges == [now]
+    assert store.expand("acme", ["pump"], direction="both")[0] == [("pump", "at", "here")]
+    assert store.expand("acme", ["here", "there"], direction="in")[0] == [("here", "at", "pump")]
+    assert got(store, valid_at_ms=FUTURE).edges == [later]
+
+
+def test_an_expired_write_uncovers_the_one_before_it(store: SqliteStore) -> None:
+    write(store, put(attributes={"level": 1}), put(ms=20, valid_to=30, attributes={"level": 2}))
+    assert got(store).attributes == {"level": 1}
+
+
+# ── forget ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_forgotten_entity_is_gone_from_every_answer_but_its_tombstone(store: SqliteStore) -> None:
+    write(store, put(type="pump", text="leaks", attributes={"a": 1}, edges=[{"relation": "at", "target_id": "x"}]))
+    write(store, forget(ms=20))
+    assert store.get("acme", "pump") is None
+    assert store.get("acme", "pump", as_of_ms=6) is None
+    assert store.expand("acme", ["pump", "x"], direction="both") == ([], False)
+    assert store.search_text("acme", "leaks", 5) == []
+    assert store.counts() == (0, 0)
+    (tombstone,) = store.timeline("acme", "pump")
+    assert (tombstone.op, tombstone.sequence, tombstone.body) == ("forget", 2, {})
+
+
+def test_a_put_after_a_forget_makes_the_entity_anew_also_within_one_batch(store: SqliteStore) -> None:
+    write(store, put(ms=10, text="old", attributes={"a": 1}), forget(ms=20), put(ms=30, text="new", attributes={"b": 2}))
+    assert (got(store).attributes, got(store).text, got(store).version) == ({"b": 2}, "new", 3)
+    assert [hit.entity_id for hit in store.search_text("acme", "new old", 5)] == ["pump"]
+    assert [event.op for event in store.timeline("acme", "pump")] == ["forget", "put"]
+
+
+def test_a_put_from_another_site_that_a_forget_wins_over_leaves_no_trace(store: SqliteStore) -> None:
+    write(store, forget("hub", 20), put("edge-1", 10, attributes={"a": 1}, text="late"))
+    assert store.get("acme", "pump") is None
+    assert store.search_text("acme", "late", 5) == []
+    assert [event.op for event in store.timeline("acme", "pump")] == ["forget"]
+
+
+# ── timelines ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_timeline_keeps_fields_that_this_version_does_not_know_and_only_the_dimension_of_vectors(
+    store: SqliteStore,
+) -> None:
+    write(store, put(mood="calm", vectors={"default": np.ones(4, np.float32)}, extra={"signature": b"x"}))
+    (event,) = store.timeline("acme", "pump")
+    assert event.body == {"mood": "calm", "vectors": {"default": {"dimension": 4}}, "extra": {"signature": b"x"}}
+
+
+def test_a_timeline_is_read_in_pages_in_log_order_with_times_in_utc(store: SqliteStore) -> None:
+    write(store, *(put(ms=n, id=str(n), valid_from=100 - n, valid_to=FUTURE) for n in range(1, 6)))
+    first = store.timeline("acme", "pump", after=0, limit=2)
+    rest = store.timeline("acme", "pump", after=first[-1].sequence, limit=10)
+    assert [event.sequence for event in first + rest] == [1, 2, 3, 4, 5]
+    assert first[0].recorded_at == datetime(1970, 1, 1, 0, 0, 0, 5_000, tzinfo=UTC)
+    assert first[0].valid_from == datetime(1970, 1, 1, 0, 0, 0, 99_000, tzinfo=UTC)
+    assert first[0].valid_to == datetime(2096, 10, 2, 7, 6, 40, tzinfo=UTC)
+
+
+def test_a_range_holds_the_events_that_begin_in_it_in_log_order(store: SqliteStore) -> None:
+    write(store, *(put(ms=n, id=str(n), entity_id=f"e{n % 2}", type=f"t{n % 2}", valid_from=100 - n) for n in range(1, 9)))
+
+    def sequences(*args: Any, **more: Any) -> list[int]:
+        return [event.sequence for event in store.timeline_range("acme", *args, **more)]
+
+    assert sequences(94, 98) == [3, 4, 5, 6]
+    assert sequences(94, 98, after=4, limit=1) == [5]
+    assert sequences(94, 98, "t1") == [3, 5]
+    assert sequences(97) == [1, 2, 3]
+    assert sequences(None, 94) == [7, 8]
+    assert sequences(type="t0", after=2) == [4, 6, 8]
+    assert sequences(limit=3) == [1, 2, 3]
+
+
+def test_a_range_is_chosen_within_its_index(store: SqliteStore) -> None:
+    plans: list[str] = []
+    store._reader.set_trace_callback(plans.append)
+    store.timeline_range("acme", 1, 2)
+    store._reader.set_trace_callback(None)
+    plan = " / ".join(row[3] for row in store._reader.execute(f"EXPLAIN QUERY PLAN {plans[0]}"))
+    assert "USING COVERING INDEX event_by_validity (tenant=? AND valid_from>? AND valid_from<?)" in plan
+
+
+# ── walks ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_node_of_ten_thousand_edges_is_walked_both_ways_and_cut_at_the_limit(store: SqliteStore) -> None:
+    names = [f"s{n:05}" for n in range(10_000)]
+    write(store, put(entity_id="hub", edges=[{"relation": "has", "target_id": name} for name in names]))
+    assert store.expand("acme", ["hub"]) == ([("hub", "has", name) for name in names], False)
+    assert store.expand("acme", ["hub"], limit=10) == ([("hub", "has", name) for name in names[:10]], True)
+    assert store.expand("acme", ["hub"], limit=10_000)[1] is False
+    back, truncated = store.expand("acme", [*reversed(names), "nobody"], direction="in")
+    assert (back, truncated) == ([(name, "has", "hub") for name in names], False)
+    assert store.counts() == (1, 10_000)
+    assert len(got(store, "hub").edges) == 10_000
+
+
+def test_a_walk_takes_the_relations_asked_for_and_no_edge_twice(store: SqliteStore) -> None:
+    edges = [{"relation": r, "target_id": t} for r, t in (("feeds", "tank"), ("feeds", "pump"), ("near", "tank"))]
+    write(store, put(edges=edges), put(entity_id="tank", id="t", edges=[{"relation": "near", "target_id": "pump"}]))
+    feeds = [("pump", "feeds", "pump"), ("pump", "feeds", "tank")]
+    assert store.expand("acme", ["pump", "pump"], ["feeds"], "both") == (feeds, False)
+    assert store.expand("acme", ["pump"], [], "both")[0] == [*feeds, ("pump", "near", "tank")]
+    assert store.expand("acme", [], [], "both") == ([], False)
+
+
+# ── text ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_best_text_comes_first_and_types_narrow_it(store: SqliteStore) -> None:
+    texts = {"a": "a pump leaks oil", "b": "the oil tank and the oil line: oil", "c": "nothing to say"}
+    write(store, *(put(entity_id=name, id=name, type=f"type-{name}", text=text) for name, text in texts.items()))
+    hits = store.search_text("acme", "oil?", 5)
+    assert [hit.entity_id for hit in hits] == ["b", "a"]
+    assert hits[0].score > hits[1].score > 0
+    assert [hit.entity_id for hit in store.search_text("acme", "oil leaks", 1)] == ["a"]
+    assert [hit.entity_id for hit in store.search_text("acme", "oil", 5, "type-a")] == ["a"]
+
+
+def test_a_replaced_text_is_found_by_its_new_words_only(store: SqliteStore) -> None:
+    write(store, put(text="alpha"))
+    write(store, put(ms=20, text="beta"))
+    assert store.search_text("acme", "alpha", 5) == []
+    assert len(store.search_text("acme", "beta", 5)) == 1
+    write(store, put(ms=30, text=""))
+    assert store.search_text("acme", "beta", 5) == []
+    assert got(store).text is None
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        'oil AND NOT "', "NEAR(oil, 2)", "text: oil*", "^oil", "oil\x00leak", "(((oil", "🛢️ oil 🛢️", "oil \ud800",
+        "-oil+", "{oil}", "'oil';--", "oil " + " ".join(f"w{n}" for n in range(1_500)),
+    ],
+)  # fmt: skip
+def test_operators_quotes_and_emoji_are_text_not_syntax(store: SqliteStore, query: str) -> None:
+    write(store, put(text="Oil, crude 🛢️"))
+    assert [hit.entity_id for hit in store.search_text("acme", query, 5)] == ["pump"]
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_a_query(searched: SqliteStore, query: str) -> None:
+    searched.search_text("acme", query, 3)
+
+
+@pytest.fixture(scope="module")
+def searched() -> Iterator[SqliteStore]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = opened(Path(folder))
+        write(store, put(text="a few words, one café"))
+        yield store
+        store.close()
+
+
+def test_accents_and_case_do_not_matter_and_composed_forms_are_the_same_word(searched: SqliteStore) -> None:
+    for query in ("CAFÉ", "cafe", "cafe\u0301"):
+        assert len(searched.search_text("acme", query, 3)) == 1
