@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def load(source: Path = SOURCE) -> Contract:
 
 def subjects_py(contract: Contract) -> str:
     """`sdk/mnemesh/subjects.py`: builders and the operation table."""
-    root = contract["root"]
+    root, roles = contract["root"], contract["roles"]
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
     lines = [
         '"""Subject builders and the operation table. Generated from `subjects.yaml`; do not edit."""',
@@ -62,7 +62,8 @@ def subjects_py(contract: Contract) -> str:
             f"{name.upper()} = Operation(",
             f'    name="{name}",',
             f'    owner="{operation["owner"]}",',
-            f"    callers=({''.join(f'{_quote(role)}, ' for role in operation['callers'])[:-1]}),",
+            f"    callers={_tuple(operation['callers'])},",
+            f"    inboxes={_tuple(roles[role]['inbox'] for role in operation['callers'])},",
             f'    subject="{subject}",',
             f'    served="{served}",',
             f"    request=messages.{operation['request']},",
@@ -106,8 +107,8 @@ def _builder(name: str, about: str, template: str) -> list[str]:
     ]
 
 
-def _quote(text: str) -> str:
-    return f'"{text}"'
+def _tuple(texts: Iterable[str]) -> str:
+    return "(" + "".join(f'"{text}", ' for text in texts)[:-1] + ")"
 
 
 def asyncapi(contract: Contract) -> str:

@@ -23,7 +23,11 @@ class Permissions:
 
 
 def allowed(contract: Contract, role: str) -> Permissions:
-    """Everything that a role may publish and subscribe; whatever is not here the server refuses."""
+    """Everything that a role may publish and subscribe; whatever is not here the server refuses.
+
+    No subject of the server itself is here for an agent: the server sends its answers wherever a request's reply
+    subject points, past all permissions, so even `$SYS.REQ.USER.INFO` would let an agent write into the log.
+    """
     root = contract["root"]
     publish: list[str] = []
     subscribe = [f"{contract['roles'][role]['inbox']}.>"]
@@ -51,7 +55,6 @@ def allowed(contract: Contract, role: str) -> Permissions:
         subscribe.append("$SRV.>")
     if role == "operator":
         publish += ["$SRV.>", "$JS.API.>", "$JS.ACK.>", "$JS.FC.>"]
-    publish.append("$SYS.REQ.USER.INFO")
     return Permissions(tuple(publish), tuple(subscribe), responds=owns)
 
 

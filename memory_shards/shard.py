@@ -115,9 +115,11 @@ class Shard(Actor):
 
     def _open_stores(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        built_for = {"site": self.site, "partitions": self.partitions, "incarnation": self._incarnation}
-        self._documents = SqliteStore(self._folder, **built_for)
-        self._vectors = FaissStore(self._folder, **built_for)
+        origin = self._incarnation
+        self._documents = SqliteStore(
+            self._folder, site=self.site, partitions=self.partitions, incarnation=origin
+        )
+        self._vectors = FaissStore(self._folder, self.partitions, site=self.site, incarnation=origin)
 
     async def release(self) -> None:
         for projection in self._projections:

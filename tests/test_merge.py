@@ -21,9 +21,11 @@ FUTURE = 4_000_000_000_000
 
 def put(site: str = "hub", ms: int = 10, **fields: Any) -> Event:
     """A put by `site`, stamped `ms`; what is no field of an event goes in its body."""
-    known = {name: fields.pop(name) for name in ("id", "entity_id", "valid_from", "valid_to", "extra") if name in fields}
-    event = {"id": f"{site}-{ms}", "tenant": "acme", "entity_id": "pump", "op": "put", "agent": "ann"} | known
-    return Event(**event, site=site, hlc=ms << 16, body=fields)
+    known = {
+        name: fields.pop(name) for name in ("id", "entity_id", "valid_from", "valid_to", "extra") if name in fields
+    }
+    event: dict[str, Any] = {"id": f"{site}-{ms}", "tenant": "acme", "entity_id": "pump"} | known
+    return Event(**event, op="put", agent="ann", site=site, hlc=ms << 16, body=fields)
 
 
 def forget(site: str = "hub", ms: int = 10, entity_id: str = "pump") -> Event:
@@ -43,7 +45,7 @@ def changes(events: list[Event]) -> list[Change]:
 
 
 def seen(state: State) -> tuple[object, ...]:
-    """All of a state that must not depend on the order in which sites were heard. `exact_from` may: it is about our log."""
+    """All of a state that must not depend on the order in which sites were heard. `exact_from` may: it is local."""
     ledger = state.ledger
     keys = ledger.tombstone, ledger.type, ledger.text, ledger.attributes, ledger.spaces
     return state.document("pump", 0), state.edges, keys
@@ -60,7 +62,8 @@ _bodies = st.fixed_dictionaries(
         "text": st.sampled_from(("", "leaks", "hums softly")),
         "attributes": st.dictionaries(_names, st.none() | st.integers(0, 9), max_size=3),
         "edges": st.lists(
-            st.builds(lambda edge, n: edge | ({"properties": {"n": n}} if n else {}), _edge, st.integers(0, 3)), max_size=3
+            st.builds(lambda edge, n: edge | ({"properties": {"n": n}} if n else {}), _edge, st.integers(0, 3)),
+            max_size=3,
         ),
         "remove_edges": st.lists(_edge, max_size=2),
         "vectors": st.dictionaries(_names, st.just(np.ones(3, np.float32)), max_size=2),
@@ -136,7 +139,9 @@ def test_between_sites_the_later_stamp_wins_whichever_is_heard_last() -> None:
 
 
 def test_a_removed_attribute_does_not_come_back_with_an_older_write() -> None:
-    state = merge.fold(changes([put("hub", 20, attributes={"level": None}), put("edge-1", 10, attributes={"level": 3})]))
+    state = merge.fold(
+        changes([put("hub", 20, attributes={"level": None}), put("edge-1", 10, attributes={"level": 3})])
+    )
     assert state.attributes == {}
 
 

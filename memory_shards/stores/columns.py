@@ -70,9 +70,7 @@ class Columns:
         self._types = Column()
         self._attributes: dict[str, Column] = {}
 
-    def describe(
-        self, row: int, kind: str | None, attributes: Mapping[str, object], names: Iterable[str]
-    ) -> None:
+    def describe(self, row: int, kind: str | None, attributes: Mapping[str, object], names: Iterable[str]) -> None:
         """Set the row's type, and those of its attributes that are in `names`; absent ones are cleared."""
         self._types.set(row, kind)
         for name in names:
@@ -143,19 +141,23 @@ class Column:
 
     def _met(self, wanted: Condition, codes: NDArray[np.int32], rows: Rows | None) -> NDArray[np.bool_]:
         op, operand = wanted.op, wanted.operand
-        if op == "exists":
-            return codes != _ABSENT if operand else codes == _ABSENT
-        if op == "ne":
-            return (codes != _ABSENT) & ~self._met(Condition(wanted.attribute, "eq", operand), codes, rows)
+        if op in ("eq", "in"):
+            return self._equal(operand if op == "in" else (operand,), codes, rows)
         if op in _ORDERINGS:
             if isinstance(operand, str):
                 return self._ordered_texts(_ORDERINGS[op], operand, codes)
             return self._numbers_met(_ORDERINGS[op], operand, codes, rows)
+        present: NDArray[np.bool_] = codes != _ABSENT
+        if op == "ne":
+            return present & ~self._equal((operand,), codes, rows)
+        return present if operand else ~present
+
+    def _equal(self, items: Iterable[object], codes: NDArray[np.int32], rows: Rows | None) -> NDArray[np.bool_]:
         met: NDArray[np.bool_] | None = None
-        for item in operand if op == "in" else (operand,):
+        for item in items:
             # Scanning int32 codes costs 19 µs per 100,000 rows: posting lists would not earn their memory.
-            equal = [codes == code for code in self._codes_equal_to(item)]
-            if type(item) in (int, float):
+            equal: list[NDArray[np.bool_]] = [codes == code for code in self._codes_equal_to(item)]
+            if isinstance(item, int | float) and not isinstance(item, bool):
                 equal.append(self._numbers_met(operator.eq, item, codes, rows))
             for same in equal:
                 met = same if met is None else met | same

@@ -114,9 +114,7 @@ class FaissStore:
         self._db = sqlite3.connect(folder / "vectors.db", isolation_level=None, check_same_thread=False)
         # The log is the truth: a tail of commits that is lost with the power is replayed.
         self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
-        keep_or_clear(
-            self._db, site=site, partitions=self._partitions, incarnation=incarnation, layout=_LAYOUT
-        )
+        keep_or_clear(self._db, site=site, partitions=self._partitions, incarnation=incarnation, layout=_LAYOUT)
         self._db.executescript(_SCHEMA)
         self._watermark: int
         (self._watermark,) = self._db.execute("SELECT sequence FROM watermark").fetchone()
@@ -195,9 +193,7 @@ class FaissStore:
             try:
                 # `patch_of` has checked it already, and that costs as much as a row of SQLite.
                 is_plain = isinstance(value, np.ndarray) and value.dtype == np.float32
-                accepted[name] = self._fitting(
-                    record.event, name, value if is_plain else wire.as_vector(value)
-                )
+                accepted[name] = self._fitting(record.event, name, value if is_plain else wire.as_vector(value))
             except MnemeshError as error:
                 self.rejected += 1
                 _log.warning("event %d: its vector in %r is skipped: %s", record.sequence, name, error)
@@ -244,12 +240,9 @@ class FaissStore:
             for tenant, name in made:
                 space = self._spaces[tenant, name]
                 settings = space.dimension, space.metric, space.index, space.model
-                db.execute(
-                    "INSERT INTO spaces VALUES (?, ?, ?, ?, ?, ?, ?)", (space.number, tenant, name, *settings)
-                )
+                db.execute("INSERT INTO spaces VALUES (?, ?, ?, ?, ?, ?, ?)", (space.number, tenant, name, *settings))
             db.executemany(
-                "INSERT INTO entities VALUES (?, ?, ?, ?)"
-                " ON CONFLICT (number) DO UPDATE SET state = excluded.state",
+                "INSERT INTO entities VALUES (?, ?, ?, ?) ON CONFLICT (number) DO UPDATE SET state = excluded.state",
                 [(each.number, each.tenant, each.entity_id, each.encode()) for each in entities],
             )
             db.executemany(
@@ -303,8 +296,7 @@ class FaissStore:
         """The hits of each query, best first, in the order of the queries.
 
         In place of a query that fails stands its error: `NotFound` for an unknown space, `BadRequest` for a
-        vector of another dimension or a wrong filter. Queries of one space without a filter go to FAISS in one
-        call.
+        vector of another dimension or a wrong filter. Queries of one space without a filter share one call.
         """
         faiss.omp_set_num_threads(1)
         answers: dict[int, list[Hit] | MnemeshError] = {}
@@ -337,9 +329,7 @@ class FaissStore:
             raise NotFound(f"no vector space {query.space!r}")
         vector = wire.as_vector(query.vector)
         if len(vector) != space.dimension:
-            raise BadRequest(
-                f"the vector has {len(vector)} dimensions, space {query.space!r} has {space.dimension}"
-            )
+            raise BadRequest(f"the vector has {len(vector)} dimensions, space {query.space!r} has {space.dimension}")
         conditions = parse_filter(query.filter)
         space.adopt()
         if not conditions and query.type is None:
@@ -406,19 +396,12 @@ class FaissStore:
         Reads the whole file. What only tells how it came about (stamps, tombstones, row numbers) is left out.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for row in self._db.execute(
-            "SELECT number, tenant, entity_id, state FROM entities ORDER BY tenant, entity_id"
-        ):
+        for row in self._db.execute("SELECT number, tenant, entity_id, state FROM entities ORDER BY tenant, entity_id"):
             entity = VectorState(*row)
-            vectors = [
-                (name, *self._kept(self._spaces[entity.tenant, name], entity.number))
-                for name in entity.spaces
-            ]
+            vectors = [(name, *self._kept(self._spaces[entity.tenant, name], entity.number)) for name in entity.spaces]
             if vectors or entity.attributes or entity.type is not None:
                 attributes = _sorted(entity.attributes)
-                digest.update(
-                    wire.encode([entity.tenant, entity.entity_id, entity.type, attributes, vectors])
-                )
+                digest.update(wire.encode([entity.tenant, entity.entity_id, entity.type, attributes, vectors]))
         return digest.hexdigest()
 
     # ── the index in memory ─────────────────────────────────────────────────────────────────────────────────

@@ -59,9 +59,7 @@ class _Build(NamedTuple):
 class Space:
     """The rows of one (tenant, space). `number` is its key in the store's file."""
 
-    def __init__(
-        self, number: int, dimension: int, metric: Metric, index: IndexKind, model: str | None
-    ) -> None:
+    def __init__(self, number: int, dimension: int, metric: Metric, index: IndexKind, model: str | None) -> None:
         self.number = number
         self.dimension = dimension
         self.metric: Metric = metric
@@ -296,9 +294,7 @@ def _codes(flat: Any) -> Codes:
     return memory.reshape(flat.ntotal, flat.code_size)
 
 
-def _search(
-    index: Any, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None, parameters: Any
-) -> Found:
+def _search(index: Any, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None, parameters: Any) -> Found:
     """Let FAISS search the rows in `mask` (all if `None`)."""
     bits: Bits | None = None if mask is None else np.packbits(mask, bitorder="little")
     if bits is not None:

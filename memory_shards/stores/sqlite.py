@@ -1,9 +1,13 @@
 """The embedded store: attributes, edges, text and timelines of a shard in one SQLite file, `memory.db`.
 
-`apply` runs on the store's worker thread, with a connection of its own. All reads but `digest` run on one other
-thread, the event loop's, with a second connection: write-ahead logging lets both go on at once, and each read sees
-one committed state. They take from some microseconds to, for the widest questions, milliseconds; `bench/` has the
-numbers. Vectors are in another store. Looks at `memory_shards.merge`, its own `sqlite_*` files, and `mnemesh`.
+Write-ahead logging lets reads go on while `apply` does, and each read sees one committed state. Who may call what:
+
+* `apply` on the store's worker thread, with a connection of its own;
+* `search_text` on any one thread, with a connection of its own: frequent words cost about 1 µs a matching text;
+* `digest` on any thread: it reads everything, on a connection made for it;
+* all other reads on one thread, the event loop's: `get` takes some 14 µs, a wide walk 2 µs an edge.
+
+Vectors are in another store. Looks at `memory_shards.merge`, its own `sqlite_*` files, and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -85,6 +89,7 @@ class SqliteStore:
         self._reader = connect(self._file)
         self._reader.execute("PRAGMA query_only = ON")
         self._snapshot = _Snapshot(self._reader)
+        self._searcher = connect(self._file)
 
     @property
     def watermark(self) -> int:
@@ -125,6 +130,7 @@ class SqliteStore:
 
     def close(self) -> None:
         """Close the file. Neither `apply` nor a read may be under way."""
+        self._searcher.close()
         self._reader.close()
         self._writer.close()
 
@@ -179,7 +185,7 @@ class SqliteStore:
         after: int = 0,
         limit: int = 100,
     ) -> list[TimelineEvent]:
-        """Events of all entities whose valid time starts in [`start_ms`, `end_ms`), after sequence `after`, in log order.
+        """All entities' events whose valid time starts in [`start_ms`, `end_ms`), after sequence `after`, in log order.
 
         With a bound the index on (tenant, valid_from) chooses the page, at a cost that grows with the events in the
         range; without one the log order is walked, at the cost of the page. `type` is the entity's type now.
@@ -208,9 +214,10 @@ class SqliteStore:
         direction: Direction = "out",
         limit: int = 100_000,
     ) -> tuple[list[tuple[str, str, str]], bool]:
-        """The edges one hop from `entity_ids` along `relations` (all if empty), as (from, relation, to) in the walk's direction.
+        """The edges one hop from `entity_ids` along `relations` (all if empty), sorted, without repeats.
 
-        Sorted, without repeats; the flag tells whether there were more than `limit`.
+        Each is (from, relation, to) in the direction walked: `from` is one of `entity_ids`. The flag tells whether
+        there were more than `limit`.
         """
         found: list[tuple[str, str, str]] = []
         wanted = sorted(set(entity_ids))
@@ -235,7 +242,7 @@ class SqliteStore:
             return []
         expression = " OR ".join(f'"{word}"' for word in words)
         values = [expression, tenant, k] if type is None else [expression, tenant, type, k]
-        rows = self._reader.execute(_SEARCH.format(type="" if type is None else " AND type = ?"), values)
+        rows = self._searcher.execute(_SEARCH.format(type="" if type is None else " AND type = ?"), values)
         return [Hit(entity_id=entity_id, score=score) for entity_id, score in rows]
 
     def counts(self) -> tuple[int, int]:

@@ -62,8 +62,11 @@ def connect(file: Path) -> sqlite3.Connection:
     """A connection in autocommit mode that may be handed to another thread, to be used by one at a time."""
     connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False, cached_statements=512)
     # The log is the truth: a commit that a power cut takes back is replayed, for its watermark goes with it.
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "cache_size = -32768"):
-        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten, not only unlinked
+    connection.execute("PRAGMA wal_autocheckpoint = 8192")  # pages: 9 µs an event for commits, 13 at the default
+    connection.execute("PRAGMA cache_size = -32768")  # KiB
     return connection
 
 

@@ -1,8 +1,8 @@
 """What the vector store remembers of one entity, and how an event changes it.
 
-Last writer wins by the keys of `memory_shards.merge`. No history is kept here. So after a forget, a concurrent
-write that a forgotten one had hidden by a later `valid_from` does not come back, as it does in the store of
-attributes. Looks at `memory_shards.merge` and `mnemesh`.
+Last writer wins by the keys of `memory_shards.merge`. No history is kept here. So after a forget, a
+concurrent write that a forgotten one had hidden by a later `valid_from` does not come back, as it does in the
+store of attributes. Looks at `memory_shards.merge` and `mnemesh`.
 """
 
 from __future__ import annotations

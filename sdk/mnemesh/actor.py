@@ -31,8 +31,8 @@ from mnemesh import subjects, wire
 from mnemesh.asker import Asker
 from mnemesh.call import Call, Caller, budget_s, current, error_body, error_headers
 from mnemesh.connection import Link
-from mnemesh.contract import AnyOperation, Role
-from mnemesh.errors import BadRequest, Busy, Internal, MnemeshError, Timeout, TooLarge
+from mnemesh.contract import AnyOperation, Role, reply_is_private
+from mnemesh.errors import BadRequest, Busy, Denied, Internal, MnemeshError, Timeout, TooLarge
 from mnemesh.guard import AllowAll, Guard
 from mnemesh.mailbox import Mailbox
 from mnemesh.stats import Gauge, OperationStats
@@ -186,6 +186,10 @@ class _Server:
     async def on_message(self, message: Msg) -> None:
         """Take a message into the mailbox; nothing here can fail the subscription."""
         now = self._loop.time()
+        if message.reply and not reply_is_private(self._operation, self._tokens(message), message.reply):
+            logger.warning("a request to %s wanted its reply on %s", self._operation.name, message.reply)
+            self._stats.record(Denied.code, 0.0)
+            return
         try:
             deadline = now + budget_s(self._operation, message.headers)
         except BadRequest as error:
@@ -225,8 +229,7 @@ class _Server:
             raise Timeout(f"the budget was spent before {operation.name} began")
         if len(message.data) > operation.max_bytes:
             raise TooLarge(f"{operation.name} takes {operation.max_bytes} bytes; this request has {len(message.data)}")
-        parts = message.subject.split(".")
-        tokens = {name: parts[index] for name, index in self._positions.items()}
+        tokens = self._tokens(message)
         caller = Caller(tokens.get("tenant", ""), tokens.get("agent", ""))
         call = Call(operation, caller, request.deadline, tokens, message.headers or {})
         decoded = wire.decode_as(message.data, operation.request)
@@ -239,6 +242,10 @@ class _Server:
             if isinstance(error, MnemeshError):
                 raise
             raise Timeout(f"{operation.name} did not finish within its budget") from error
+
+    def _tokens(self, message: Msg) -> dict[str, str]:
+        parts = message.subject.split(".")
+        return {name: parts[index] for name, index in self._positions.items()}
 
     async def _refuse(self, message: Msg, error: MnemeshError, arrived: float) -> None:
         code, headers, payload = _error_reply(error, wire.is_json(message.data))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
@@ -22,11 +23,15 @@ _PLACEHOLDER = re.compile(r"<(\w+)>")
 
 @dataclass(frozen=True, kw_only=True)
 class Operation(Generic[Q, R]):
-    """One entry of the contract, from requests `Q` to replies `R`. `served` is the subject the owner listens on."""
+    """One entry of the contract, from requests `Q` to replies `R`.
+
+    `served` is the subject the owner listens on, `inboxes` are the callers' inbox prefixes.
+    """
 
     name: str
     owner: Role
     callers: tuple[Role, ...]
+    inboxes: tuple[str, ...]
     subject: str
     served: str
     request: type[Q]
@@ -60,6 +65,16 @@ class Bucket:
 
 
 AnyOperation = Operation[Any, Any]
+
+
+def reply_is_private(operation: AnyOperation, tokens: Mapping[str, str], reply: str) -> bool:
+    """Whether a reply to this request would go to the inbox of the caller that its tokens name, and to nobody else.
+
+    The server checks where a caller publishes, not where it wants the reply. A service may publish on the reply
+    subject of any request (`allow_responses`), so without this check a caller could have it publish on the log, a
+    bucket, the JetStream API or another's inbox. Ask before anything is sent to a reply subject, refusals included.
+    """
+    return any(reply.startswith(f"{fill(inbox, **tokens)}.") for inbox in operation.inboxes)
 
 
 def fill(template: str, **tokens: str) -> str:

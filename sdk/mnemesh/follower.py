@@ -19,6 +19,7 @@ from typing import NamedTuple
 import nats.errors
 import nats.nuid
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from mnemesh.connection import Link
 from mnemesh.errors import MnemeshError
@@ -59,7 +60,8 @@ class Follower:
         self._stream = stream
         self._incarnation = incarnation
         self._last = after
-        self._deliver = f"{link.options.inbox_prefix}.{nats.nuid.NUID().next().decode()}"
+        self._deliver = ""
+        self._subscription: Subscription | None = None
         self._buffer: deque[Stored | str] = deque()
         self._wake = asyncio.Event()
         self._expected = 1
@@ -69,7 +71,6 @@ class Follower:
 
     async def batches(self, most: int) -> AsyncIterator[list[Stored]]:
         """Lists of 1 to `most` messages in log order, for ever. Raises `StreamShrank`."""
-        subscription = await self._link.subscribe(self._deliver + ".*", self._on_message)
         try:
             await self._create()
             while True:
@@ -85,8 +86,7 @@ class Follower:
                 elif self._broken:
                     await self._create()
         finally:
-            with contextlib.suppress(nats.errors.Error):
-                await subscription.unsubscribe()
+            await self._unsubscribe()
 
     async def _take(self, most: int) -> list[Stored]:
         """Up to `most` messages, answering the flow control that stood between them."""
@@ -106,7 +106,11 @@ class Follower:
         while True:
             try:
                 await self._verify(await stream_state(self._inbox, self._stream))
+                await self._unsubscribe()
                 self._name = nats.nuid.NUID().next().decode()
+                # Not a wildcard for all consumers: nats-server 2.15 does not count one as interest and delivers nothing.
+                self._deliver = f"{self._link.options.inbox_prefix}.{self._name}"
+                self._subscription = await self._link.subscribe(self._deliver, self._on_message)
                 self._buffer.clear()
                 self._wake.clear()
                 self._expected = 1
@@ -118,7 +122,7 @@ class Follower:
                         "stream_name": self._stream,
                         "config": {
                             "name": self._name,
-                            "deliver_subject": f"{self._deliver}.{self._name}",
+                            "deliver_subject": self._deliver,
                             "deliver_policy": "by_start_sequence",
                             "opt_start_seq": self._last + 1,
                             "ack_policy": "none",
@@ -138,6 +142,12 @@ class Follower:
                 self.recreated += 1
                 return
 
+    async def _unsubscribe(self) -> None:
+        if self._subscription is not None:
+            with contextlib.suppress(nats.errors.Error):
+                await self._subscription.unsubscribe()
+            self._subscription = None
+
     async def _verify(self, state: StreamState) -> None:
         if state.incarnation != self._incarnation:
             raise StreamShrank(f"{self._stream} was made anew at {state.incarnation}")
@@ -147,7 +157,7 @@ class Follower:
     async def _on_message(self, message: Msg) -> None:
         headers = message.headers
         if headers and "Status" in headers and not message.data:
-            if message.subject == f"{self._deliver}.{self._name}":
+            if message.subject == self._deliver:
                 self._on_status(message, headers)
             return
         fields = message.reply.split(".")

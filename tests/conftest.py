@@ -1,0 +1,107 @@
+"""Fixtures that many tests share: real servers on free ports, and raw connections to them as any user."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from nats.aio.client import Client
+
+from cli.provision import even_shards, provision
+from cli.server import NatsServer, ServerOptions, free_port
+
+SITE = "hub"
+TENANTS = ("acme", "zeta")
+AGENTS = (("acme", "alice"), ("acme", "bob"), ("zeta", "carol"))
+
+
+@dataclass
+class Raw:
+    """A nats-py connection, and every error that the server sent it."""
+
+    client: Client
+    errors: list[str] = field(default_factory=list)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def settle(self) -> list[str]:
+        """Wait until the server has handled all that was sent; return the errors since the last time.
+
+        Twice, because nats-py writes the PING of `flush` ahead of publishes that are still in its buffer.
+        """
+        await self.client.flush()
+        await self.client.flush()
+        errors, self.errors = self.errors, []
+        return errors
+
+
+async def open_raw(server: NatsServer, user: str) -> Raw:
+    """Log in as a user of the server, with its private inbox."""
+    credential = server.credentials.load(user)
+    raw = Raw(Client())
+
+    async def note(error: Exception) -> None:
+        raw.errors.append(str(error))
+
+    async def note_closed() -> None:
+        raw.closed.set()
+
+    await raw.client.connect(
+        server.url,
+        user=credential.user,
+        password=credential.password,
+        inbox_prefix=credential.inbox_prefix,
+        error_cb=note,
+        closed_cb=note_closed,
+        allow_reconnect=False,
+    )
+    return raw
+
+
+def server_options(data: Path) -> ServerOptions:
+    """Free ports; no sync for each write, which tests of crashes of the machine alone would notice."""
+    return ServerOptions(data=data, site=SITE, port=free_port(), monitoring_port=free_port(), durability="interval")
+
+
+async def start_mesh_server(data: Path) -> NatsServer:
+    """A started server with every role, the agents above, the log, the buckets, two shards in the map."""
+    server = NatsServer(server_options(data))
+    for tenant, agent in AGENTS:
+        server.credentials.add_agent(tenant, agent)
+    await server.start()
+    operator = server.credentials.load("operator")
+    await provision(operator.link_options(), site=SITE, tenants=TENANTS, shards=even_shards(2))
+    return server
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def mesh_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NatsServer]:
+    """A provisioned server that all tests share: leave its users, streams and process as they are."""
+    server = await start_mesh_server(tmp_path_factory.mktemp("mesh"))
+    yield server
+    await server.stop()
+
+
+@pytest_asyncio.fixture
+async def own_mesh_server(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    """A provisioned server of the test's own, to kill, fill or spoil."""
+    server = await start_mesh_server(tmp_path)
+    yield server
+    await server.stop()
+
+
+@pytest_asyncio.fixture
+async def connect_as(mesh_server: NatsServer) -> AsyncIterator[Callable[[str], Awaitable[Raw]]]:
+    """`await connect_as("acme.alice")`: a raw connection to `mesh_server`, closed after the test."""
+    opened: list[Raw] = []
+
+    async def connect(user: str) -> Raw:
+        opened.append(await open_raw(mesh_server, user))
+        return opened[-1]
+
+    yield connect
+    for raw in opened:
+        await raw.client.close()

@@ -1,0 +1,210 @@
+"""The life of a site's nats-server, and the private files of its users."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import stat
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import SITE, open_raw, server_options, start_mesh_server
+
+from cli import server as servers
+from cli.credentials import Credentials
+from cli.server import (
+    OLDEST_SERVER,
+    AddressInUse,
+    DataInUse,
+    NatsServer,
+    NatsServerFailed,
+    NatsServerMissing,
+    find_nats_server,
+    free_port,
+    reload_running,
+    server_version,
+)
+from mnemesh import subjects
+from mnemesh.errors import BadRequest, NotFound
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+async def test_passwords_are_in_private_files_only(tmp_path: Path) -> None:
+    server = NatsServer(server_options(tmp_path / "data"))
+    alice = server.credentials.add_agent("acme", "alice")
+    async with server:
+        assert mode(server.credentials.folder) == 0o700
+        holders = [
+            path
+            for path in (tmp_path / "data").rglob("*")
+            if path.is_file() and alice.password in path.read_text("latin1")
+        ]
+    assert sorted(path.name for path in holders) == ["acme.alice.json", "nats-server.conf"]
+    assert {mode(path) for path in holders} == {0o600}
+
+
+async def test_acknowledged_writes_survive_a_killed_server(tmp_path: Path) -> None:
+    server = await start_mesh_server(tmp_path)
+    gateway = await open_raw(server, "gateway")
+    await gateway.client.request(subjects.log_event(SITE, "acme", 0, "e1"), b"event")
+    await gateway.client.close()
+    await server.kill()
+    assert server.pid is None
+    async with server:
+        operator = await open_raw(server, "operator")
+        info = await operator.client.request(f"$JS.API.STREAM.INFO.{subjects.log_stream(SITE)}")
+        assert json.loads(info.data)["state"]["messages"] == 1
+        await operator.client.close()
+
+
+async def test_a_paused_server_answers_nobody_until_it_is_resumed_and_can_be_stopped_while_paused(
+    tmp_path: Path,
+) -> None:
+    async with NatsServer(server_options(tmp_path)) as server:
+        raw = await open_raw(server, "gateway")
+        server.pause()
+        answer = asyncio.ensure_future(raw.client.flush())
+        done, _ = await asyncio.wait([answer], timeout=0.1)
+        assert not done
+        server.resume()
+        await answer
+        server.pause()
+        await server.stop(timeout_s=10)
+        assert server.pid is None
+        await raw.client.close()
+
+
+async def test_the_end_of_the_process_is_noticed(tmp_path: Path) -> None:
+    async with NatsServer(server_options(tmp_path)) as server:
+        ended = asyncio.ensure_future(server.wait())
+        await server.kill()
+        assert await ended == -signal.SIGKILL
+
+
+async def test_a_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    async with NatsServer(server_options(tmp_path)) as server:
+        with pytest.raises(DataInUse):
+            await NatsServer(server.options).start()
+        assert server.pid is not None
+
+
+@pytest.mark.parametrize("taken", ["port", "monitoring_port"])
+async def test_a_taken_port_is_named_as_such(tmp_path: Path, taken: str) -> None:
+    async with NatsServer(server_options(tmp_path / "one")) as server:
+        port = getattr(server.options, taken)
+        second = replace(server_options(tmp_path / "two"), **{taken: port})
+        with pytest.raises(AddressInUse, match=str(port)):
+            await NatsServer(second).start()
+
+
+async def test_a_server_that_cannot_start_shows_what_it_logged(tmp_path: Path) -> None:
+    options = replace(server_options(tmp_path / "data"), host="no.such.host.invalid")
+    with pytest.raises(NatsServerFailed) as failure:
+        await NatsServer(options).start(timeout_s=20)
+    assert any("no.such.host.invalid" in line for line in failure.value.log_tail)
+
+
+ABANDON = """
+import asyncio, os, sys
+from pathlib import Path
+from cli.server import NatsServer, ServerOptions
+
+async def main():
+    server = NatsServer(ServerOptions(data=Path(sys.argv[1]), port=int(sys.argv[2]), monitoring_port=int(sys.argv[3])))
+    await server.start()
+    print(server.pid, flush=True)
+    os._exit(9)
+
+asyncio.run(main())
+"""
+
+
+async def test_the_orphan_of_a_parent_that_died_is_found_and_replaced(tmp_path: Path) -> None:
+    options = server_options(tmp_path)
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", ABANDON, str(tmp_path), str(options.port), str(options.monitoring_port)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    said, _ = await parent.communicate()
+    orphan = int(said)
+    Credentials(tmp_path, url=options.url).add_agent("acme", "alice")
+    assert await reload_running(tmp_path)
+    server = NatsServer(options)
+    alice = await open_raw(server, "acme.alice")
+    async with server:
+        assert server.pid not in (None, orphan)
+        await asyncio.wait_for(alice.closed.wait(), 10)
+    assert not await reload_running(tmp_path)
+
+
+def test_the_program_found_is_new_enough() -> None:
+    assert server_version(find_nats_server()) >= OLDEST_SERVER
+
+
+def fake_server(folder: Path, version: str) -> Path:
+    """A program that says it is some version of nats-server: real old ones are not at hand."""
+    folder.mkdir()
+    program = folder / "nats-server"
+    program.write_text(f"#!/bin/sh\necho 'nats-server: v{version}'\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_an_old_program_on_the_path_is_passed_over_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = fake_server(tmp_path / "bin", "2.10.4")
+    monkeypatch.setenv("PATH", str(old.parent), prepend=":")
+    assert find_nats_server() != old
+    assert "2.10.4, too old" in caplog.text
+
+
+def test_an_old_program_alone_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = fake_server(tmp_path / "bin", "2.10.4")
+    monkeypatch.setattr(servers, "_candidates", lambda: [old])
+    with pytest.raises(NatsServerMissing, match=r"needs nats-server 2\.12 or later; .*/bin/nats-server is 2\.10\.4"):
+        find_nats_server()
+
+
+# ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_user_keeps_the_password_and_follows_the_server_to_another_url(tmp_path: Path) -> None:
+    first = Credentials(tmp_path).add_agent("acme", "alice")
+    moved = Credentials(tmp_path, url=f"nats://127.0.0.1:{free_port()}").add_agent("acme", "alice")
+    assert moved.password == first.password
+    assert moved.url != first.url
+    assert json.loads(moved.path.read_text())["inbox_prefix"] == subjects.agent_inbox("acme", "alice")
+
+
+def test_every_role_has_a_user_and_no_two_share_a_password(tmp_path: Path) -> None:
+    credentials = Credentials(tmp_path)
+    credentials.ensure_roles()
+    users = [*credentials.list(), credentials.add_agent("acme", "alice")]
+    assert {user.role for user in users} == {"agent", "gateway", "router", "shard", "operator", "sys"}
+    assert len({user.password for user in users}) == len(users)
+
+
+@pytest.mark.parametrize(("tenant", "agent"), [("acme", "../x"), ("a.b", "c"), ("", "alice"), ("acme", "*")])
+def test_a_name_that_is_not_plain_makes_no_file(tmp_path: Path, tenant: str, agent: str) -> None:
+    with pytest.raises(BadRequest):
+        Credentials(tmp_path).add_agent(tenant, agent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_user_is_not_found_and_a_broken_file_is_named(tmp_path: Path) -> None:
+    credentials = Credentials(tmp_path)
+    with pytest.raises(NotFound):
+        credentials.load("acme.nobody")
+    gateway = credentials.ensure("gateway")
+    gateway.path.write_text("{")
+    with pytest.raises(BadRequest, match=r"gateway\.json"):
+        credentials.load("gateway")
+    with pytest.raises(BadRequest):
+        credentials.ensure("agent")
