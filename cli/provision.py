@@ -24,6 +24,22 @@ def even_shards(count: int, replicas: int = 1) -> list[ShardEntry]:
     ]
 
 
+async def ensure_tenants(options: LinkOptions, tenants: Sequence[str]) -> None:
+    """Make tenants that do not exist yet, as the operator."""
+    link = await Link.open(options)
+    try:
+        inbox = Inbox(link)
+        await inbox.open()
+        await _put_tenants(inbox, tenants)
+    finally:
+        await link.close()
+
+
+async def _put_tenants(inbox: Inbox, tenants: Sequence[str]) -> None:
+    for tenant in tenants:
+        await kv.put(inbox, subjects.TENANTS.name, check_name("tenant", tenant), b"{}")
+
+
 async def provision(
     options: LinkOptions, *, site: str, tenants: Sequence[str], shards: Sequence[ShardEntry], log_replicas: int = 1
 ) -> None:
@@ -35,8 +51,7 @@ async def provision(
         await ensure_log(inbox, site, replicas=log_replicas)
         for bucket in subjects.BUCKETS:
             await ensure_bucket(inbox, bucket.name, replicas=log_replicas)
-        for tenant in tenants:
-            await kv.put(inbox, subjects.TENANTS.name, check_name("tenant", tenant), b"{}")
+        await _put_tenants(inbox, tenants)
         for shard in shards:
             await kv.put(inbox, subjects.SHARDS.name, shard.name, shard.encode())
         for name in set(await kv.keys(inbox, subjects.SHARDS.name)) - {shard.name for shard in shards}:

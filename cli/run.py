@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,13 @@ class RunOptions:
     folder: Path = Path("mnemesh-data")
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 0
+    until_stdin_closes: bool = False
 
 
 async def run_service(options: RunOptions, stop: asyncio.Event) -> int:
     """Serve until `stop` is set, then drain. Returns the exit status."""
+    if options.until_stdin_closes:
+        await _stop_when_stdin_closes(stop)
     link = await link_as(options.link, PATIENCE_S)
     host = Host(await _actor(options, link))
     async with observed(host.actors, host=options.metrics_host, port=options.metrics_port) as port:
@@ -49,6 +53,16 @@ async def run_service(options: RunOptions, stop: asyncio.Event) -> int:
         finally:
             stopping.cancel()
     return 0
+
+
+async def _stop_when_stdin_closes(stop: asyncio.Event) -> None:
+    """The parent holds the other end of standard input; the kernel closes it when the parent dies, however it dies."""
+
+    class Watch(asyncio.Protocol):
+        def connection_lost(self, error: Exception | None) -> None:
+            stop.set()
+
+    await asyncio.get_running_loop().connect_read_pipe(Watch, sys.stdin)
 
 
 async def _stop_when(stop: asyncio.Event, host: Host) -> None:

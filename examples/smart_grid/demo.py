@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import date
@@ -71,6 +71,8 @@ class Facts:
 
 
 MemoryFor = Callable[[str], AbstractAsyncContextManager[Memory]]
+PrepareAgents = Callable[[list[str]], Awaitable[None]]
+"""Makes the named agents known to the mesh, before `MemoryFor` is asked for them."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +104,7 @@ def from_flags(flags: argparse.Namespace) -> Options:
     )
 
 
-async def run(options: Options, memory_for: MemoryFor, *, progress: Progress) -> Report:
+async def run(options: Options, memory_for: MemoryFor, *, prepare_agents: PrepareAgents, progress: Progress) -> Report:
     """Read, load, decide, report. Raises `loading.Refused` or a `MnemeshError` if the mesh cannot be loaded."""
     began = time.perf_counter()
     reading = progress.add_task(f"reading {options.grid}", total=None)
@@ -110,6 +112,7 @@ async def run(options: Options, memory_for: MemoryFor, *, progress: Progress) ->
     progress.update(reading, total=1, completed=1)
     read_s = time.perf_counter() - began
 
+    await prepare_agents([LOADER, *map(agent_name, facts.days.subnets)])
     async with memory_for(LOADER) as memory:
         loaded = await _load(memory, facts, read_s, progress)
 
@@ -186,7 +189,10 @@ async def _catch_up(memory: Memory, days: Days, token: Token) -> None:
                     output_fields=[],
                     consistency=loaded,
                 )
-                if found.coverage is None or found.coverage.complete:
+                walked = await memory.traverse(
+                    [documents.subnet_id(days.subnets[0])], relations=[], direction="both", depth=1, limit=1, consistency=loaded
+                )
+                if found.coverage is not None and found.coverage.complete and walked.coverage.complete:
                     return
             await asyncio.sleep(0.1)
 

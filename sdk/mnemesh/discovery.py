@@ -14,6 +14,7 @@ from nats.aio.subscription import Subscription
 
 from mnemesh import subjects
 from mnemesh.actor import Actor
+from mnemesh.asker import Asker
 from mnemesh.stats import OperationStats
 
 VERSION = "0.1.0"
@@ -89,3 +90,8 @@ class Discovery:
             "average_processing_time": int(stats.seconds / stats.requests * _NS) if stats.requests else 0,
             "data": {"codes": dict(stats.codes)},
         }
+
+
+async def ping_all(asker: Asker, *, at_least: int, wait_s: float = 1.0) -> list[dict[str, Any]]:
+    """Every service that answers `$SRV.PING`, as ADR-32 describes it; waits until `at_least` have, or `wait_s`."""
+    return [json.loads(reply.data) for reply in await asker.inbox.gather("$SRV.PING", b"", most=at_least, wait_s=wait_s)]

@@ -7,6 +7,7 @@ whatever happened (nats-py's own response map keeps the entries of requests that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -76,6 +77,28 @@ class Inbox:
         if len(asks) == 1:
             return [await self._settled(asks[0], budget_s, headers)]
         return await asyncio.gather(*(self._settled(ask, budget_s, headers) for ask in asks))
+
+    async def gather(self, subject: str, payload: bytes, *, most: int, wait_s: float) -> list[Msg]:
+        """Send one request and collect the replies of all who answer, until there are `most` or `wait_s` is over."""
+        replies: list[Msg] = []
+        enough = asyncio.Event()
+
+        async def collect(message: Msg) -> None:
+            if not _is_no_responders(message.headers):
+                replies.append(message)
+            if len(replies) >= most:
+                enough.set()
+
+        inbox = f"{self._link.options.inbox_prefix}.{nats.nuid.NUID().next().decode()}"
+        subscription = await self._link.subscribe(inbox, collect)
+        try:
+            await self._link.publish(subject, payload, reply=inbox)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await enough.wait()
+        finally:
+            await subscription.unsubscribe()
+        return replies
 
     async def _settled(self, ask: Ask, budget_s: float, headers: dict[str, str] | None) -> Msg | MnemeshError:
         try:

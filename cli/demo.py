@@ -1,0 +1,95 @@
+"""`mnemesh demo`: the smart grid of `examples/` on a mesh of its own, in a temporary folder unless one is named."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import resource
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from cli.mesh import Mesh, MeshOptions
+from cli.server import ServerOptions, free_port
+from mnemesh import Memory, connect
+from mnemesh.errors import BadRequest
+from mnemesh.host import run as run_process
+
+TENANT = "grid"
+MISSING = "the demo needs its extra: pip install 'mnemesh-server[demo]' (make demo does)"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The demo's own flags, where its extra is installed, and the mesh's."""
+    parser.add_argument("--shards", type=int, default=2, help="shards of the mesh (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="keep the mesh's data in this folder")
+    with contextlib.suppress(ImportError):
+        from examples.smart_grid import demo
+
+        demo.add_flags(parser)
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Returns the exit status. Raises `BadRequest` where the extra is missing or a flag cannot be."""
+    try:
+        from examples.smart_grid import demo
+    except ImportError as error:
+        raise BadRequest(MISSING) from error
+    try:
+        options = demo.from_flags(flags)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+    logging.getLogger().setLevel(logging.WARNING)
+    _allow_sockets(4096)
+    return run_process(lambda stop: _demo(flags, options, stop))
+
+
+async def _demo(flags: argparse.Namespace, options: object, stop: asyncio.Event) -> int:
+    from rich.console import Console
+
+    from examples.smart_grid import demo, report
+
+    console = Console(stderr=flags.json)
+    with contextlib.ExitStack() as cleanup:
+        data = flags.data or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mnemesh-demo-")))
+        server = ServerOptions(data=data, port=free_port(), monitoring_port=free_port())
+        mesh_options = MeshOptions(server=server, shards=flags.shards, tenants=(TENANT,), agents=())
+        async with Mesh(mesh_options) as mesh:
+            credentials = mesh.server.credentials
+
+            async def prepare(agents: list[str]) -> None:
+                for agent in agents:
+                    credentials.add_agent(TENANT, agent)
+                await mesh.server.reload()
+
+            @contextlib.asynccontextmanager
+            async def memory_for(agent: str) -> AsyncIterator[Memory]:
+                async with connect(credentials=credentials.load(f"{TENANT}.{agent}").path) as memory:
+                    yield memory
+
+            with report.bars(console) as progress:
+                work = asyncio.ensure_future(demo.run(options, memory_for, prepare_agents=prepare, progress=progress))
+                stopped = asyncio.ensure_future(stop.wait())
+                await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)
+                stopped.cancel()
+                if not work.done():
+                    work.cancel()
+                    await asyncio.wait([work])
+                    return 130
+                told = await work
+    if flags.json:
+        print(report.as_json(told))
+    else:
+        report.show(told, console)
+    sys.stdout.flush()
+    return 0
+
+
+def _allow_sockets(wanted: int) -> None:
+    """An agent is a connection: let this process and the server it starts have so many open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))

@@ -1,0 +1,205 @@
+"""A whole mesh on one machine: nats-server and every service as a process of its own, kept alive.
+
+`Mesh` is what `mnemesh up`, the demo, the benchmarks and the crash tests run. A process that ends is started again with backoff; the
+services end with their parent, however that ends, because their standard input closes then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from cli.credentials import Credential
+from cli.provision import even_shards, provision
+from cli.server import NatsServer, ServerOptions
+from mnemesh.asker import Asker
+from mnemesh.connection import Link
+from mnemesh.discovery import ping_all
+
+logger = logging.getLogger("mnemesh.mesh")
+
+READY_S = 60.0
+DRAIN_S = 30.0
+FIRST_BACKOFF_S = 0.1
+LONGEST_BACKOFF_S = 5.0
+STEADY_S = 10.0
+"""A process that lived this long has its backoff forgotten."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshOptions:
+    """What runs. `metrics_port` is the first of the services' ports, in the order of `Mesh.children`; 0: any free ones."""
+
+    server: ServerOptions
+    shards: int = 2
+    replicas: int = 1
+    tenants: Sequence[str] = ("demo",)
+    agents: Sequence[tuple[str, str]] = (("demo", "alice"),)
+    metrics_port: int = 0
+
+
+@dataclass
+class Child:
+    """One service process. `name` is unique in the mesh: `gateway`, `router`, `s0.0`, `s0.1`, …"""
+
+    name: str
+    command: list[str]
+    log_file: Path
+    process: asyncio.subprocess.Process | None = None
+    restarts: int = 0
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process is not None and self.process.returncode is None else None
+
+    def send(self, signum: signal.Signals) -> None:
+        """Send a signal, if it runs."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.send_signal(signum)
+
+
+class Mesh:
+    """Starts everything, keeps it alive while the block runs, drains it at the end."""
+
+    def __init__(self, options: MeshOptions) -> None:
+        self.options = options
+        self.server = NatsServer(options.server)
+        self.children: dict[str, Child] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def credential(self, tenant: str, agent: str) -> Credential:
+        """The credentials of an agent that the mesh was started with, or that was added since."""
+        return self.server.credentials.load(f"{tenant}.{agent}")
+
+    async def __aenter__(self) -> Mesh:
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def _start(self) -> None:
+        for tenant, agent in self.options.agents:
+            self.server.credentials.add_agent(tenant, agent)
+        await self.server.start()
+        operator = self.server.credentials.load("operator")
+        await provision(
+            operator.link_options("provision"),
+            site=self.options.server.site,
+            tenants=self.options.tenants,
+            shards=even_shards(self.options.shards, self.options.replicas),
+        )
+        self.children = {child.name: child for child in self._plan()}
+        self._keepers = [asyncio.create_task(self._keep_server(), name="keep nats-server")]
+        self._keepers += [
+            asyncio.create_task(self._keep(child), name=f"keep {child.name}") for child in self.children.values()
+        ]
+        await self.ready()
+
+    def _plan(self) -> list[Child]:
+        data = self.options.server.data.absolute()
+        services = [("gateway", ["gateway"]), ("router", ["router"])]
+        for shard in even_shards(self.options.shards):
+            for replica in range(self.options.replicas):
+                name = f"{shard.name}.{replica}"
+                folder = str(data / "shards" / name)
+                services.append((name, ["shard", "--shard", shard.name, "--folder", folder]))
+        children = []
+        for index, (name, arguments) in enumerate(services):
+            role = arguments[0]
+            port = self.options.metrics_port + index if self.options.metrics_port else 0
+            command = [sys.executable, "-m", "cli.main", "run", *arguments]
+            command += ["--site", self.options.server.site, "--metrics-port", str(port)]
+            command += ["--credentials", str(self.server.credentials.load(role).path), "--until-stdin-closes"]
+            children.append(Child(name, command, data / "logs" / f"{name}.log"))
+        return children
+
+    async def ready(self) -> None:
+        """Wait until every service answers discovery. Raises `TimeoutError`."""
+        operator = self.server.credentials.load("operator")
+        link = await Link.open(operator.link_options("ready"))
+        try:
+            asker = await Asker(link).open()
+            async with asyncio.timeout(READY_S):
+                while len(await ping_all(asker, at_least=len(self.children))) < len(self.children):
+                    pass
+        finally:
+            await link.close()
+
+    async def stop(self) -> None:
+        """Drain the services, gateway first, so that what it has taken is still committed; then stop the server."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for child in self.children.values():
+            child.send(signal.SIGCONT)
+            child.send(signal.SIGTERM)
+        await asyncio.gather(*(_ended(child) for child in self.children.values()))
+        await self.server.stop()
+
+    async def _keep(self, child: Child) -> None:
+        """Run a service, again and again."""
+        loop = asyncio.get_running_loop()
+        backoff = FIRST_BACKOFF_S
+        while True:
+            began = loop.time()
+            child.process = await _spawn(child)
+            status = await child.process.wait()
+            backoff = FIRST_BACKOFF_S if loop.time() - began > STEADY_S else min(LONGEST_BACKOFF_S, backoff * 2)
+            logger.warning("%s ended with status %d; it starts again (%s)", child.name, status, child.log_file)
+            child.restarts += 1
+            await asyncio.sleep(backoff)
+
+    async def _keep_server(self) -> None:
+        while True:
+            status = await self.server.wait()
+            logger.warning("nats-server ended with status %d; it starts again (%s)", status, self.server.log_file)
+            await self.server.kill()
+            await self.server.start()
+
+
+async def _spawn(child: Child) -> asyncio.subprocess.Process:
+    child.log_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(child.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        return await asyncio.create_subprocess_exec(
+            *child.command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=descriptor,
+            stderr=descriptor,
+            start_new_session=True,
+        )
+    finally:
+        os.close(descriptor)
+
+
+async def _ended(child: Child) -> None:
+    """Wait for a service to drain; kill it if it does not."""
+    if child.process is None:
+        return
+    try:
+        async with asyncio.timeout(DRAIN_S):
+            await child.process.wait()
+    except TimeoutError:
+        logger.warning("%s did not drain in %s s; killing it", child.name, DRAIN_S)
+        with contextlib.suppress(ProcessLookupError):
+            child.process.kill()
+        await child.process.wait()
