@@ -1,0 +1,53 @@
+# make demo      the smart-grid demo                 make test     lint, types, contract drift, all tests
+# make bench     measure (ARGS="--suite core --json")  make ledger   the long crash test (ARGS="--seconds 600")
+# Everything is installed into .venv, from constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: test lint types contract unit demo bench ledger generate clean
+
+test: lint types contract unit
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev $(VENV)/demo
+	$(BIN)/mypy sdk/mnemesh memory_shards router services cli bench examples
+
+contract: $(VENV)/dev
+	$(BIN)/mnemesh contract check
+
+unit: $(VENV)/dev $(VENV)/demo
+	$(BIN)/pytest $(ARGS)
+
+demo: $(VENV)/demo
+	$(BIN)/mnemesh demo $(ARGS)
+
+bench: $(VENV)/demo
+	$(BIN)/mnemesh bench $(ARGS)
+
+ledger: $(VENV)/dev
+	$(BIN)/python -m tests.ledger $(ARGS)
+
+generate: $(VENV)/dev
+	$(BIN)/mnemesh contract generate
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/base: pyproject.toml sdk/pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ./sdk --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/demo: $(VENV)/base
+	$(PIP) --editable '.[demo]'
+	touch $@
