@@ -12,7 +12,7 @@ an error when it starts. Each operation has its own mailbox. A request lives lik
     callback: reply subject private?  →  mailbox (full: `busy`)  →  budget left?  →  decode  →  guard  →  handler  →  reply
 
 `drain` loses nothing: unsubscribe, finish the mailboxes, flush the replies. The background work of an actor
-(`background`) is supervised. Discovery (ADR-32) is `discovery.py`, the process around actors `host.py`.
+(`background`) is supervised; it ends after the drain, and only then `close` gives back what both used. Discovery (ADR-32) is `discovery.py`, the process around actors `host.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Request(NamedTuple):
 
 
 class Actor:
-    """Base of everything that serves operations. Start it with `start`, end it with `drain`."""
+    """Base of everything that serves operations. Start it with `start`, end it with `drain` and `close`."""
 
     role: ClassVar[Role]
 
@@ -77,6 +77,7 @@ class Actor:
         self.stats: dict[str, OperationStats] = {}
         self._mailboxes: dict[str, Mailbox[_Request]] = {}
         self._subscriptions: list[Subscription] = []
+        self._prepared = False
 
     # ── what a subclass says about itself ───────────────────────────────────────────────────────────────────
 
@@ -107,7 +108,7 @@ class Actor:
         """Wait for what the background work must have reached before the first request."""
 
     async def release(self) -> None:
-        """Give back what `prepare` took, after the last request."""
+        """Give back what `prepare` took, after the last request and the background work."""
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -130,6 +131,7 @@ class Actor:
         """Prepare, subscribe, and serve in tasks of `tasks`, which also runs the supervised background work."""
         handlers = self.handlers()
         await self.asker.open()
+        self._prepared = True
         await self.prepare()
         works: dict[str, Callable[[], Awaitable[None]]] = {
             "guard": partial(self.guard.follow, self.link, self.asker.inbox),
@@ -148,17 +150,23 @@ class Actor:
                     operation.pattern(**tokens), server.on_message, queue=self.queue(operation)
                 )
                 self._subscriptions.append(subscription)
-        await self.link.flush()
+        await self.link.confirm()
 
     async def drain(self) -> None:
-        """Stop taking requests, finish those taken, send their replies."""
-        if self.link.is_connected:
-            await asyncio.gather(*(subscription.drain() for subscription in self._subscriptions))
+        """Stop taking requests, finish those taken, send their replies. Works also while the connection is down."""
+        await self.link.drain(self._subscriptions)
         for mailbox in self._mailboxes.values():
             await mailbox.finished()
         if self.link.is_connected:
             await self.link.flush()
-        await self.release()
+
+    async def close(self) -> None:
+        """Give everything back, once all tasks of the actor have ended."""
+        try:
+            if self._prepared:
+                await self.release()
+        finally:
+            await self.link.close()
 
 
 class _Server:
@@ -199,9 +207,16 @@ class _Server:
             full = Busy(f"the mailbox of {self._operation.name} is full", retry_after_ms=BUSY_RETRY_MS)
             await self._refuse(message, full, now)
         self._stats.waiting = self.mailbox.waiting
-        self._stats.in_flight = self.mailbox.running
 
     async def _serve(self, request: _Request) -> None:
+        self._stats.waiting = self.mailbox.waiting
+        self._stats.in_flight += 1
+        try:
+            await self._answer(request)
+        finally:
+            self._stats.in_flight -= 1
+
+    async def _answer(self, request: _Request) -> None:
         message = request.message
         code = "ok"
         headers: dict[str, str] | None = None
@@ -213,7 +228,9 @@ class _Server:
         except MnemeshError as error:
             code, headers, payload = _error_reply(error, as_json)
             self._stats.last_error = f"{code}: {error.message}"
-        except Exception as error:  # the one place where a bug becomes `internal`; the log has it all
+        except (Exception, asyncio.CancelledError) as error:  # a bug becomes `internal`; the log has it all
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
             logger.exception("%s failed", self._operation.name)
             code, headers, payload = _error_reply(
                 Internal(f"{self._operation.name} failed; see the log of the {self._actor.role}"), as_json
@@ -264,3 +281,9 @@ class _Server:
 
 def _error_reply(error: MnemeshError, as_json: bool) -> tuple[str, dict[str, str], bytes]:
     return error.code, error_headers(error), wire.encode(error_body(error), as_json=as_json)
+
+
+def _is_cancelled() -> bool:
+    """Whether a `CancelledError` is meant for this task, rather than leaked from something that it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

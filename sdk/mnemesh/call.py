@@ -22,6 +22,8 @@ ERROR = "Nats-Service-Error"
 ERROR_CODE = "Nats-Service-Error-Code"
 
 SMALLEST_BUDGET_MS = 1
+LONGEST_MESSAGE = 2000
+"""Characters of an error's message that travel; it may quote what the caller sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ def error_headers(error: MnemeshError) -> dict[str, str]:
 
 def error_body(error: MnemeshError) -> dict[str, object]:
     """The body of an error reply."""
-    body: dict[str, object] = {"code": error.code, "message": error.message}
+    message = error.message[:LONGEST_MESSAGE].encode(errors="replace").decode()
+    body: dict[str, object] = {"code": error.code, "message": message}
     if error.retry_after_ms is not None:
         body["retry_after_ms"] = error.retry_after_ms
     return body

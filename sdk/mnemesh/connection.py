@@ -1,12 +1,17 @@
 """One connection to NATS, made safe to stand on: `Link`.
 
-This file and `inbox.py`, `kv.py` and `log_*.py`, which are built on it, are the only ones that know nats-py. What nats-py 2.16
-leaves open is closed here (each has a test in `tests/test_connection.py`):
+This file and `inbox.py`, `kv.py` and `log_*.py`, which are built on it, are the only ones that know nats-py. What
+nats-py 2.16 leaves open is closed here (each has a test in `tests/test_connection.py`):
 
 * it gives up after 60 reconnects: here it tries for ever, with jittered backoff, and pings every 5 s;
+* before it reconnects it waits for the old socket to take what is buffered, which a frozen peer never does: aborted;
 * a payload over the server's limit closes the client for good: here it is refused first, as `TooLarge`;
 * an error callback that raises kills the read loop: ours only notes and never raises;
-* a publish that the server denies looks like a timeout: here the waiting request fails as `Denied`;
+* a publish that the server denies looks like a timeout: here the waiting request fails as `Denied`, and `confirm`
+  raises what a denied subscription would have kept silent;
+* its `flush` writes the PING ahead of what is still buffered, succeeds at once while it reconnects, and kills the
+  read loop if it is cancelled before the PONG comes: `flush` here does none of that, and so `drain` loses nothing;
+* a publish that waits for buffer space swallows cancellation: raised again, so that budgets hold;
 * a connection that ends all the same sets `closed`, and the process that lives on it ends.
 """
 
@@ -16,15 +21,17 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import nats.errors
 from nats.aio.client import Client, Server
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 
-from mnemesh.errors import Denied, MnemeshError, TooLarge, Unavailable
+from mnemesh.errors import BadRequest, Denied, MnemeshError, TooLarge, Unavailable
 
 logger = logging.getLogger("mnemesh.connection")
 
@@ -34,6 +41,7 @@ PING_INTERVAL_S = 5
 PINGS_OUTSTANDING = 2
 FIRST_RECONNECT_S = 0.05
 LONGEST_RECONNECT_S = 2.0
+CLOSE_S = 2.0
 _HEADER_SLACK = 16
 _VIOLATION = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 
@@ -50,6 +58,19 @@ class LinkOptions:
     connect_timeout_s: float = 5.0
 
 
+class _Client(Client):
+    """nats-py's client, but a dead connection is dropped together with what it has not sent."""
+
+    async def _attempt_reconnect(self) -> None:
+        self.abort()
+        await super()._attempt_reconnect()
+
+    def abort(self) -> None:
+        """Drop the socket at once; nats-py's own `close` waits until the peer has taken what is buffered."""
+        if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
+            self._transport._io_writer.transport.abort()
+
+
 class Link:
     """A connection that reconnects for ever. Make it with `Link.open`.
 
@@ -61,9 +82,11 @@ class Link:
         self.closed = asyncio.Event()
         self.last_error: Exception | None = None
         self.reconnects = 0
-        self._client = Client()
+        self._client = _Client()
         self._denied: list[Callable[[str], None]] = []
         self._lost: list[Callable[[], None]] = []
+        self._unheard: set[str] = set()
+        self._drop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._attempt = 0
 
     @classmethod
@@ -82,7 +105,7 @@ class Link:
                     disconnected_cb=link._on_disconnected,
                     reconnected_cb=link._on_reconnected,
                     closed_cb=link._on_closed,
-                    allow_reconnect=True,
+                    allow_reconnect=False,  # at first a refusal is final; see below
                     max_reconnect_attempts=-1,
                     reconnect_to_server_handler=link._choose_server,
                     ping_interval=PING_INTERVAL_S,
@@ -94,6 +117,7 @@ class Link:
             if "authorization" in f"{cause} {error}".lower():
                 raise Denied(f"{options.url} does not know user {options.user!r}, or not this password") from error
             raise Unavailable(f"no NATS server answers at {options.url} ({cause or 'timed out'})") from error
+        link._client.options["allow_reconnect"] = True
         return link
 
     @property
@@ -114,19 +138,28 @@ class Link:
         """Raise `TooLarge` before nats-py would close the connection over it."""
         size = len(payload)
         if headers:
-            size += _HEADER_SLACK + sum(len(name) + len(value) + 4 for name, value in headers.items())
+            size += _HEADER_SLACK + sum(len(f"{name}{value}".encode()) + 4 for name, value in headers.items())
         if size > self.max_payload:
             raise TooLarge(f"the message has {size} bytes; this server takes at most {self.max_payload}")
 
     async def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        """Send one message. Raises `TooLarge`, or `Unavailable` if the connection is closed or buffers are full."""
+        """Send one message; waits while the send buffer is full.
+
+        Raises `TooLarge`, or `Unavailable` if the connection is closed, or down with its buffer full.
+        """
         self.check_size(payload, headers)
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
         try:
             await self._client.publish(subject, payload, reply=reply, headers=headers)
+        except nats.errors.BadSubjectError as error:
+            raise BadRequest(f"{subject!r} (reply {reply!r}) is not a subject") from error
         except nats.errors.Error as error:
             raise Unavailable(f"cannot send: {error}") from error
+        if task and task.cancelling() > cancellations:
+            raise asyncio.CancelledError
 
     async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
         """Have `callback` called for each message. It must only enqueue: whatever it awaits holds up the next."""
@@ -135,21 +168,60 @@ class Link:
         except nats.errors.Error as error:
             raise Unavailable(f"cannot subscribe to {subject}: {error}") from error
 
-    async def flush(self, timeout_s: float = 5.0) -> None:
-        """Wait until the server has taken everything sent so far."""
+    async def confirm(self) -> None:
+        """Wait until the server has taken every subscription. Raises `Denied` if it refused one, or `Unavailable`."""
+        await self.flush()
+        if self._unheard:
+            raise Denied(f"the server does not let this user subscribe to {', '.join(sorted(self._unheard))}")
+
+    async def drain(self, subscriptions: Sequence[Subscription]) -> None:
+        """End subscriptions, once every message that the server has sent for them was called back."""
+        for subscription in subscriptions:
+            await self._client._send_unsubscribe(subscription._id)
         try:
-            await self._client.flush(timeout=timeout_s)  # type: ignore[arg-type]  # annotated int, takes any number
-        except (nats.errors.Error, TimeoutError) as error:
-            raise Unavailable(f"the server did not confirm in {timeout_s} s: {error}") from error
+            await self.flush()
+        except Unavailable:
+            logger.warning("%s lost the server while it drained", self.options.name)
+            for subscription in subscriptions:  # a reconnect has subscribed again, or will before it sends this
+                await self._client._send_unsubscribe(subscription._id)
+        for subscription in subscriptions:
+            await subscription._pending_queue.join()
+            subscription._stop_processing()
+            self._client._remove_sub(subscription._id)
+
+    async def flush(self, timeout_s: float = 5.0) -> None:
+        """Wait until the server has taken everything sent so far. Raises `Unavailable` if it does not."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._round_trip()
+                await self._round_trip()  # the first PING overtook what was buffered; this one comes after it
+        except TimeoutError as error:
+            raise Unavailable(f"the server did not confirm in {timeout_s} s") from error
+
+    async def _round_trip(self) -> None:
+        if not self.is_connected:
+            raise Unavailable("the connection is down")
+        pong: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        await self._client._send_ping(pong)
+        waits: set[asyncio.Future[Any]] = {pong, self._drop}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)  # unlike `wait_for`, never cancels `pong`
+        if not pong.done():
+            raise Unavailable("the connection dropped before the server confirmed")
 
     async def close(self) -> None:
-        """Send what is buffered and close for good."""
-        if not self._client.is_closed:
+        """Send what is buffered, for 2 s at most, and close for good."""
+        abort = asyncio.get_running_loop().call_later(CLOSE_S, self._client.abort)
+        try:
             await self._client.close()
-        self.closed.set()
+        except OSError as error:
+            logger.info("%s did not close in good order: %s", self.options.name, error)
+        finally:
+            abort.cancel()
+            self._end_waits()
+            self.closed.set()
 
     def on_denied(self, callback: Callable[[str], None]) -> None:
-        """Call back with the subject of each publish that the server refused."""
+        """Call back with the subject, in lower case as nats-py tells it, of each publish that the server refused."""
         self._denied.append(callback)
 
     def on_lost(self, callback: Callable[[], None]) -> None:
@@ -161,19 +233,26 @@ class Link:
         if violation := _VIOLATION.search(str(error)):
             verb, subject = violation.groups()
             logger.warning("the server denied %s to %s", verb, subject)
-            if verb == "publish":
-                for callback in self._denied:
-                    callback(subject)
+            if verb == "subscription":
+                self._unheard.add(subject)
+            for callback in self._denied if verb == "publish" else ():
+                callback(subject)
         elif isinstance(error, nats.errors.SlowConsumerError):
             logger.error("messages dropped: %s", error)
         elif not self._client.is_reconnecting:
             logger.info("connection error: %s", error or type(error).__name__)
 
     async def _on_disconnected(self) -> None:
-        for callback in self._lost:
-            callback()
+        self._end_waits()
         if not self._client.is_closed:
             logger.warning("%s lost %s; reconnecting", self.options.name, self.options.url)
+
+    def _end_waits(self) -> None:
+        """Nothing that was sent on the connection that is gone will be answered."""
+        self._drop.set_result(None)
+        self._drop = asyncio.get_running_loop().create_future()
+        for callback in self._lost:
+            callback()
 
     async def _on_reconnected(self) -> None:
         self._attempt = 0

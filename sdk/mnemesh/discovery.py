@@ -39,6 +39,7 @@ class Discovery:
 
             for tail in ("", f".{self.name}", f".{self.name}.{self._actor.instance}"):
                 self._subscriptions.append(await self._actor.link.subscribe(f"$SRV.{verb}{tail}", answer))
+        await self._actor.link.confirm()
 
     async def stop(self) -> None:
         if self._actor.link.is_connected:

@@ -36,27 +36,31 @@ class Host:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Start every actor, serve, drain. Raises `Unavailable` if a connection closed for good."""
+        """Start every actor, serve, drain. Raises `Unavailable` if a connection closed for good.
+
+        An actor that fails to start, or escalates, ends it with its own error.
+        """
         discoveries = [Discovery(actor) for actor in self.actors]
+        lost = False
         try:
             async with asyncio.TaskGroup() as tasks:
                 for actor, discovery in zip(self.actors, discoveries, strict=True):
                     await actor.start(tasks)
                     await discovery.start()
-                    await actor.link.flush()
                 self.ready.set()
                 lost = await self._stopped_or_lost()
                 for discovery in discoveries:
                     await discovery.stop()
-                if not lost:
-                    async with asyncio.timeout(DRAIN_S):
-                        await asyncio.gather(*(actor.drain() for actor in self.actors))
+                async with asyncio.timeout(DRAIN_S):
+                    await asyncio.gather(*(actor.drain() for actor in self.actors))
                 raise _Done
         except* _Done:
             pass
+        except* Exception as failures:
+            raise _first(failures) from None
         finally:
             for actor in self.actors:
-                await actor.link.close()
+                await actor.close()
         if lost:
             raise Unavailable("the connection to NATS closed for good")
 
@@ -74,6 +78,12 @@ class Host:
 
 class _Done(Exception):
     """Ends the task group once all is drained, cancelling the background work that has no end of its own."""
+
+
+def _first(failures: ExceptionGroup[Exception]) -> Exception:
+    """The failure that ended a task group; what else failed while it ended is its consequence."""
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
 @contextlib.asynccontextmanager

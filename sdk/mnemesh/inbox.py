@@ -42,8 +42,9 @@ class Inbox:
         link.on_lost(self._fail_all)
 
     async def open(self) -> None:
-        """Subscribe. Call once, before the first request."""
+        """Subscribe. Call once, before the first request. Raises `Denied` if the prefix is not this user's."""
         await self._link.subscribe(f"{self._prefix}*", self._on_reply)
+        await self._link.confirm()
 
     def __len__(self) -> int:
         """How many requests wait for a reply."""
@@ -57,17 +58,17 @@ class Inbox:
         Raises `Timeout` after `budget_s`, `Unavailable` at once if nobody listens or the connection drops,
         `Denied` if the server refused the subject, `TooLarge` if it would.
         """
-        loop = asyncio.get_running_loop()
         self._counter += 1
         token = format(self._counter, "x")
-        reply: asyncio.Future[Msg] = loop.create_future()
+        reply: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
         self._pending[token] = _Pending(subject, reply)
-        timer = loop.call_later(budget_s, _expire, reply, subject, budget_s)
         try:
-            await self._link.publish(subject, payload, reply=self._prefix + token, headers=headers)
-            return await reply
+            async with asyncio.timeout(budget_s):
+                await self._link.publish(subject, payload, reply=self._prefix + token, headers=headers)
+                return await reply
+        except TimeoutError as error:
+            raise Timeout(f"no reply from {subject} within {budget_s * 1000:.0f} ms") from error
         finally:
-            timer.cancel()
             del self._pending[token]
 
     async def scatter(
@@ -119,7 +120,8 @@ class Inbox:
         """The server names the subject after its mapping, where the identity still ends the subject."""
         ending = subject.split(".")[-3:]
         for pending in list(self._pending.values()):
-            if not pending.reply.done() and (pending.subject == subject or pending.subject.split(".")[-3:] == ending):
+            asked = pending.subject.lower()
+            if not pending.reply.done() and (asked == subject or asked.split(".")[-3:] == ending):
                 pending.reply.set_exception(denied_error(pending.subject))
 
     def _fail_all(self) -> None:
@@ -128,11 +130,6 @@ class Inbox:
                 pending.reply.set_exception(
                     Unavailable(f"the connection dropped while {pending.subject} was under way")
                 )
-
-
-def _expire(reply: asyncio.Future[Msg], subject: str, budget_s: float) -> None:
-    if not reply.done():
-        reply.set_exception(Timeout(f"no reply from {subject} within {budget_s * 1000:.0f} ms"))
 
 
 def _is_no_responders(headers: Mapping[str, str] | None) -> bool:

@@ -47,7 +47,10 @@ class Supervisor:
             try:
                 await self._work()
                 return
-            except Exception as error:  # a supervisor answers every failure of what it supervises
+            except (Exception, asyncio.CancelledError) as error:  # a supervisor answers every failure of its work
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+                    raise
                 now = loop.time()
                 self._failures.append(now)
                 while self._failures[0] < now - self._window_s:
