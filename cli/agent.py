@@ -26,7 +26,9 @@ def run(flags: argparse.Namespace) -> int:
     try:
         options = saved_options(flags.data)
     except FileNotFoundError as error:
-        raise BadRequest(f"{flags.data} is no mesh's data folder; `mnemesh up --data {flags.data}` makes one") from error
+        raise BadRequest(
+            f"{flags.data} is no mesh's data folder; `mnemesh up --data {flags.data}` makes one"
+        ) from error
     credentials = Credentials(flags.data, url=options.url)
     if flags.verb == "ls":
         for user in credentials.list():

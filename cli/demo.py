@@ -11,12 +11,16 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli.mesh import Mesh, MeshOptions
 from cli.server import ServerOptions, free_port
 from mnemesh import Memory, connect
 from mnemesh.errors import BadRequest
 from mnemesh.host import run as run_process
+
+if TYPE_CHECKING:
+    from examples.smart_grid.demo import Options
 
 TENANT = "grid"
 MISSING = "the demo needs its extra: pip install 'mnemesh-server[demo]' (make demo does)"
@@ -47,7 +51,7 @@ def run(flags: argparse.Namespace) -> int:
     return run_process(lambda stop: _demo(flags, options, stop))
 
 
-async def _demo(flags: argparse.Namespace, options: object, stop: asyncio.Event) -> int:
+async def _demo(flags: argparse.Namespace, options: Options, stop: asyncio.Event) -> int:
     from rich.console import Console
 
     from examples.smart_grid import demo, report

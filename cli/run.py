@@ -77,9 +77,7 @@ async def _actor(options: RunOptions, link: Link) -> Actor:
     if options.service == "router":
         return Router(link, guard=guard)
     partitions = await _partitions(link, options.shard)
-    return Shard(
-        link, name=options.shard, site=options.site, partitions=partitions, folder=options.folder, guard=guard
-    )
+    return Shard(link, name=options.shard, site=options.site, partitions=partitions, folder=options.folder, guard=guard)
 
 
 async def _partitions(link: Link, shard: str) -> frozenset[int]:

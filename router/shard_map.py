@@ -35,7 +35,7 @@ class ShardMap:
 
     def __init__(self) -> None:
         self._view = BucketView(subjects.SHARDS.name)
-        self._source: dict[str, bytes] = {}
+        self._version = -1
         self._shards: dict[str, ShardEntry] = {}
         self._owner: dict[int, str] = {}
 
@@ -49,9 +49,10 @@ class ShardMap:
     @property
     def shards(self) -> dict[str, ShardEntry]:
         """Every shard by name, in the order of the names."""
-        if self._view.entries != self._source:
-            self._source = dict(self._view.entries)
-            self._shards = {name: decode_entry(name, value) for name, value in sorted(self._source.items())}
+        if self._view.version != self._version:
+            self._version = self._view.version
+            entries = sorted(self._view.entries.items())
+            self._shards = {name: decode_entry(name, value) for name, value in entries}
             self._owner = {partition: name for name, shard in self._shards.items() for partition in shard.partitions}
         return self._shards
 

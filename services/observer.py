@@ -104,7 +104,8 @@ async def observed(actors: Sequence[Actor], *, host: str, port: int) -> AsyncIte
 
     def page(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ.get("PATH_INFO") != "/healthz":
-            return metrics(environ, start_response)
+            body: Iterable[bytes] = metrics(environ, start_response)
+            return body
         healthy, report = health.report()
         start_response("200 OK" if healthy else "503 Service Unavailable", [("Content-Type", "application/json")])
         return [json.dumps(report).encode()]

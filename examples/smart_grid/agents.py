@@ -44,7 +44,14 @@ class Memory(Ingesting, Protocol):
     ) -> Hits: ...
 
     async def traverse(
-        self, start: str, *, relations: Sequence[str], direction: Direction = "out", depth: int, limit: int
+        self,
+        start: str,
+        *,
+        relations: Sequence[str],
+        direction: Direction = "out",
+        depth: int,
+        limit: int,
+        consistency: Consistency | None = None,
     ) -> Traversal: ...
 
     async def set_context(self, entity_id: str, *, attributes: Mapping[str, Any]) -> Written: ...

@@ -190,7 +190,12 @@ async def _catch_up(memory: Memory, days: Days, token: Token) -> None:
                     consistency=loaded,
                 )
                 walked = await memory.traverse(
-                    [documents.subnet_id(days.subnets[0])], relations=[], direction="both", depth=1, limit=1, consistency=loaded
+                    documents.subnet_id(days.subnets[0]),
+                    relations=[],
+                    direction="in",  # asks every shard
+                    depth=1,
+                    limit=1,
+                    consistency=loaded,
                 )
                 if found.coverage is not None and found.coverage.complete and walked.coverage.complete:
                     return

@@ -5,7 +5,8 @@
     async with mnemesh.connect(credentials="mnemesh-data/credentials/demo.alice.json") as memory:
         await memory.set_context("bus:7", type="bus", attributes={"kv": 20})
 
-`Memory` has one method an operation (`client.py`); what can go wrong is in `errors.py`; what replies hold in `messages.py`.
+`Memory` has one method an operation (`client.py`); what can go wrong is in `errors.py`; what replies hold in
+`messages.py`.
 """
 
 from mnemesh.client import Memory, connect

@@ -9,10 +9,12 @@
 A subclass declares one handler for each operation that the contract says its role owns; a missing or foreign one is
 an error when it starts. Each operation has its own mailbox. A request lives like this:
 
-    callback: reply subject private?  →  mailbox (full: `busy`)  →  budget left?  →  decode  →  guard  →  handler  →  reply
+    callback: reply subject private?  →  mailbox (full: `busy`)
+    task:     budget left?  →  decode  →  guard  →  handler  →  reply
 
 `drain` loses nothing: unsubscribe, finish the mailboxes, flush the replies. The background work of an actor
-(`background`) is supervised; it ends after the drain, and only then `close` gives back what both used. Discovery (ADR-32) is `discovery.py`, the process around actors `host.py`.
+(`background`) is supervised; it ends after the drain, and only then `close` gives back what both used. Discovery
+(ADR-32) is `discovery.py`, the process around actors `host.py`.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ class _Request(NamedTuple):
     """A message as it waits in a mailbox: when it came and until when it may be worked on (loop time)."""
 
     message: Msg
+    tokens: dict[str, str]
     arrived: float
     deadline: float
 
@@ -194,7 +197,8 @@ class _Server:
     async def on_message(self, message: Msg) -> None:
         """Take a message into the mailbox; nothing here can fail the subscription."""
         now = self._loop.time()
-        if message.reply and not reply_is_private(self._operation, self._tokens(message), message.reply):
+        tokens = self._tokens(message)
+        if message.reply and not reply_is_private(self._operation, tokens, message.reply):
             logger.warning("a request to %s wanted its reply on %s", self._operation.name, message.reply)
             self._stats.record(Denied.code, 0.0)
             return
@@ -203,7 +207,7 @@ class _Server:
         except BadRequest as error:
             await self._refuse(message, error, now)
             return
-        if not self.mailbox.offer(_Request(message, now, deadline)):
+        if not self.mailbox.offer(_Request(message, tokens, now, deadline)):
             full = Busy(f"the mailbox of {self._operation.name} is full", retry_after_ms=BUSY_RETRY_MS)
             await self._refuse(message, full, now)
         self._stats.waiting = self.mailbox.waiting
@@ -246,7 +250,7 @@ class _Server:
             raise Timeout(f"the budget was spent before {operation.name} began")
         if len(message.data) > operation.max_bytes:
             raise TooLarge(f"{operation.name} takes {operation.max_bytes} bytes; this request has {len(message.data)}")
-        tokens = self._tokens(message)
+        tokens = request.tokens
         caller = Caller(tokens.get("tenant", ""), tokens.get("agent", ""))
         call = Call(operation, caller, request.deadline, tokens, message.headers or {})
         decoded = wire.decode_as(message.data, operation.request)

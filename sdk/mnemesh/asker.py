@@ -1,7 +1,7 @@
 """The asking side: one operation of the contract over a link, typed on both ends.
 
-`Asker` is what clients and actors share. It turns a request Struct into a message with the budget that is left, and the reply
-into a Struct or an exception. Retries are the client's (`client.py`). Looks at `inbox`, `call` and `wire`.
+`Asker` is what clients and actors share. It turns a request Struct into a message with the budget that is left, and
+the reply into a Struct or an exception. Retries are the client's (`client.py`). Looks at `inbox`, `call` and `wire`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Asker:
             subject,
             self._payload(operation, request),
             budget_s=budget,
-            headers=outgoing(budget, message_id=message_id),
+            headers=outgoing(operation, budget, message_id=message_id),
         )
         return reply_of(operation, message)
 
@@ -65,7 +65,7 @@ class Asker:
         payloads = {id(request): request for _, request in requests}
         encoded = {key: self._payload(operation, request) for key, request in payloads.items()}
         asks = [Ask(subject, encoded[id(request)]) for subject, request in requests]
-        messages = await self.inbox.scatter(asks, budget_s=budget, headers=outgoing(budget))
+        messages = await self.inbox.scatter(asks, budget_s=budget, headers=outgoing(operation, budget))
         return [message if isinstance(message, MnemeshError) else _settled(operation, message) for message in messages]
 
     def _payload(self, operation: AnyOperation, request: object) -> bytes:

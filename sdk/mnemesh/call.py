@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from math import ceil
 
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import BY_CODE, BadRequest, Internal, MnemeshError
@@ -66,15 +67,21 @@ def budget_s(operation: AnyOperation, headers: Mapping[str, str] | None) -> floa
     return milliseconds / 1000
 
 
-def outgoing(remaining_s: float, *, message_id: str | None = None) -> dict[str, str]:
-    """Headers of a request made with this much budget left, under the current call's trace."""
-    headers = {BUDGET: str(max(SMALLEST_BUDGET_MS, int(remaining_s * 1000)))}
+def outgoing(operation: AnyOperation, remaining_s: float, *, message_id: str | None = None) -> dict[str, str] | None:
+    """Headers of a request made with this much budget left, under the current call's trace.
+
+    The operation's own budget is not spelled out: headers cost both sides more than a small payload does.
+    """
+    headers = {}
+    remaining_ms = max(SMALLEST_BUDGET_MS, ceil(remaining_s * 1000))
+    if remaining_ms != operation.budget_ms:
+        headers[BUDGET] = str(remaining_ms)
     if message_id is not None:
         headers[MESSAGE_ID] = message_id
     call = current.get()
     if call is not None and (trace := call.headers.get(TRACE)):
         headers[TRACE] = trace
-    return headers
+    return headers or None
 
 
 def error_headers(error: MnemeshError) -> dict[str, str]:

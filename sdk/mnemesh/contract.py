@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -70,11 +70,16 @@ AnyOperation = Operation[Any, Any]
 def reply_is_private(operation: AnyOperation, tokens: Mapping[str, str], reply: str) -> bool:
     """Whether a reply to this request would go to the inbox of the caller that its tokens name, and to nobody else.
 
-    The server checks where a caller publishes, not where it wants the reply. A service may publish on the reply
-    subject of any request (`allow_responses`), so without this check a caller could have it publish on the log, a
-    bucket, the JetStream API or another's inbox. Ask before anything is sent to a reply subject, refusals included.
+    The server checks where a caller publishes, not where it wants the reply. A service may publish on the inboxes of
+    all its callers, so without this check one caller could have it publish on another's inbox. Ask before anything is
+    sent to a reply subject, refusals included.
     """
-    return any(reply.startswith(f"{fill(inbox, **tokens)}.") for inbox in operation.inboxes)
+    return reply.startswith(_private(operation.inboxes, tokens.get("tenant", ""), tokens.get("agent", "")))
+
+
+@lru_cache(maxsize=16_384)
+def _private(inboxes: tuple[str, ...], tenant: str, agent: str) -> tuple[str, ...]:
+    return tuple(f"{fill(inbox, tenant=tenant, agent=agent)}." for inbox in inboxes)
 
 
 def fill(template: str, **tokens: str) -> str:

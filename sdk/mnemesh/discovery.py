@@ -95,4 +95,6 @@ class Discovery:
 
 async def ping_all(asker: Asker, *, at_least: int, wait_s: float = 1.0) -> list[dict[str, Any]]:
     """Every service that answers `$SRV.PING`, as ADR-32 describes it; waits until `at_least` have, or `wait_s`."""
-    return [json.loads(reply.data) for reply in await asker.inbox.gather("$SRV.PING", b"", most=at_least, wait_s=wait_s)]
+    return [
+        json.loads(reply.data) for reply in await asker.inbox.gather("$SRV.PING", b"", most=at_least, wait_s=wait_s)
+    ]

@@ -1,7 +1,7 @@
 """Following a stream: every message in order from a sequence on, through whatever happens to the connection.
 
-An ordered push consumer of our own making (ADR-17): no acks, flow control, idle heartbeats every second. A gap, a lost consumer
-or a silent one is answered by a new consumer from the last sequence + 1. Flow control is answered when
+An ordered push consumer of our own making (ADR-17): no acks, flow control, idle heartbeats every second. A gap, a
+lost consumer or a silent one is answered by a new consumer from the last sequence + 1. Flow control is answered when
 the reader has taken what came before, so a slow reader slows the server and nothing piles up.
 
 https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-17.md
@@ -35,13 +35,17 @@ _NS = 1_000_000_000
 
 
 class Stored(NamedTuple):
-    """One stored message. `recorded_at` is the stream's time in milliseconds since 1970."""
+    """One stored message. `recorded_at` is the stream's time in milliseconds since 1970.
+
+    `following` is how many more the stream held when the server sent it.
+    """
 
     sequence: int
     recorded_at: int
     subject: str
     payload: bytes
     headers: Mapping[str, str] | None
+    following: int
 
 
 class StreamShrank(Exception):
@@ -68,6 +72,11 @@ class Follower:
         self._name = ""
         self._broken = False
         self.recreated = -1
+
+    @property
+    def waiting(self) -> int:
+        """How many messages have come that the reader has not taken."""
+        return len(self._buffer)
 
     async def batches(self, most: int) -> AsyncIterator[list[Stored]]:
         """Lists of 1 to `most` messages in log order, for ever. Raises `StreamShrank`."""
@@ -97,7 +106,7 @@ class Follower:
                 await self._link.publish(item, b"")
             else:
                 batch.append(item)
-        if not self._buffer:
+        if not self._buffer and not self._broken:
             self._wake.clear()
         return batch
 
@@ -108,7 +117,7 @@ class Follower:
                 await self._verify(await stream_state(self._inbox, self._stream))
                 await self._unsubscribe()
                 self._name = nats.nuid.NUID().next().decode()
-                # Not a wildcard for all consumers: nats-server 2.15 does not count one as interest and delivers nothing.
+                # No wildcard for all consumers: nats-server 2.15 does not count one as interest and delivers nothing.
                 self._deliver = f"{self._link.options.inbox_prefix}.{self._name}"
                 self._subscription = await self._link.subscribe(self._deliver, self._on_message)
                 self._buffer.clear()
@@ -163,8 +172,8 @@ class Follower:
         fields = message.reply.split(".")
         # $JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<ns>.<pending>; ADR-15's longer form
         # has <domain>.<account hash> before the stream and a token at the end.
-        consumer, sequence, position, moment = (
-            fields[3:4] + fields[5:8] if len(fields) == 9 else fields[5:6] + fields[7:10]
+        consumer, sequence, position, moment, following = (
+            fields[3:4] + fields[5:9] if len(fields) == 9 else fields[5:6] + fields[7:11]
         )
         if consumer != self._name or self._broken:
             return
@@ -174,7 +183,8 @@ class Follower:
             self._wake.set()
             return
         self._expected += 1
-        self._buffer.append(Stored(int(sequence), int(moment) // 1_000_000, message.subject, message.data, headers))
+        recorded_at = int(moment) // 1_000_000
+        self._buffer.append(Stored(int(sequence), recorded_at, message.subject, message.data, headers, int(following)))
         self._wake.set()
 
     def _on_status(self, message: Msg, headers: dict[str, str]) -> None:

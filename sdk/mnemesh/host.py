@@ -44,25 +44,30 @@ class Host:
         lost = False
         try:
             async with asyncio.TaskGroup() as tasks:
-                for actor, discovery in zip(self.actors, discoveries, strict=True):
-                    await actor.start(tasks)
-                    await discovery.start()
-                self.ready.set()
+                starting = tasks.create_task(self._start(discoveries, tasks))
                 lost = await self._stopped_or_lost()
+                starting.cancel()
+                await asyncio.wait([starting])
                 for discovery in discoveries:
                     await discovery.stop()
                 async with asyncio.timeout(DRAIN_S):
                     await asyncio.gather(*(actor.drain() for actor in self.actors))
                 raise _Done
-        except* _Done:
-            pass
-        except* Exception as failures:
-            raise _first(failures) from None
+        except ExceptionGroup as failures:
+            _, others = failures.split(_Done)
+            if others is not None:
+                raise _first(others) from None
         finally:
             for actor in self.actors:
                 await actor.close()
         if lost:
             raise Unavailable("the connection to NATS closed for good")
+
+    async def _start(self, discoveries: Sequence[Discovery], tasks: asyncio.TaskGroup) -> None:
+        for actor, discovery in zip(self.actors, discoveries, strict=True):
+            await actor.start(tasks)
+            await discovery.start()
+        self.ready.set()
 
     async def _stopped_or_lost(self) -> bool:
         """Wait for `stop` (False) or for a connection that closed (True)."""

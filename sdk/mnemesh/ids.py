@@ -51,6 +51,7 @@ def to_token(text: str) -> str:
     return "==" + base64.urlsafe_b64encode(hashlib.sha256(raw).digest()).rstrip(b"=").decode()
 
 
+@lru_cache(maxsize=65_536)
 def from_token(token: str) -> str | None:
     """The id behind a token, or `None` where the token is a digest. Raises `BadRequest` on a stranger."""
     if token.startswith("=="):
@@ -79,6 +80,7 @@ def partition_of_tokens(tenant: str, entity_token: str) -> int:
     return _fnv1a_32(tenant + entity_token) % PARTITIONS
 
 
+@lru_cache(maxsize=65_536)
 def partition_of(tenant: str, entity_id: str) -> int:
     """The partition of an entity by its id."""
     return partition_of_tokens(tenant, to_token(entity_id))

@@ -1,7 +1,7 @@
 """The JetStream API calls that the mesh needs, as plain requests, and the shape of the log's stream.
 
-nats-py's own client lacks `allow_atomic` and its watchers stall when a consumer is lost, so streams and buckets are made
-here, followed by `follower.py`, and written by `log_writer.py` and `kv.py`. Looks at `inbox`.
+nats-py's own client lacks `allow_atomic` and its watchers stall when a consumer is lost, so streams and buckets are
+made here, followed by `follower.py`, and written by `log_writer.py` and `kv.py`. Looks at `inbox`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ NOT_FOUND = (10014, 10059, 10037)
 """consumer, stream, message not found (nats-server's errors.json)"""
 WRONG_LAST_SEQUENCE = 10071
 WRONG_LAST_SEQUENCE_CONSTANT = 10164
+WRONG_LAST_ID = 10070
 BATCH_HOLDS_DUPLICATE = 10201
 
 

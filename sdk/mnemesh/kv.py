@@ -49,6 +49,7 @@ class BucketView:
 
     def __init__(self, bucket: str) -> None:
         self.entries: dict[str, bytes] = {}
+        self.version = 0
         self.ready = asyncio.Event()
         self._bucket = bucket
         self._changed = asyncio.Condition()
@@ -59,7 +60,8 @@ class BucketView:
         prefix = f"$KV.{self._bucket}."
         state = await stream_state(inbox, stream)
         entries: dict[str, bytes] = {}
-        if not state.last_sequence:
+        complete = not state.messages
+        if complete:
             await self._show(entries)
         follower = Follower(link, inbox, stream, incarnation=state.incarnation)
         async for batch in follower.batches(1000):
@@ -69,7 +71,8 @@ class BucketView:
                     entries.pop(key, None)
                 else:
                     entries[key] = message.payload
-            if batch[-1].sequence >= state.last_sequence:
+            complete = complete or not batch[-1].following or batch[-1].sequence >= state.last_sequence
+            if complete:
                 await self._show(entries)
 
     async def wait_for(self, key: str) -> bytes:
@@ -81,5 +84,6 @@ class BucketView:
     async def _show(self, entries: dict[str, bytes]) -> None:
         async with self._changed:
             self.entries = entries
+            self.version += 1
             self.ready.set()
             self._changed.notify_all()

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import nats.nuid
 
 from mnemesh.connection import Link
-from mnemesh.errors import Busy, Conflict, Internal, MnemeshError
+from mnemesh.errors import Busy, Conflict, Internal, MnemeshError, Timeout, TooLarge, Unavailable
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import check, is_refused_batch
+from mnemesh.jetstream import WRONG_LAST_ID, JetStreamError, check, is_refused_batch
 
 MESSAGE_ID = "Nats-Msg-Id"
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+EXPECTED_ID = "Nats-Expected-Last-Msg-Id"
 ROLLUP = "Nats-Rollup"
 BATCH_ID = "Nats-Batch-Id"
 BATCH_SEQUENCE = "Nats-Batch-Sequence"
@@ -72,6 +73,7 @@ class LogWriter:
         self._groups: deque[_Group] = deque()
         self._waiting = 0
         self._wake = asyncio.Event()
+        self._stopped = False
         self._nuid = nats.nuid.NUID()
         self.commits = 0
         self.appended = 0
@@ -93,7 +95,9 @@ class LogWriter:
         return await self._enqueue(appends, atomic=False) if appends else []
 
     async def append_all(self, appends: Sequence[Append]) -> list[Position]:
-        """Append all (at most 1,000) or none. Raises `Conflict` if any compare-and-set failed."""
+        """Append all (at most 1,000) or none. Raises `Conflict` if any compare-and-set failed, or any id is taken."""
+        if len(appends) > MOST_IN_BATCH:
+            raise TooLarge(f"at most {MOST_IN_BATCH} messages can be appended as one; these are {len(appends)}")
         outcomes = await self._enqueue(appends, atomic=True) if appends else []
         positions = []
         for outcome in outcomes:
@@ -103,22 +107,31 @@ class LogWriter:
         return positions
 
     async def run(self) -> None:
-        """Commit for ever. A failed commit fails those who wait for it, and only them."""
-        while True:
-            await self._wake.wait()
-            batch = self._take()
-            appends = [append for group in batch for append in group.appends]
-            try:
-                outcomes = await self._commit(appends, atomic=batch[0].atomic)
-            except MnemeshError as error:
-                outcomes = [error] * len(appends)
-            except BaseException:
-                for group in batch:
-                    group.done.cancel()
-                raise
-            self._hand_out(batch, outcomes)
+        """Commit for ever. A failed commit fails those who wait for it, and only them; the end fails all who wait."""
+        self._stopped = False
+        batch: list[_Group] = []
+        try:
+            while True:
+                await self._wake.wait()
+                batch = self._take()
+                appends = [append for group in batch for append in group.appends]
+                try:
+                    outcomes = await self._commit(appends, atomic=batch[0].atomic)
+                except MnemeshError as error:
+                    outcomes = [error] * len(appends)
+                self._hand_out(batch, outcomes)
+        finally:
+            self._stopped = True
+            for group in (*batch, *self._groups):
+                if not group.done.done():
+                    group.done.set_exception(Unavailable("the log writer has stopped", retry_after_ms=100))
+            self._groups.clear()
+            self._waiting = 0
+            self._wake.clear()
 
     async def _enqueue(self, appends: Sequence[Append], *, atomic: bool) -> list[Position | MnemeshError]:
+        if self._stopped:
+            raise Unavailable("the log writer has stopped", retry_after_ms=100)
         if self._waiting + len(appends) > MOST_WAITING:
             raise Busy(f"{self._waiting} writes wait for the log already", retry_after_ms=100)
         done: asyncio.Future[list[Position | MnemeshError]] = asyncio.get_running_loop().create_future()
@@ -145,13 +158,7 @@ class LogWriter:
 
     async def _commit(self, appends: Sequence[Append], *, atomic: bool) -> list[Position | MnemeshError]:
         if atomic:
-            try:
-                return list(await self._publish_batch(appends))
-            except MnemeshError as error:
-                if isinstance(error, Conflict) or not is_refused_batch(error):
-                    raise
-            # An id is stored already: this is the retry of a batch whose ack was lost, so all of it is there.
-            return await self._publish_singly(appends)
+            return list(await self._publish_all(appends))
         outcomes: list[Position | MnemeshError] = []
         for chunk in _chunks(appends):
             if len(chunk) == 1:
@@ -166,6 +173,21 @@ class LogWriter:
                     outcomes += await self._publish_singly(chunk)
         return outcomes
 
+    async def _publish_all(self, appends: Sequence[Append]) -> Sequence[Position]:
+        """All or none, and once: the retry of a batch whose ack was lost finds all of it there."""
+        try:
+            return await self._publish_batch(appends)
+        except MnemeshError as error:
+            if not is_refused_batch(error):
+                raise
+            found = await asyncio.gather(*(self._find(append) for append in appends))
+            stored = [position for position in found if position is not None]
+            if len(stored) == len(appends):
+                return stored
+            if isinstance(error, Conflict):
+                raise
+            raise Conflict("an id of this batch holds another write already, or is there twice") from error
+
     async def _publish_batch(self, appends: Sequence[Append]) -> list[Position]:
         """One atomic batch: all stored at consecutive sequences, or none."""
         if len(appends) == 1:
@@ -174,20 +196,20 @@ class LogWriter:
                 raise outcome
             return [outcome]
         batch_id = self._nuid.next().decode()
-        for sequence, append in enumerate(appends[:-1], 1):
-            headers = _headers(append)
-            headers[BATCH_ID] = batch_id
-            headers[BATCH_SEQUENCE] = str(sequence)
-            await self._link.publish(append.subject, append.payload, headers=headers)
+        members = [
+            _headers(append) | {BATCH_ID: batch_id, BATCH_SEQUENCE: str(sequence)}
+            for sequence, append in enumerate(appends, 1)
+        ]
+        members[-1][BATCH_COMMIT] = "1"
+        try:
+            async with asyncio.timeout(COMMIT_S):
+                for append, headers in zip(appends[:-1], members, strict=False):
+                    await self._link.publish(append.subject, append.payload, headers=headers)
+        except TimeoutError as error:
+            raise Timeout(f"the log did not take a batch within {COMMIT_S} s") from error
         last = appends[-1]
-        headers = _headers(last) | {
-            BATCH_ID: batch_id,
-            BATCH_SEQUENCE: str(len(appends)),
-            BATCH_COMMIT: "1",
-        }
-        ack = check(
-            json.loads((await self._inbox.request(last.subject, last.payload, budget_s=COMMIT_S, headers=headers)).data)
-        )
+        message = await self._inbox.request(last.subject, last.payload, budget_s=COMMIT_S, headers=members[-1])
+        ack = check(json.loads(message.data))
         if ack.get("count") != len(appends):
             raise Internal(f"the log acknowledged {ack.get('count')} of {len(appends)} messages of a batch")
         self.commits += 1
@@ -201,15 +223,35 @@ class LogWriter:
 
     async def _publish_one(self, append: Append) -> Position | MnemeshError:
         try:
-            message = await self._inbox.request(
-                append.subject, append.payload, budget_s=COMMIT_S, headers=_headers(append)
-            )
-            ack = check(json.loads(message.data))
+            try:
+                message = await self._inbox.request(
+                    append.subject, append.payload, budget_s=COMMIT_S, headers=_headers(append)
+                )
+                ack = check(json.loads(message.data))
+            except Conflict as error:
+                return await self._find(append) or error
         except MnemeshError as error:
             return error
-        self.commits += 1
-        self.appended += 1
-        return Position(ack["seq"], ack.get("duplicate", False))
+        if not (duplicate := ack.get("duplicate", False)):
+            self.commits += 1
+            self.appended += 1
+        return Position(ack["seq"], duplicate)
+
+    async def _find(self, append: Append) -> Position | None:
+        """Where the id of an append is in the log, if it is.
+
+        A compare-and-set that is tried again fails against its own first try: nats-server 2.15 checks it before it
+        looks for the id. So ask with a message that can only be a duplicate: it expects to follow an id that nothing
+        has, which the server checks after it has looked for the message's own.
+        """
+        headers = {MESSAGE_ID: append.event_id, EXPECTED_ID: self._nuid.next().decode()}
+        message = await self._inbox.request(append.subject, b"", budget_s=COMMIT_S, headers=headers)
+        try:
+            return Position(check(json.loads(message.data))["seq"], True)
+        except JetStreamError as error:
+            if error.err_code != WRONG_LAST_ID:
+                raise
+            return None
 
     def _hand_out(self, batch: Sequence[_Group], outcomes: Sequence[Position | MnemeshError]) -> None:
         start = 0

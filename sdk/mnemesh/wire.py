@@ -45,10 +45,18 @@ def is_json(payload: bytes) -> bool:
 
 
 def encode(message: object, *, as_json: bool = False) -> bytes:
-    """A `msgspec.Struct` or a map as MessagePack (or JSON). Fields that hold their default are left out."""
-    if as_json:
-        return json.dumps(message, default=_to_json, ensure_ascii=False, allow_nan=False).encode()
-    packed: bytes = msgpack.packb(message, default=_to_msgpack, datetime=True)
+    """A `msgspec.Struct` or a map as MessagePack (or JSON). Fields that hold their default are left out.
+
+    Raises `BadRequest` on what cannot travel: integers over 64 bits, lone surrogates, NaN in JSON, foreign types.
+    """
+    try:
+        if as_json:
+            return json.dumps(message, default=_to_json, ensure_ascii=False, allow_nan=False).encode()
+        packed: bytes = msgpack.packb(message, default=_to_msgpack, datetime=True)
+    except BadRequest:
+        raise
+    except (ValueError, OverflowError, TypeError, RecursionError) as error:
+        raise BadRequest(f"this cannot travel in a message: {str(error)[:200]!r}") from error
     return packed
 
 
@@ -61,7 +69,10 @@ def decode(payload: bytes) -> Any:
         return {}
     try:
         if is_json(payload):
-            return json.loads(payload, parse_constant=_refuse_constant)
+            value = json.loads(payload, parse_constant=_refuse_constant)
+            if b"\\u" in payload:
+                json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate fails here, not in some store
+            return value
         return msgpack.unpackb(payload, ext_hook=_from_ext, strict_map_key=True, timestamp=3)
     except BadRequest:
         raise
