@@ -59,7 +59,8 @@ class Credentials:
         self._roles: dict[str, dict[str, str]] = (contract or load_contract())["roles"]
 
     def ensure(self, role: str) -> Credential:
-        """The user of a service role, of the operator, or `sys`; made at first, moved to `url` if it names another.
+        """The user of a service role, of the operator, or `sys`; made at first, moved to `url` and the
+        contract's inbox if it names others.
 
         Raises `BadRequest` for a role that the contract does not have, and for `agent` (see `add_agent`).
         """
@@ -109,7 +110,7 @@ class Credentials:
         except NotFound:
             password = secrets.token_urlsafe(_PASSWORD_BYTES)
         else:
-            if held.url == self.url:
+            if (held.url, held.inbox_prefix) == (self.url, inbox):
                 return held
             password = held.password
         context = {

@@ -15,11 +15,10 @@ Contract = dict[str, Any]
 
 @dataclass(frozen=True)
 class Permissions:
-    """Allow lists, in nats-server's terms. Services also answer requests (`allow_responses`)."""
+    """Allow lists, in nats-server's terms."""
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
-    responds: bool
 
 
 def allowed(contract: Contract, role: str) -> Permissions:
@@ -27,6 +26,9 @@ def allowed(contract: Contract, role: str) -> Permissions:
 
     No subject of the server itself is here for an agent: the server sends its answers wherever a request's reply
     subject points, past all permissions, so even `$SYS.REQ.USER.INFO` would let an agent write into the log.
+
+    An owner may publish on the inboxes of its operations' callers. `allow_responses` is not used: it lets a reply go
+    to whatever subject the caller named, the log and the JetStream API among them.
     """
     root = contract["root"]
     publish: list[str] = []
@@ -50,12 +52,23 @@ def allowed(contract: Contract, role: str) -> Permissions:
             publish.append(f"$KV.{bucket['name']}.>")
         if role in bucket["readers"]:
             publish += _reader(stream_name)
-    owns = any(operation["owner"] == role for operation in contract["operations"].values())
-    if owns:
+    if asking := _asking(contract, role):
+        publish += [f"{_wild(contract['roles'][caller]['inbox'])}.>" for caller in asking]
         subscribe.append("$SRV.>")
     if role == "operator":
         publish += ["$SRV.>", "$JS.API.>", "$JS.ACK.>", "$JS.FC.>"]
-    return Permissions(tuple(publish), tuple(subscribe), responds=owns)
+    return Permissions(tuple(publish), tuple(subscribe))
+
+
+def _asking(contract: Contract, owner: str) -> list[str]:
+    """The roles whose requests an owner answers, the operator's discovery among them; none if it owns nothing."""
+    callers = {
+        caller
+        for operation in contract["operations"].values()
+        if operation["owner"] == owner
+        for caller in operation["callers"]
+    }
+    return [role for role in contract["roles"] if role in callers | {"operator"}] if callers else []
 
 
 def _wild(template: str, keep: tuple[str, ...] = ()) -> str:
@@ -94,8 +107,6 @@ def _block(permissions: Permissions) -> list[str]:
         lines.append(f"  {verb}: {{ allow: [")
         lines += [f'    "{subject}"' for subject in subjects]
         lines.append("  ] }")
-    if permissions.responds:
-        lines.append('  allow_responses: { max: 1, expires: "5m" }')
     return lines
 
 

@@ -13,6 +13,8 @@ from nats.aio.client import Client
 
 from cli.provision import even_shards, provision
 from cli.server import NatsServer, ServerOptions, free_port
+from mnemesh.asker import Asker
+from mnemesh.connection import Link
 
 SITE = "hub"
 TENANTS = ("acme", "zeta")
@@ -105,3 +107,31 @@ async def connect_as(mesh_server: NatsServer) -> AsyncIterator[Callable[[str], A
     yield connect
     for raw in opened:
         await raw.client.close()
+
+
+OpenLink = Callable[..., Awaitable[Link]]
+OpenAsker = Callable[..., Awaitable[Asker]]
+
+
+@pytest_asyncio.fixture
+async def open_link(mesh_server: NatsServer) -> AsyncIterator[OpenLink]:
+    """`await open_link("gateway")`: a `Link` to `mesh_server`, or to another `server`; closed after the test."""
+    opened: list[Link] = []
+
+    async def open_one(user: str, server: NatsServer = mesh_server) -> Link:
+        opened.append(await Link.open(server.credentials.load(user).link_options(user)))
+        return opened[-1]
+
+    yield open_one
+    for link in opened:
+        await link.close()
+
+
+@pytest_asyncio.fixture
+async def open_asker(open_link: OpenLink) -> OpenAsker:
+    """`await open_asker("acme.alice")`: an `Asker` on a link of its own."""
+
+    async def open_one(user: str, *server: NatsServer) -> Asker:
+        return await Asker(await open_link(user, *server)).open()
+
+    return open_one

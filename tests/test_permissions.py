@@ -16,11 +16,14 @@ import pytest
 import pytest_asyncio
 import yaml
 from conftest import AGENTS, SITE, Raw, open_raw, start_mesh_server
+from desk import Desk
 
 from cli.contract import SOURCE
 from cli.server import NatsServer
 from mnemesh import subjects
-from mnemesh.contract import reply_is_private
+from mnemesh.connection import Link
+from mnemesh.contract import AnyOperation, reply_is_private
+from mnemesh.host import hosted
 from mnemesh.ids import partition_of, to_token
 
 Connect = Callable[[str], Awaitable[Raw]]
@@ -63,15 +66,27 @@ def operation_probes() -> Iterator[Probe]:
                 yield Probe("subscribe", subject, frozenset(listeners))
 
 
+def answerers(caller: str) -> frozenset[str]:
+    """The roles that answer a role's requests; all that serve anything answer the operator's discovery."""
+    return frozenset(
+        operation["owner"]
+        for operation in CONTRACT["operations"].values()
+        if caller == "operator" or caller in operation["callers"]
+    )
+
+
 def inbox_probes() -> Iterator[Probe]:
-    """Everybody reads the own inbox; nobody writes into one unasked."""
+    """Everybody reads the own inbox; only who answers its owner's requests writes into it."""
     for user in USERS:
         tenant, _, agent = user.partition(".")
-        inbox = CONTRACT["roles"]["agent" if agent else user]["inbox"]
+        role = "agent" if agent else user
+        inbox = CONTRACT["roles"][role]["inbox"]
         inbox = inbox.replace("<tenant>", tenant).replace("<agent>", agent)
         yield Probe("subscribe", f"{inbox}.abc", frozenset({user}))
         yield Probe("subscribe", f"{inbox}.>", frozenset({user}))
-        yield Probe("publish", f"{inbox}.abc", frozenset())
+        yield Probe("publish", f"{inbox}.abc", answerers(role))
+        yield Probe("publish", inbox, frozenset())
+    yield Probe("publish", "_INBOX.abc", frozenset())
     for wildcard in (">", "*.>", "_INBOX.>", "$KV.>", "$JS.>", "$SYS.>", f"{CONTRACT['root']}.>"):
         yield Probe("subscribe", wildcard, frozenset())
 
@@ -215,68 +230,118 @@ async def test_a_point_read_in_anothers_name_is_denied_and_the_error_names_the_m
 # ── replies ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_service_answers_a_request_once_and_no_more(connect_as: Connect) -> None:
-    gateway, alice = await connect_as("gateway"), await connect_as("acme.alice")
-    requests = await gateway.client.subscribe(subjects.forget("*", "*"))
-    await gateway.settle()
-    inbox = subjects.agent_inbox("acme", "alice") + ".once"
-    replies = await alice.client.subscribe(inbox)
-    await alice.client.publish(subjects.forget("acme", "alice"), b"{}", reply=inbox)
-    request = await requests.next_msg(timeout=5)
-    await gateway.client.publish(request.reply, b"first")
-    assert await gateway.settle() == []
-    await gateway.client.publish(request.reply, b"second")
-    assert len(await gateway.settle()) == 1
-    await alice.settle()
-    assert (await replies.next_msg(timeout=5)).data == b"first"
-    assert replies.pending_msgs == 0
+class Deputy(NamedTuple):
+    """A service that answers wherever a request's reply subject points, without the runtime's check."""
+
+    role: str
+    operation: AnyOperation
+    asked: str
 
 
-async def answer_one_request(server: NatsServer, reply: str) -> list[str]:
-    """A shard that answers alice's request wherever its reply subject points; the errors of both."""
-    shard, alice = await open_raw(server, "shard"), await open_raw(server, "acme.alice")
-    requests = await shard.client.subscribe(subjects.GET_CONTEXT.pattern(site=SITE))
-    await shard.settle()
-    await alice.client.publish(subjects.get_context("acme", "alice", "e1"), b"{}", reply=reply)
-    errors = await alice.settle()
-    if not errors:
-        await shard.client.publish((await requests.next_msg(timeout=5)).reply, b"{}")
-        errors = await shard.settle()
-    await shard.client.close()
-    await alice.client.close()
-    return errors
-
-
-REACHABLE = [
-    subjects.log_event(SITE, "acme", 0, "e1"),
-    f"$KV.{subjects.TENANTS.name}.evil",
-    f"$JS.API.STREAM.PURGE.{subjects.log_stream(SITE)}",
-    subjects.set_context("zeta", "carol"),
-    subjects.agent_inbox("acme", "bob") + ".x",
+DEPUTIES = [
+    Deputy("shard", subjects.GET_CONTEXT, subjects.get_context("acme", "alice", "e1")),
+    Deputy("gateway", subjects.SET_CONTEXT, subjects.set_context("acme", "alice")),
+    Deputy("router", subjects.TRAVERSE, subjects.traverse("acme", "alice")),
 ]
 
 
-@pytest.mark.parametrize("reply", REACHABLE)
-async def test_a_caller_could_have_a_service_publish_anywhere_so_the_runtime_must_refuse_such_a_reply_subject(
-    own_mesh_server: NatsServer, reply: str
+async def answer_one_request(connect_as: Connect, deputy: Deputy, reply: str) -> list[str]:
+    """The deputy answers alice's request as it is told to; the errors of both."""
+    service, alice = await connect_as(deputy.role), await connect_as("acme.alice")
+    requests = await service.client.subscribe(deputy.operation.pattern())
+    await service.settle()
+    await alice.client.publish(deputy.asked, b"{}", reply=reply)
+    errors = await alice.settle()
+    if not errors:
+        await service.client.publish((await requests.next_msg(timeout=5)).reply, b"{}")
+        errors = await service.settle()
+    await requests.unsubscribe()
+    return errors
+
+
+FORBIDDEN = {
+    "the log": subjects.log_event(SITE, "acme", 0, "e1"),
+    "a KV bucket": f"$KV.{subjects.TENANTS.name}.evil",
+    "the JetStream API": f"$JS.API.STREAM.PURGE.{subjects.log_stream(SITE)}",
+    "an acknowledgement": f"$JS.ACK.{subjects.log_stream(SITE)}.c.1.1.1.1.1",
+    "the server's own API": "$SYS.REQ.USER.INFO",
+    "discovery": "$SRV.PING",
+    "another tenant's write": subjects.set_context("zeta", "carol"),
+    "the caller's own write": subjects.set_context("acme", "alice"),
+    "a shard's status": subjects.shard_status("s0"),
+    "an inbox without its last token": subjects.agent_inbox("acme", "alice"),
+    "an inbox of nobody": "_INBOX.x",
+    "the server's reply space": "_R_.x",
+}
+
+
+REFUSED = [
+    pytest.param(deputy, reply, id=f"{deputy.role}, {what}")
+    for deputy in DEPUTIES
+    for what, reply in FORBIDDEN.items()
+    if (deputy.role, what) != ("gateway", "the log")
+]
+
+
+@pytest.mark.parametrize(("deputy", "reply"), REFUSED)
+async def test_the_server_refuses_an_answer_that_a_caller_aimed_at_anything_but_an_inbox(
+    connect_as: Connect, deputy: Deputy, reply: str
 ) -> None:
-    """The confused deputy: should nats-server ever refuse this itself, this test says so."""
-    assert await answer_one_request(own_mesh_server, reply) == []
-    assert not reply_is_private(subjects.GET_CONTEXT, {"tenant": "acme", "agent": "alice"}, reply)
+    """The confused deputy: with `allow_responses` the server let these pass."""
+    (error,) = await answer_one_request(connect_as, deputy, reply)
+    assert "violation" in error.lower()
+    assert not reply_is_private(deputy.operation, {"tenant": "acme", "agent": "alice"}, reply)
 
 
-@pytest.mark.parametrize("reply", [f"$JS.ACK.{subjects.log_stream(SITE)}.c.1.1.1.1.1", "_R_.x"])
-async def test_the_server_refuses_the_reply_subjects_that_it_reserves(own_mesh_server: NatsServer, reply: str) -> None:
-    (error,) = await answer_one_request(own_mesh_server, reply)
-    assert "reply" in error
+@pytest.mark.parametrize("deputy", DEPUTIES, ids=lambda deputy: deputy.role)
+async def test_an_answer_reaches_the_inbox_of_the_caller(connect_as: Connect, deputy: Deputy) -> None:
+    alice = await connect_as("acme.alice")
+    inbox = subjects.agent_inbox("acme", "alice") + ".x"
+    replies = await alice.client.subscribe(inbox)
+    await alice.settle()
+    assert await answer_one_request(connect_as, deputy, inbox) == []
+    assert (await replies.next_msg(timeout=5)).data == b"{}"
 
 
-async def test_an_answer_sent_by_the_unguarded_deputy_lands_in_the_log(own_mesh_server: NatsServer) -> None:
-    await answer_one_request(own_mesh_server, subjects.log_event(SITE, "acme", 0, "e1"))
-    operator = await open_raw(own_mesh_server, "operator")
-    info = await operator.client.request(f"$JS.API.STREAM.INFO.{subjects.log_stream(SITE)}")
-    await operator.client.close()
-    assert json.loads(info.data)["state"]["messages"] == 1
+SHARD, GATEWAY = DEPUTIES[:2]
+PASSED = [
+    (SHARD, subjects.agent_inbox("zeta", "carol") + ".x"),
+    (SHARD, subjects.operator_inbox() + ".x"),
+    (SHARD, f"$JS.API.STREAM.INFO.{subjects.log_stream(SITE)}"),
+    (GATEWAY, subjects.log_event(SITE, "acme", 0, "e1")),
+    (GATEWAY, f"$KV.{subjects.SPACES.name}.acme.evil"),
+]
+
+
+@pytest.mark.parametrize(("deputy", "reply"), PASSED)
+async def test_the_server_passes_what_the_service_publishes_of_its_own_accord_so_the_runtime_must_refuse_it(
+    own_mesh_server: NatsServer, deputy: Deputy, reply: str
+) -> None:
+    """Should nats-server ever refuse this itself, this test says so."""
+    opened: list[Raw] = []
+
+    async def connect(user: str) -> Raw:
+        opened.append(await open_raw(own_mesh_server, user))
+        return opened[-1]
+
+    assert await answer_one_request(connect, deputy, reply) == []
+    assert not reply_is_private(deputy.operation, {"tenant": "acme", "agent": "alice"}, reply)
+    for raw in opened:
+        await raw.client.close()
+
+
+async def test_discovery_answers_only_into_the_inbox_of_the_operator(
+    open_link: Callable[..., Awaitable[Link]], connect_as: Connect
+) -> None:
+    operator, carol = await connect_as("operator"), await connect_as("zeta.carol")
+    theirs = await carol.client.subscribe(subjects.agent_inbox("zeta", "carol") + ".x")
+    await carol.settle()
+    async with hosted(Desk(await open_link("gateway"))):
+        await operator.client.publish("$SRV.PING", b"", reply=theirs.subject)
+        answer = await operator.client.request("$SRV.PING", b"", timeout=5)
+    assert json.loads(answer.data)["name"] == "mnemesh-gateway"
+    await carol.settle()
+    assert theirs.pending_msgs == 0
 
 
 @pytest.mark.parametrize(
@@ -300,15 +365,15 @@ AGENT_TOKENS = {"tenant": "acme", "agent": "alice", "site": SITE, "partition": "
 @pytest.mark.parametrize(
     ("operation", "reply", "private"),
     [
-        ("get_context", "_INBOX_agent_acme.alice.x.1", True),
-        ("get_context", "_INBOX_agent_acme.alice", False),
-        ("get_context", "_INBOX_agent_acme.alice2.x", False),
-        ("get_context", "_INBOX_agent_acme.bob.x", False),
-        ("get_context", "_INBOX_agent_zeta.alice.x", False),
+        ("get_context", "_INBOX_agent.acme.alice.x.1", True),
+        ("get_context", "_INBOX_agent.acme.alice", False),
+        ("get_context", "_INBOX_agent.acme.alice2.x", False),
+        ("get_context", "_INBOX_agent.acme.bob.x", False),
+        ("get_context", "_INBOX_agent.zeta.alice.x", False),
         ("get_context", "_INBOX_router_0.x", False),
         ("get_context", "", False),
         ("shard_search", "_INBOX_router_0.x", True),
-        ("shard_search", "_INBOX_agent_acme.alice.x", False),
+        ("shard_search", "_INBOX_agent.acme.alice.x", False),
         ("shard_status", "_INBOX_operator_0.x", True),
     ],
 )

@@ -12,6 +12,7 @@ nats-py 2.16 leaves open is closed here (each has a test in `tests/test_connecti
 * its `flush` writes the PING ahead of what is still buffered, succeeds at once while it reconnects, and kills the
   read loop if it is cancelled before the PONG comes: `flush` here does none of that, and so `drain` loses nothing;
 * a publish that waits for buffer space swallows cancellation: raised again, so that budgets hold;
+* a user that was removed is reconnected for ever: a second refusal closes the connection, as in nats.go;
 * a connection that ends all the same sets `closed`, and the process that lives on it ends.
 """
 
@@ -88,6 +89,7 @@ class Link:
         self._unheard: set[str] = set()
         self._drop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._attempt = 0
+        self._refusals = 0
 
     @classmethod
     async def open(cls, options: LinkOptions) -> Link:
@@ -239,6 +241,11 @@ class Link:
                 callback(subject)
         elif isinstance(error, nats.errors.SlowConsumerError):
             logger.error("messages dropped: %s", error)
+        elif "authorization violation" in str(error).lower():
+            logger.warning("%s does not let %s in: %s", self.options.url, self.options.user, error)
+            self._refusals += 1
+            if self._refusals > 1:
+                self._client.options["max_reconnect_attempts"] = 1  # over by now, so nats-py closes the connection
         elif not self._client.is_reconnecting:
             logger.info("connection error: %s", error or type(error).__name__)
 
@@ -255,7 +262,8 @@ class Link:
             callback()
 
     async def _on_reconnected(self) -> None:
-        self._attempt = 0
+        self._attempt = self._refusals = 0
+        self._client.options["max_reconnect_attempts"] = -1
         self.reconnects += 1
         logger.info("%s is connected again", self.options.name)
 

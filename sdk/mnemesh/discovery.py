@@ -34,7 +34,7 @@ class Discovery:
         for verb, describe in (("PING", self._ping), ("INFO", self._info), ("STATS", self._stats)):
 
             async def answer(message: Msg, describe: Any = describe) -> None:
-                if message.reply:
+                if message.reply.startswith(f"{subjects.operator_inbox()}."):
                     await self._actor.link.publish(message.reply, json.dumps(describe()).encode())
 
             for tail in ("", f".{self.name}", f".{self.name}.{self._actor.instance}"):

@@ -26,11 +26,11 @@ Direction = Literal["out", "in", "both"]
 Count = Annotated[int, Meta(ge=1, le=1000)]
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Base of requests: an unknown field is a mistake that gets named."""
 
 
-class Reply(msgspec.Struct, frozen=True, kw_only=True):
+class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of replies: a newer mesh may say more than this client knows."""
 
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "632edf1b9287"
+CONTRACT = "3fd12629a276"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
     name="set_context",
     owner="gateway",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.set_context.<tenant>.<agent>",
     served="mnemesh.v1.memory.set_context.<tenant>.<agent>",
     request=messages.SetContext,
@@ -28,7 +28,7 @@ UPSERT_EMBEDDING = Operation(
     name="upsert_embedding",
     owner="gateway",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.upsert_embedding.<tenant>.<agent>",
     served="mnemesh.v1.memory.upsert_embedding.<tenant>.<agent>",
     request=messages.UpsertEmbedding,
@@ -43,7 +43,7 @@ FORGET = Operation(
     name="forget",
     owner="gateway",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.forget.<tenant>.<agent>",
     served="mnemesh.v1.memory.forget.<tenant>.<agent>",
     request=messages.Forget,
@@ -58,7 +58,7 @@ INGEST = Operation(
     name="ingest",
     owner="gateway",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.ingest.<tenant>.<agent>",
     served="mnemesh.v1.memory.ingest.<tenant>.<agent>",
     request=messages.Ingest,
@@ -73,7 +73,7 @@ GET_CONTEXT = Operation(
     name="get_context",
     owner="shard",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.get_context.<tenant>.<agent>.<entity>",
     served="mnemesh.v1.shard.get.<site>.<partition>.<tenant>.<agent>.<entity>",
     request=messages.GetContext,
@@ -88,7 +88,7 @@ TIMELINE = Operation(
     name="timeline",
     owner="shard",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.timeline.<tenant>.<agent>.<entity>",
     served="mnemesh.v1.shard.timeline.<site>.<partition>.<tenant>.<agent>.<entity>",
     request=messages.Timeline,
@@ -103,7 +103,7 @@ SEARCH_EMBEDDING = Operation(
     name="search_embedding",
     owner="router",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.search_embedding.<tenant>.<agent>",
     served="mnemesh.v1.memory.search_embedding.<tenant>.<agent>",
     request=messages.SearchEmbedding,
@@ -118,7 +118,7 @@ SEARCH_TEXT = Operation(
     name="search_text",
     owner="router",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.search_text.<tenant>.<agent>",
     served="mnemesh.v1.memory.search_text.<tenant>.<agent>",
     request=messages.SearchText,
@@ -133,7 +133,7 @@ TRAVERSE = Operation(
     name="traverse",
     owner="router",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.traverse.<tenant>.<agent>",
     served="mnemesh.v1.memory.traverse.<tenant>.<agent>",
     request=messages.Traverse,
@@ -148,7 +148,7 @@ TIMELINE_RANGE = Operation(
     name="timeline_range",
     owner="router",
     callers=("agent",),
-    inboxes=("_INBOX_agent_<tenant>.<agent>",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>",),
     subject="mnemesh.v1.memory.timeline_range.<tenant>.<agent>",
     served="mnemesh.v1.memory.timeline_range.<tenant>.<agent>",
     request=messages.TimelineRange,
@@ -275,7 +275,7 @@ def log_event(site: str, tenant: str, partition: int | str, entity: str) -> str:
 
 def agent_inbox(tenant: str, agent: str) -> str:
     """Inbox prefix of agent: a client that reasons and acts."""
-    return f"_INBOX_agent_{tenant}.{agent}"
+    return f"_INBOX_agent.{tenant}.{agent}"
 
 
 def agent_user(tenant: str, agent: str) -> str:

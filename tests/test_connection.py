@@ -1,0 +1,252 @@
+"""The link: what nats-py leaves open stays closed, against a real server that is killed, frozen and reconfigured."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from conftest import OpenAsker, OpenLink
+from desk import Desk, set_context
+from nats.aio.msg import Msg
+
+from cli.server import NatsServer, free_port
+from mnemesh import connection, subjects
+from mnemesh.connection import LONGEST_RECONNECT_S, Link
+from mnemesh.errors import BadRequest, Denied, TooLarge, Unavailable
+from mnemesh.host import hosted
+
+MEGABYTE = bytes(1024 * 1024)
+
+
+async def lost(link: Link) -> None:
+    """Wait until the link notices that its connection is gone."""
+    noticed = asyncio.Event()
+    link.on_lost(noticed.set)
+    async with asyncio.timeout(10):
+        await noticed.wait()
+
+
+async def connected_again(link: Link) -> None:
+    """Wait until the link has reconnected; a request that waits in the buffer for it is the event."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                return await link.flush()
+            except Unavailable:
+                await asyncio.sleep(0)
+
+
+async def fill(link: Link) -> None:
+    """Send until the socket, its buffer and nats-py's are full: only a frozen server lets that happen."""
+    try:
+        async with asyncio.timeout(0.5):
+            while True:
+                await link.publish(subjects.set_context("acme", "alice"), MEGABYTE)
+    except TimeoutError:
+        pass
+
+
+# ── opening ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_wrong_password_is_denied_at_once(mesh_server: NatsServer) -> None:
+    options = replace(mesh_server.credentials.load("gateway").link_options(), password="wrong", connect_timeout_s=60)
+    async with asyncio.timeout(5):
+        with pytest.raises(Denied, match="gateway"):
+            await Link.open(options)
+
+
+async def test_where_nobody_listens_the_link_is_unavailable_after_its_timeout(mesh_server: NatsServer) -> None:
+    options = mesh_server.credentials.load("gateway").link_options()
+    with pytest.raises(Unavailable, match="no NATS server answers"):
+        await Link.open(replace(options, url=f"nats://127.0.0.1:{free_port()}", connect_timeout_s=0.2))
+
+
+# ── flush ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_flush_confirms_also_what_was_still_in_the_buffer(open_link: OpenLink) -> None:
+    link = await open_link("acme.alice")
+    denied: list[str] = []
+    link.on_denied(denied.append)
+    for number in range(20):
+        await link.publish(f"forbidden.{number}", b"")
+        await link.flush()
+        assert denied[-1] == f"forbidden.{number}"
+
+
+async def test_a_flush_that_is_given_up_does_not_hurt_the_connection(
+    own_mesh_server: NatsServer, open_link: OpenLink
+) -> None:
+    """nats-py's own flush leaves a cancelled future behind, and its read loop dies of the PONG that comes later."""
+    link = await open_link("gateway", own_mesh_server)
+    own_mesh_server.pause()
+    with pytest.raises(Unavailable, match="did not confirm"):
+        await link.flush(0.05)
+    cancelled = asyncio.ensure_future(link.flush())
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    own_mesh_server.resume()
+    await link.flush()
+    await link.flush()
+    assert link.reconnects == 0
+
+
+async def test_a_flush_ends_when_the_connection_drops_and_fails_while_it_is_down(
+    own_mesh_server: NatsServer, open_link: OpenLink
+) -> None:
+    link = await open_link("gateway", own_mesh_server)
+    own_mesh_server.pause()
+    flush = asyncio.ensure_future(link.flush(60))
+    await asyncio.sleep(0)
+    await own_mesh_server.kill()
+    async with asyncio.timeout(5):
+        with pytest.raises(Unavailable, match="dropped"):
+            await flush
+        with pytest.raises(Unavailable, match="down"):
+            await link.flush(60)
+
+
+# ── sizes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("value", ["x" * 500, "é" * 250])
+async def test_a_message_that_the_server_would_close_the_connection_over_is_refused_first(
+    open_link: OpenLink, value: str
+) -> None:
+    link = await open_link("acme.alice")
+    subject = subjects.set_context("acme", "alice")
+    for size, headers in ((link.max_payload + 1, None), (link.max_payload - 400, {"traceparent": value})):
+        with pytest.raises(TooLarge):
+            await link.publish(subject, bytes(size), headers=headers)
+    await link.publish(subject, bytes(link.max_payload))
+    await link.publish(subject, bytes(link.max_payload - 600), headers={"traceparent": value})
+    await link.flush()
+    assert not link.closed.is_set()
+    assert link.reconnects == 0
+
+
+async def test_what_is_no_subject_is_a_bad_request(open_link: OpenLink) -> None:
+    link = await open_link("acme.alice")
+    with pytest.raises(BadRequest):
+        await link.publish("two words", b"")
+
+
+# ── what the server minds ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_violations_and_slow_consumers_leave_the_connection_usable(open_asker: OpenAsker) -> None:
+    asker = await open_asker("acme.alice")
+    link = asker.link
+    stuck = asyncio.Event()
+
+    async def take(message: Msg) -> None:
+        await stuck.wait()
+
+    inbox = f"{link.options.inbox_prefix}.slow"
+    desk = await open_asker("gateway")
+    await link.client.subscribe(inbox, cb=take, pending_msgs_limit=1)
+    async with hosted(Desk(desk.link)):
+        for _ in range(5):
+            await link.publish(subjects.set_context("acme", "alice"), b"", reply=inbox)
+        await link.publish("forbidden", b"")
+        await link.subscribe("forbidden", take)
+        await link.flush()
+        assert (await set_context(asker, "e7")).entity_id == "e7"
+        assert "slow consumer" in str(link.last_error) or "permissions violation" in str(link.last_error)
+    stuck.set()
+    assert link.reconnects == 0
+
+
+async def test_a_denied_subscription_is_told_when_it_is_confirmed(open_link: OpenLink) -> None:
+    link = await open_link("acme.alice")
+
+    async def ignore(message: Msg) -> None: ...
+
+    await link.subscribe(subjects.SET_CONTEXT.pattern(), ignore, queue="gateway")
+    with pytest.raises(Denied, match=r"mnemesh\.v1\.memory\.set_context"):
+        await link.confirm()
+
+
+# ── drops ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_after_a_killed_server_is_back_requests_work_and_subscriptions_are_live(
+    own_mesh_server: NatsServer, open_link: OpenLink, open_asker: OpenAsker
+) -> None:
+    asker = await open_asker("acme.alice", own_mesh_server)
+    async with hosted(Desk(await open_link("gateway", own_mesh_server))) as host:
+        desk = host.actors[0].link
+        for end in (own_mesh_server.kill, own_mesh_server.stop):
+            before = asker.link.reconnects
+            await set_context(asker)
+            await end()
+            await own_mesh_server.start()
+            await asyncio.gather(connected_again(asker.link), connected_again(desk))
+            assert (await set_context(asker, "again")).entity_id == "again"
+            assert asker.link.reconnects == before + 1
+
+
+async def test_reconnecting_never_gives_up_and_waits_with_jitter_up_to_a_ceiling(open_link: OpenLink) -> None:
+    link = await open_link("gateway")
+    assert link.client.options["max_reconnect_attempts"] == -1
+    assert link.client.options["allow_reconnect"]
+    waits = [link._choose_server(link.client.server_pool, None)[1] for _ in range(200)]
+    assert all(0 < wait <= LONGEST_RECONNECT_S for wait in waits)
+    assert max(waits[:3]) < 0.5 < max(waits[20:])
+    assert len(set(waits)) == len(waits)
+
+
+async def test_a_frozen_server_is_noticed_by_pings_even_with_full_buffers(
+    own_mesh_server: NatsServer, open_link: OpenLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (await open_link("gateway")).client.options["ping_interval"] == 5
+    monkeypatch.setattr(connection, "PING_INTERVAL_S", 0.3)
+    link = await open_link("acme.alice", own_mesh_server)
+    gone = asyncio.ensure_future(lost(link))
+    own_mesh_server.pause()
+    await fill(link)
+    await gone
+    own_mesh_server.resume()
+    await connected_again(link)
+
+
+async def test_closing_does_not_wait_for_a_frozen_server(
+    own_mesh_server: NatsServer, open_link: OpenLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "CLOSE_S", 0.1)
+    link = await open_link("acme.alice", own_mesh_server)
+    own_mesh_server.pause()
+    await fill(link)
+    async with asyncio.timeout(5):
+        await link.close()
+    assert link.closed.is_set()
+    own_mesh_server.resume()
+
+
+async def test_closing_while_the_server_is_gone_and_data_waits(
+    own_mesh_server: NatsServer, open_link: OpenLink
+) -> None:
+    link = await open_link("acme.alice", own_mesh_server)
+    gone = asyncio.ensure_future(lost(link))
+    await asyncio.sleep(0)
+    await own_mesh_server.kill()
+    await gone
+    await link.publish(subjects.set_context("acme", "alice"), MEGABYTE)
+    async with asyncio.timeout(5):
+        await link.close()
+    assert link.closed.is_set()
+    with pytest.raises(Unavailable):
+        await link.publish(subjects.set_context("acme", "alice"), b"")
+
+
+async def test_a_user_that_is_removed_loses_the_connection_for_good(
+    own_mesh_server: NatsServer, open_link: OpenLink
+) -> None:
+    link = await open_link("acme.bob", own_mesh_server)
+    own_mesh_server.credentials.remove("acme.bob")
+    await own_mesh_server.reload()
+    async with asyncio.timeout(5):
+        await link.closed.wait()
+    assert not link.is_connected
