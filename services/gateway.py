@@ -41,10 +41,10 @@ class Gateway(Actor):
 
     role = "gateway"
 
-    def __init__(self, link: Link, *, site: str, guard: Guard | None = None) -> None:
+    def __init__(self, link: Link, *, site: str, guard: Guard | None = None, clock: HybridClock | None = None) -> None:
         super().__init__(link, guard=guard)
         self.site = site
-        self._clock = HybridClock()
+        self._clock = clock or HybridClock()
         self._spaces = Spaces()
         self._log = LogWriter(link, self.asker.inbox)
         self._nuid = nats.nuid.NUID()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,19 @@ def written(entity_id: str, version: int = 1) -> Written:
 
 async def acknowledge(request: SetContext, call: Call) -> Written:
     return written(request.entity_id)
+
+
+class Held:
+    """Work that waits until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Semaphore(0)
+        self.release = asyncio.Event()
+
+    async def __call__(self, request: SetContext, call: Call) -> Written:
+        self.begun.release()
+        await self.release.wait()
+        return written(request.entity_id)
 
 
 class Desk(Actor):

@@ -7,36 +7,22 @@ from dataclasses import replace
 
 import pytest
 from conftest import OpenAsker, OpenLink
-from desk import Desk, SmallDesk, acknowledge, set_context, written
+from desk import Desk, Held, acknowledge, set_context
 from nats.aio.msg import Msg
 from test_connection import fill, lost
 
 from cli.server import NatsServer
 from mnemesh import subjects, wire
 from mnemesh.asker import Asker
-from mnemesh.call import Call
 from mnemesh.connection import Link
 from mnemesh.errors import Denied, MnemeshError, Timeout, TooLarge, Unavailable
 from mnemesh.host import hosted
 from mnemesh.ids import partition_of, to_token
 from mnemesh.inbox import Ask, Inbox
-from mnemesh.messages import GetContext, SetContext, Status, Written
+from mnemesh.messages import GetContext, Status
 
 LONG_S = 60.0
 """A budget that no test may use up."""
-
-
-class Held:
-    """Handler work that waits until the test lets it go."""
-
-    def __init__(self) -> None:
-        self.begun = asyncio.Semaphore(0)
-        self.release = asyncio.Event()
-
-    async def __call__(self, request: SetContext, call: Call) -> Written:
-        self.begun.release()
-        await self.release.wait()
-        return written(request.entity_id)
 
 
 # ── failures ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -218,26 +204,3 @@ async def test_many_requests_at_once_get_each_their_own_reply(open_link: OpenLin
     async with hosted(Desk(await open_link("gateway"), acknowledge)):
         replies = await asyncio.gather(*(set_context(asker, f"e{number}") for number in range(2000)))
     assert [reply.entity_id for reply in replies] == [f"e{number}" for number in range(2000)]
-
-
-async def test_requests_beyond_the_mailbox_fail_as_busy_and_leave_nothing_behind(
-    open_link: OpenLink, open_asker: OpenAsker
-) -> None:
-    asker, held = await open_asker("acme.alice"), Held()
-    async with hosted(SmallDesk(await open_link("gateway"), held)):
-        first = asyncio.ensure_future(set_context(asker))
-        await held.begun.acquire()
-        others = [asyncio.ensure_future(set_context(asker, budget_s=LONG_S)) for _ in range(10)]
-        refused = 0
-        async with asyncio.timeout(5):
-            for done in asyncio.as_completed(others):
-                with pytest.raises(MnemeshError) as failure:
-                    await done
-                assert failure.value.code == "busy"
-                refused += 1
-                if refused == 8:
-                    break
-        held.release.set()
-        await first
-        await asyncio.wait(others)
-    assert len(asker.inbox) == 0

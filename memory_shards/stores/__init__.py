@@ -30,5 +30,8 @@ class Store(Protocol):
         `watermark` may be past the last record: the log's events in between belong to other shards.
         """
 
+    def digest(self) -> str:
+        """A hash over all that it holds: the same on replicas that have applied the same log."""
+
     def close(self) -> None:
         """Release files and threads. The store is not used after."""

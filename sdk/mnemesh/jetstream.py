@@ -23,6 +23,8 @@ WRONG_LAST_SEQUENCE = 10071
 WRONG_LAST_SEQUENCE_CONSTANT = 10164
 WRONG_LAST_ID = 10070
 BATCH_HOLDS_DUPLICATE = 10201
+PASSING = (10176, 10210, 10158)
+"""A batch whose beginning was lost with a connection, too many open batches, an id whose first try is under way."""
 
 
 class JetStreamError(Internal):
@@ -46,7 +48,7 @@ def check(reply: dict[str, Any]) -> dict[str, Any]:
         raise NotFound(text)
     if number in (10054, 10097):
         raise TooLarge(text)
-    if error.get("code") == 503:
+    if error.get("code") == 503 or number in PASSING:
         raise Unavailable(text, retry_after_ms=200)
     raise JetStreamError(text, number)
 
@@ -76,11 +78,10 @@ async def stream_state(inbox: Inbox, stream: str) -> StreamState:
     return StreamState(info["created"], state["first_seq"], state["last_seq"], state["messages"], state["bytes"])
 
 
-async def ensure_log(inbox: Inbox, site: str, *, replicas: int = 1) -> StreamState:
-    """Make the log of a site, or bring an existing one up to this configuration."""
-    name = subjects.log_stream(site)
-    config = {
-        "name": name,
+def log_config(site: str, *, replicas: int = 1) -> dict[str, Any]:
+    """How the log of a site is configured."""
+    return {
+        "name": subjects.log_stream(site),
         "subjects": [subjects.log_event(site, "*", "*", "*")],
         "retention": "limits",
         "discard": "new",
@@ -93,26 +94,32 @@ async def ensure_log(inbox: Inbox, site: str, *, replicas: int = 1) -> StreamSta
         "deny_delete": False,
         "max_msgs_per_subject": -1,
     }
-    await _ensure(inbox, config)
-    return await stream_state(inbox, name)
+
+
+def bucket_config(bucket: str, *, replicas: int = 1) -> dict[str, Any]:
+    """How a KV bucket is configured: as `nats kv add` would (ADR-8), with a history of one."""
+    return {
+        "name": f"KV_{bucket}",
+        "subjects": [f"$KV.{bucket}.>"],
+        "storage": "file",
+        "num_replicas": replicas,
+        "max_msgs_per_subject": 1,
+        "discard": "new",
+        "allow_rollup_hdrs": True,
+        "deny_delete": True,
+        "allow_direct": True,
+    }
+
+
+async def ensure_log(inbox: Inbox, site: str, *, replicas: int = 1) -> StreamState:
+    """Make the log of a site, or bring an existing one up to `log_config`."""
+    await _ensure(inbox, log_config(site, replicas=replicas))
+    return await stream_state(inbox, subjects.log_stream(site))
 
 
 async def ensure_bucket(inbox: Inbox, bucket: str, *, replicas: int = 1) -> None:
-    """Make a KV bucket as `nats kv add` would (ADR-8), with a history of one."""
-    await _ensure(
-        inbox,
-        {
-            "name": f"KV_{bucket}",
-            "subjects": [f"$KV.{bucket}.>"],
-            "storage": "file",
-            "num_replicas": replicas,
-            "max_msgs_per_subject": 1,
-            "discard": "new",
-            "allow_rollup_hdrs": True,
-            "deny_delete": True,
-            "allow_direct": True,
-        },
-    )
+    """Make a KV bucket, or bring an existing one up to `bucket_config`."""
+    await _ensure(inbox, bucket_config(bucket, replicas=replicas))
 
 
 async def _ensure(inbox: Inbox, config: dict[str, Any]) -> None:

@@ -114,11 +114,14 @@ def as_vector(value: object, *, what: str = "vector") -> Vector:
         if not all(type(item) in (int, float) for item in value):
             raise BadRequest(f"{what}: every item must be a number")
         try:
-            value = np.asarray(value, dtype=np.float32)
+            with np.errstate(over="ignore"):  # infinity is refused below
+                value = np.asarray(value, dtype=np.float32)
         except (OverflowError, ValueError) as error:
             raise BadRequest(f"{what}: a number is out of range") from error
     if not isinstance(value, np.ndarray):
         raise BadRequest(f"{what}: expected a vector, base64 text or a list of numbers")
+    if value.dtype.kind not in "fiu":
+        raise BadRequest(f"{what}: every item must be a number, not {value.dtype}")
     if value.ndim != 1 or not value.size:
         raise BadRequest(f"{what}: expected shape (d,) with d of at least 1, not {value.shape}")
     if value.size > MAX_DIMENSION:

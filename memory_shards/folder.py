@@ -1,0 +1,64 @@
+"""A shard's folder: one process at a time has it, for two that apply the log to one store would spoil it.
+
+The lock is the kernel's (`flock`), so it goes with its holder, however that ends. Looks at `mnemesh` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import IO
+
+from mnemesh.errors import Unavailable
+
+LOCK = "lock"
+HANDOVER_S = 5.0
+"""How long a new process waits for an old one that is still draining."""
+POLL_S = 0.05
+
+
+async def hold(folder: Path) -> IO[str]:
+    """Take the folder, made if need be, until the file that is returned is closed.
+
+    Raises `Unavailable` if another process still has it after `HANDOVER_S`.
+    """
+    deadline = asyncio.get_running_loop().time() + HANDOVER_S
+    while (lock := _lock(folder)) is None:
+        if asyncio.get_running_loop().time() >= deadline:
+            raise _taken(folder)
+        await asyncio.sleep(POLL_S)
+    return lock
+
+
+def _lock(folder: Path) -> IO[str] | None:
+    """The lock, with our process id in it for whoever finds it taken; `None` if another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _taken(folder: Path) -> Unavailable:
+    return Unavailable(
+        f"{folder.absolute()} is in use by process {(folder / LOCK).read_text()}: "
+        "give each replica a folder of its own, or stop that process"
+    )
+
+
+def clear(folder: Path) -> None:
+    """Remove all that is in a folder that we hold, but for its lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()

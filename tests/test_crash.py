@@ -1,0 +1,297 @@
+"""One crash a test: what each part of a mesh leaves behind, and how it comes back. All at once: `ledger.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from conftest import SITE, OpenAsker, OpenLink, server_options
+from ledger import STRONG, statuses
+
+import mnemesh
+from cli.mesh import Mesh, MeshOptions
+from cli.server import NatsServer
+from memory_shards.shard import Shard
+from mnemesh import Memory, messages, subjects, wire
+from mnemesh.actor import handles
+from mnemesh.asker import Asker
+from mnemesh.call import Call
+from mnemesh.clock import HybridClock, wall_ms
+from mnemesh.connection import Link
+from mnemesh.errors import Timeout, Unavailable
+from mnemesh.host import Host, hosted
+from mnemesh.ids import PARTITIONS
+from mnemesh.jetstream import check, stream_state
+from mnemesh.log_writer import BATCH_COMMIT, BATCH_ID, BATCH_SEQUENCE
+from router.router import Router
+from services.gateway import Gateway
+
+HOUR_MS = 3_600_000
+ENTITIES = 50
+
+
+@asynccontextmanager
+async def alice_on(server: NatsServer) -> AsyncIterator[Memory]:
+    async with mnemesh.connect(credentials=server.credentials.load("acme.alice").path) as memory:
+        yield memory
+
+
+async def fill(memory: Memory, count: int = ENTITIES) -> None:
+    """Entities `e:0`, `e:1`, … with their number as attribute, and a vector each."""
+    await memory.ingest(
+        [
+            {"entity_id": f"e:{n}", "type": "thing", "attributes": {"n": n}, "vectors": {"v": wire.as_vector([n, 1.0])}}
+            for n in range(count)
+        ]
+    )
+
+
+async def is_full(memory: Memory, count: int = ENTITIES) -> bool:
+    contexts = [await memory.get_context(f"e:{n}", consistency=STRONG) for n in range(count)]
+    return [context.attributes for context in contexts] == [{"n": n} for n in range(count)]
+
+
+def whole_shard(link: Link, folder: Path) -> Shard:
+    return Shard(link, name="s0", site=SITE, partitions=range(PARTITIONS), folder=folder)
+
+
+async def status_of(operator: Asker, head: int) -> messages.ShardStatus:
+    (status,) = await statuses(operator, "s0", 1, head)
+    return status
+
+
+async def metric(log_file: Path, name: str) -> float:
+    """A value of the metrics page of the process that logs there now."""
+    port = re.findall(r"metrics and health on port (\d+)", await asyncio.to_thread(log_file.read_text))[-1]
+
+    def page() -> str:
+        with urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+            text: str = reply.read().decode()
+            return text
+
+    (value,) = re.findall(rf"^{name} (\S+)$", await asyncio.to_thread(page), re.MULTILINE)
+    return float(value)
+
+
+@asynccontextmanager
+async def small_mesh(data: Path) -> AsyncIterator[Mesh]:
+    options = MeshOptions(server=server_options(data), shards=1, tenants=["acme"], agents=[("acme", "alice")])
+    async with Mesh(options) as mesh:
+        yield mesh
+
+
+# ── shards ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_killed_shard_resumes_from_its_watermark_with_the_same_digest(
+    tmp_path: Path, open_asker: OpenAsker
+) -> None:
+    async with small_mesh(tmp_path) as mesh, alice_on(mesh.server) as memory:
+        await fill(memory)
+        operator = await open_asker("operator", mesh.server)
+        before = await status_of(operator, ENTITIES)
+        shard = mesh.children["s0.0"]
+        assert shard.process is not None
+        killed = shard.process
+        shard.send(signal.SIGKILL)
+        await killed.wait()
+        late = await memory.set_context("late", attributes={"n": 1})
+        await mesh.ready()
+        after = await status_of(operator, late.version)
+        assert await metric(shard.log_file, "mnemesh_shard_documents_applied") == 1
+        assert await metric(shard.log_file, "mnemesh_shard_vectors_applied") == 1
+        assert (after.entities, after.vectors) == (before.entities + 1, before.vectors)
+        killed = shard.process
+        shard.send(signal.SIGKILL)
+        await killed.wait()
+        await mesh.ready()
+        assert (await status_of(operator, late.version)) == after
+        assert await metric(shard.log_file, "mnemesh_shard_documents_applied") == 0
+
+
+async def test_a_second_process_on_a_shards_folder_is_refused_and_told_why(
+    own_mesh_server: NatsServer, open_link: OpenLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memory_shards.folder.HANDOVER_S", 0.2)
+    folder = tmp_path / "shard"
+    async with hosted(whole_shard(await open_link("shard", own_mesh_server), folder)):
+        with pytest.raises(Unavailable, match=re.escape(f"{folder} is in use by process {os.getpid()}")):
+            async with hosted(whole_shard(await open_link("shard", own_mesh_server), folder)):
+                pass
+    async with hosted(whole_shard(await open_link("shard", own_mesh_server), folder)):
+        pass
+
+
+async def test_a_new_process_waits_while_the_old_one_drains(
+    own_mesh_server: NatsServer, open_link: OpenLink, tmp_path: Path
+) -> None:
+    old = Host(whole_shard(await open_link("shard", own_mesh_server), tmp_path / "shard"))
+    new = Host(whole_shard(await open_link("shard", own_mesh_server), tmp_path / "shard"))
+    async with asyncio.TaskGroup() as hosts:
+        hosts.create_task(old.run())
+        await old.ready.wait()
+        hosts.create_task(new.run())
+        old.stop()
+        await new.ready.wait()
+        new.stop()
+
+
+# ── gateways and routers ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Mute(Gateway):
+    """A gateway that appends, and dies before it answers."""
+
+    @handles(subjects.SET_CONTEXT)
+    async def set_context(self, request: messages.SetContext, call: Call) -> messages.Written:
+        await super().set_context(request, call)
+        return await asyncio.Future()
+
+
+async def test_a_retry_after_a_gateway_died_between_append_and_reply_is_a_duplicate(
+    own_mesh_server: NatsServer, open_link: OpenLink, open_asker: OpenAsker
+) -> None:
+    dying = Host(Mute(await open_link("gateway", own_mesh_server), site=SITE))
+    async with alice_on(own_mesh_server) as memory, asyncio.TaskGroup() as hosts:
+        running = hosts.create_task(dying.run())
+        await dying.ready.wait()
+        with pytest.raises(Timeout):
+            await memory.set_context("e", attributes={"n": 1}, message_id="m1", budget_ms=500)
+        running.cancel()
+        await asyncio.wait([running])
+        async with hosted(Gateway(await open_link("gateway", own_mesh_server), site=SITE)):
+            written = await memory.set_context("e", attributes={"n": 1}, message_id="m1")
+        assert written.duplicate
+        operator = await open_asker("operator", own_mesh_server)
+        state = await stream_state(operator.inbox, subjects.log_stream(SITE))
+        assert (state.messages, state.last_sequence) == (1, written.version)
+
+
+async def test_a_batch_whose_beginning_was_lost_with_the_connection_may_be_repeated(
+    own_mesh_server: NatsServer, open_asker: OpenAsker
+) -> None:
+    gateway = await open_asker("gateway", own_mesh_server)
+    headers = {BATCH_ID: "b", BATCH_SEQUENCE: "3", BATCH_COMMIT: "1"}
+    subject = subjects.log_event(SITE, "acme", "0", "e")
+    reply = await gateway.inbox.request(subject, b"", budget_s=5, headers=headers)
+    with pytest.raises(Unavailable, match="incomplete"):
+        check(json.loads(reply.data))
+
+
+async def test_a_gateway_that_is_told_to_stop_answers_every_write_that_it_took(
+    own_mesh_server: NatsServer, open_link: OpenLink, open_asker: OpenAsker
+) -> None:
+    alice = await open_asker("acme.alice", own_mesh_server)
+    subject = subjects.set_context("acme", "alice")
+    answered = asyncio.Event()
+
+    async def write(number: int) -> int | Unavailable:
+        """The sequence, or that nobody took it; any other error fails the test."""
+        try:
+            reply = await alice.ask(subjects.SET_CONTEXT, subject, {"entity_id": f"e:{number}"})
+        except Unavailable as error:
+            return error
+        finally:
+            answered.set()
+        return reply.version
+
+    async with hosted(Gateway(await open_link("gateway", own_mesh_server), site=SITE)) as host:
+        writes = [asyncio.ensure_future(write(number)) for number in range(2000)]
+        await answered.wait()
+        host.stop()
+        outcomes = await asyncio.gather(*writes)
+    versions = [outcome for outcome in outcomes if isinstance(outcome, int)]
+    operator = await open_asker("operator", own_mesh_server)
+    state = await stream_state(operator.inbox, subjects.log_stream(SITE))
+    assert sorted(versions) == list(range(1, state.last_sequence + 1))
+
+
+async def test_two_gateways_and_two_routers_share_the_load_and_each_entity_keeps_its_order(
+    own_mesh_server: NatsServer, open_link: OpenLink, tmp_path: Path
+) -> None:
+    async def gateway(ahead_ms: int) -> Gateway:
+        clock = HybridClock(lambda: wall_ms() + ahead_ms)
+        return Gateway(await open_link("gateway", own_mesh_server), site=SITE, clock=clock)
+
+    gateways = [await gateway(HOUR_MS), await gateway(-HOUR_MS)]
+    routers = [Router(await open_link("router", own_mesh_server)) for _ in range(2)]
+    shards = [
+        Shard(
+            await open_link("shard", own_mesh_server),
+            name=f"s{half}",
+            site=SITE,
+            partitions=range(half * PARTITIONS // 2, (half + 1) * PARTITIONS // 2),
+            folder=tmp_path / f"s{half}",
+        )
+        for half in range(2)
+    ]
+    async with hosted(*gateways, *routers, *shards), alice_on(own_mesh_server) as memory:
+        for number in range(60):
+            entity_id = f"e:{number % 3}"
+            written = await memory.set_context(entity_id, text=f"word{number}", attributes={"n": number})
+            context = await memory.get_context(entity_id, consistency=STRONG)
+            assert (context.attributes, context.version) == ({"n": number}, written.version)
+            found = await memory.search_text(f"word{number}", consistency=STRONG)
+            assert [hit.entity_id for hit in found.hits] == [entity_id]
+    for servers, operation in ((gateways, "set_context"), (routers, "search_text")):
+        shares = [server.stats[operation].requests for server in servers]
+        assert sum(shares) == 60
+        assert min(shares) > 0
+
+
+# ── all of it ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Up:
+    """`mnemesh up` as a process, with alice of tenant acme."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = NatsServer(server_options(folder / "data"))
+        self.log_file = folder / "up.log"
+        options = self.server.options
+        self._command = [sys.executable, "-m", "cli.main", "up", "--data", str(options.data), "--site", SITE]
+        self._command += ["--port", str(options.port), "--monitoring-port", str(options.monitoring_port)]
+        self._command += ["--metrics-port", "0", "--shards", "1", "--agent", "acme.alice"]
+        self.process: asyncio.subprocess.Process
+
+    async def __aenter__(self) -> Up:
+        with self.log_file.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log
+            )
+        assert self.process.stdout is not None
+        while b"Ctrl-C" not in (line := await self.process.stdout.readline()):
+            assert line, f"it ended before it was up: {self.log_file.read_text()}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.process.terminate()
+        await self.process.wait()
+
+    def server_pid(self) -> int:
+        return int((self.server.options.data / "nats-server.pid").read_text())
+
+
+async def test_mnemesh_up_killed_comes_back_with_all_data(tmp_path: Path) -> None:
+    async with Up(tmp_path) as up:
+        async with alice_on(up.server) as memory:
+            await fill(memory)
+        orphan = up.server_pid()
+        up.process.kill()
+        await up.process.wait()
+    async with Up(tmp_path) as up:
+        assert up.server_pid() != orphan
+        async with alice_on(up.server) as memory:
+            assert await is_full(memory)
+            written = await memory.set_context("e:0", attributes={"n": 0})
+            assert written.version == ENTITIES + 1
