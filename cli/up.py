@@ -60,7 +60,7 @@ def _greeting(mesh: Mesh) -> str:
         last = options.metrics_port + len(mesh.children) - 1
         metrics = f"http://127.0.0.1:{options.metrics_port}/metrics to :{last} ({', '.join(mesh.children)})"
     lines = [
-        f"mnemesh is up: {options.shards} shards × {options.replicas}, durability {server.durability}",
+        f"mnemesh is up: {options.shards} shards, {options.replicas} replica(s) each, durability {server.durability}",
         f"  connect      {mesh.url}",
         *(f"  credentials  {path}" for path in credentials),
         f"  monitoring   {server.monitoring_url}",

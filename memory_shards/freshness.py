@@ -1,7 +1,7 @@
 """The four consistency levels of a read: `eventual`, `session`, `bounded`, `strong`.
 
-Each but the first says which log sequence the replica must have applied; the read waits for it within its budget, else it
-is `stale`. `bounded` and `strong` need the log's head, as it was at most so long ago.
+Each but the first says which log sequence the replica must have applied; the read waits for it within its budget,
+else it is `stale`. `bounded` and `strong` need the log's head, as it was at most so long ago.
 """
 
 from __future__ import annotations

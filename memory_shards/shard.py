@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -39,10 +41,19 @@ from mnemesh.stats import Gauge
 logger = logging.getLogger("mnemesh.shard")
 
 Count = TypeVar("Count")
+Result = TypeVar("Result")
 
 MOST_FOLLOWED = 1000
+MOST_DOCUMENTS_APPLIED = 4000
+"""Records in one transaction of the documents where they lag: no read waits for it, and pages that many events touch
+are written once."""
+
 MOST_VECTORS_APPLIED = 250
-"""Records in one transaction of the vector store: about 5 ms of its worker, which searches wait for."""
+"""Records in one transaction of the vector store: about 8 ms of its worker, which searches wait for."""
+
+MOST_IDS_ON_LOOP = 200
+MOST_EDGES_ON_LOOP = 1000
+"""A walk that is wider goes to the scanning thread: at 2 µs an edge it would hold up the loop."""
 
 
 class Shard(Actor):
@@ -71,6 +82,7 @@ class Shard(Actor):
         self._projections: tuple[Projection, ...] = ()
         self._lock: IO[str] | None = None
         self._freshness = Freshness(site, LogHead(self._ask_head))
+        self._scanner = ThreadPoolExecutor(1, thread_name_prefix="scan-documents")
         self._searches: Batcher[VectorQuery, list[messages.Hit]] = Batcher(self._search)
 
     # ── what the runtime asks ───────────────────────────────────────────────────────────────────────────────
@@ -113,26 +125,30 @@ class Shard(Actor):
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def prepare(self) -> None:
+        self._lock = await folders.hold(self._folder)
         state = await stream_state(self.asker.inbox, self._log)
         self._incarnation = state.incarnation
-        self._lock = await folders.hold(self._folder)
         self._open_stores()
         if max(self._documents.watermark, self._vectors.watermark) > state.last_sequence:
             logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
+            self._scanned.close()
             self._documents.close()
             self._vectors.close()
             folders.clear(self._folder)
             self._open_stores()
-        self._document_projection = Projection("documents", self._documents)
+        self._document_projection = Projection("documents", self._documents, most=MOST_DOCUMENTS_APPLIED)
         self._vector_projection = Projection("vectors", self._vectors, most=MOST_VECTORS_APPLIED)
         self._projections = (self._document_projection, self._vector_projection)
 
     def _open_stores(self) -> None:
         origin = self._incarnation
         self._documents = SqliteStore(self._folder, site=self.site, partitions=self.partitions, incarnation=origin)
+        self._scanned = self._documents.reader()
         self._vectors = FaissStore(self._folder, self.partitions, site=self.site, incarnation=origin)
 
     async def release(self) -> None:
+        await self._scan(self._scanned.close)
+        self._scanner.shutdown(wait=True)
         for projection in self._projections:
             await projection.close()
         if self._lock is not None:
@@ -162,6 +178,10 @@ class Shard(Actor):
                 continue
             records.append(Record(message.sequence, message.recorded_at, partition, event))
         return records
+
+    async def _scan(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """A long read of `self._scanned`, on its thread: neither the loop nor `apply` waits for it, nor it for them."""
+        return await asyncio.get_running_loop().run_in_executor(self._scanner, work, *arguments)
 
     async def _ask_head(self) -> int:
         return (await stream_state(self.asker.inbox, self._log)).last_sequence
@@ -214,8 +234,8 @@ class Shard(Actor):
         watermark = self._document_projection.watermark
         await self._freshness.wait(request.consistency, watermark, call)
         seen = watermark.value
-        events = await self._document_projection.on_worker(
-            self._documents.timeline_range,
+        events = await self._scan(
+            self._scanned.timeline_range,
             call.caller.tenant,
             to_ms(request.start) if request.start else None,
             to_ms(request.end) if request.end else None,
@@ -250,9 +270,7 @@ class Shard(Actor):
         watermark = self._document_projection.watermark
         await self._freshness.wait(request.consistency, watermark, call)
         seen = watermark.value
-        hits = await self._document_projection.on_worker(
-            self._documents.search_text, call.caller.tenant, request.query, request.k, request.type
-        )
+        hits = await self._scan(self._scanned.search_text, call.caller.tenant, request.query, request.k, request.type)
         return messages.Hits(hits=hits, watermark={self.site: seen})
 
     @handles(subjects.SHARD_EXPAND)
@@ -260,17 +278,25 @@ class Shard(Actor):
         watermark = self._document_projection.watermark
         await self._freshness.wait(request.consistency, watermark, call)
         seen = watermark.value
-        edges, truncated = self._documents.expand(
-            call.caller.tenant, request.entity_ids, request.relations, request.direction, request.limit
-        )
+        asked = call.caller.tenant, request.entity_ids, request.relations, request.direction
+        narrow = len(request.entity_ids) <= MOST_IDS_ON_LOOP
+        if narrow:
+            edges, truncated = self._documents.expand(*asked, min(request.limit, MOST_EDGES_ON_LOOP))
+        if not narrow or (truncated and request.limit > MOST_EDGES_ON_LOOP):
+            edges, truncated = await self._scan(self._scanned.expand, *asked, request.limit)
         return messages.Expanded(edges=edges, truncated=truncated, watermark={self.site: seen})
 
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
-        """Each store tells all on its own thread, so its counts and its digest are those of its watermark."""
+        """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
         documents, vectors = self._documents, self._vectors
+        counted = (
+            self._document_projection.on_worker(_told, documents, lambda: _counts(documents), True)
+            if request.digest
+            else self._scan(_told, documents, self._scanned.counts, False)
+        )
         ((entities, edges), document_digest, document_mark), (count, vector_digest, vector_mark) = await asyncio.gather(
-            self._document_projection.on_worker(_told, documents, documents.counts, request.digest),
+            counted,
             self._vector_projection.on_worker(_told, vectors, vectors.count, request.digest),
         )
         return messages.ShardStatus(
@@ -293,8 +319,15 @@ class Shard(Actor):
 
 
 def _told(store: Store, count: Callable[[], Count], digest: bool) -> tuple[Count, str, int]:
-    """The counts, the digest and the watermark of a store, on whose thread this runs."""
-    return count(), store.digest() if digest else "", store.watermark
+    """The counts, the digest and the watermark of a store, of one moment where this runs on the store's thread."""
+    seen = store.watermark
+    return count(), store.digest() if digest else "", seen
+
+
+def _counts(store: SqliteStore) -> tuple[int, int]:
+    """The counts, on the worker's thread: the loop and the scanner have readers of their own."""
+    with closing(store.reader()) as reader:
+        return reader.counts()
 
 
 def _entity_id(named: str | None, call: Call) -> str:

@@ -1,7 +1,7 @@
 """The router: questions that span shards. It scatters them, merges the answers, and says what they cover.
 
-A partial answer is never dressed as whole: `coverage` names each shard that did not answer and why. Only when none answered
-is the reply an error.
+A partial answer is never dressed as whole: `coverage` names each shard that did not answer and why. Only when none
+answered is the reply an error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The metrics and health page of a process: `/metrics` for Prometheus, `/healthz` for whoever asks if it lives.
 
 Nothing is counted twice: the actors keep their own counts (`mnemesh.stats`), and a collector reads them when Prometheus
-scrapes. The page is served by prometheus-client's WSGI application on a thread of its own, so it answers also while the event
-loop is busy, and can then say so.
+scrapes. The page is served by prometheus-client's WSGI application on a thread of its own, so it answers also while
+the event loop is busy, and can then say so.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ class ActorCollector(Collector):
         waiting = GaugeMetricFamily(
             "mnemesh_mailbox_waiting", "Requests that wait in the mailbox", labels=("role", "operation")
         )
-        running = GaugeMetricFamily(
-            "mnemesh_in_flight", "Requests being worked on", labels=("role", "operation")
-        )
+        running = GaugeMetricFamily("mnemesh_in_flight", "Requests being worked on", labels=("role", "operation"))
         connected = GaugeMetricFamily("mnemesh_connected", "1 while connected to NATS", labels=("role",))
         gauges: list[Metric] = []
         for actor in self._actors:

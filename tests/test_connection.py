@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -108,6 +110,86 @@ async def test_a_flush_ends_when_the_connection_drops_and_fails_while_it_is_down
             await link.flush(60)
 
 
+# ── drain ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.asynccontextmanager
+async def wiretap(server: NatsServer) -> AsyncIterator[tuple[str, bytearray]]:
+    """A relay in front of a server, and what clients have sent through it."""
+    sent = bytearray()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tap: bytearray) -> None:
+        while data := await reader.read(65536):
+            tap += data
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", server.options.port)
+        await asyncio.gather(relay(reader, far_writer, sent), relay(far_reader, writer, bytearray()))
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with listener:
+        yield f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}", sent
+
+
+async def ignore(message: Msg) -> None: ...
+
+
+async def test_a_drain_waits_for_an_answer_to_a_ping_that_went_out_after_the_last_unsubscribe(
+    mesh_server: NatsServer,
+) -> None:
+    """nats-py sends the PING first, so what the server delivers before it reads the UNSUB is lost."""
+    async with wiretap(mesh_server) as (url, sent):
+        link = await Link.open(replace(mesh_server.credentials.load("gateway").link_options(), url=url))
+        subscriptions = [await link.subscribe(subjects.set_context("acme", f"a{n}"), ignore) for n in range(64)]
+        await link.drain(subscriptions)
+        assert sent.count(b"UNSUB ") == 64
+        assert sent.rfind(b"PING\r\n") > sent.rfind(b"UNSUB ")
+        await link.close()
+
+
+async def test_a_drain_waits_until_all_that_was_delivered_is_called_back(open_link: OpenLink) -> None:
+    alice, gateway = await open_link("acme.alice"), await open_link("gateway")
+    called, release = [], asyncio.Event()
+
+    async def take(message: Msg) -> None:
+        await release.wait()
+        called.append(message.data)
+
+    subscription = await gateway.subscribe(subjects.set_context("acme", "alice"), take)
+    await gateway.flush()
+    for number in range(100):
+        await alice.publish(subjects.set_context("acme", "alice"), b"%d" % number)
+    await alice.flush()
+    drain = asyncio.ensure_future(gateway.drain([subscription]))
+    await gateway.flush()
+    assert not drain.done()
+    release.set()
+    async with asyncio.timeout(5):
+        await drain
+    assert called == [b"%d" % number for number in range(100)]
+
+
+async def test_what_was_drained_is_not_subscribed_again_by_a_reconnect(
+    own_mesh_server: NatsServer, open_link: OpenLink, open_asker: OpenAsker
+) -> None:
+    asker = await open_asker("acme.alice", own_mesh_server)
+    gateway = await open_link("gateway", own_mesh_server)
+    subscription = await gateway.subscribe(subjects.SET_CONTEXT.pattern(), ignore)
+    await gateway.flush()
+    own_mesh_server.pause()
+    drain = asyncio.ensure_future(gateway.drain([subscription]))
+    await asyncio.sleep(0)
+    await own_mesh_server.kill()
+    async with asyncio.timeout(5):
+        await drain
+    await own_mesh_server.start()
+    await asyncio.gather(connected_again(asker.link), connected_again(gateway))
+    with pytest.raises(Unavailable, match="nobody serves"):
+        await set_context(asker)
+
+
 # ── sizes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -161,9 +243,6 @@ async def test_violations_and_slow_consumers_leave_the_connection_usable(open_as
 
 async def test_a_denied_subscription_is_told_when_it_is_confirmed(open_link: OpenLink) -> None:
     link = await open_link("acme.alice")
-
-    async def ignore(message: Msg) -> None: ...
-
     await link.subscribe(subjects.SET_CONTEXT.pattern(), ignore, queue="gateway")
     with pytest.raises(Denied, match=r"mnemesh\.v1\.memory\.set_context"):
         await link.confirm()

@@ -49,7 +49,7 @@ async def test_ping_info_and_stats_have_the_fields_of_the_adr(open_link: OpenLin
     assert set(endpoints) == {"set_context", "upsert_embedding", "forget", "ingest"}
     assert endpoints["set_context"] == {
         "name": "set_context",
-        "subject": "mnemesh.v1.memory.set_context.*.*",
+        "subject": subjects.SET_CONTEXT.pattern(),
         "queue_group": "gateway",
         "metadata": {"request": "SetContext", "reply": "Written"},
     }

@@ -76,7 +76,14 @@ FORBIDDEN = {
     "another agent's": subjects.set_context("acme", "bob"),
     "another tenant's": subjects.set_context("zeta", "carol"),
     "mapped by the broker": subjects.get_context("acme", "bob", to_token("bus:7")),
-    "as the broker maps it": f"mnemesh.v1.shard.get.hub.{partition_of('acme', 'e1')}.acme.bob.e1",
+    "as the broker maps it": fill(
+        subjects.GET_CONTEXT.served,
+        site="hub",
+        partition=str(partition_of("acme", "e1")),
+        tenant="acme",
+        agent="bob",
+        entity="e1",
+    ),
     "in capitals": f"$JS.API.STREAM.DELETE.{subjects.log_stream('hub')}",
 }
 

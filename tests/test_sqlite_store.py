@@ -438,10 +438,10 @@ def test_a_range_holds_the_events_that_begin_in_it_in_log_order(store: SqliteSto
 
 def test_a_range_is_chosen_within_its_index(store: SqliteStore) -> None:
     plans: list[str] = []
-    store._reader.set_trace_callback(plans.append)
+    store._connection.set_trace_callback(plans.append)
     store.timeline_range("acme", 1, 2)
-    store._reader.set_trace_callback(None)
-    plan = " / ".join(row[3] for row in store._reader.execute(f"EXPLAIN QUERY PLAN {plans[0]}"))
+    store._connection.set_trace_callback(None)
+    plan = " / ".join(row[3] for row in store._connection.execute(f"EXPLAIN QUERY PLAN {plans[0]}"))
     assert "USING COVERING INDEX event_by_validity (tenant=? AND valid_from>? AND valid_from<?)" in plan
 
 

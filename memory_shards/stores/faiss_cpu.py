@@ -2,19 +2,19 @@
 
 `vectors.db` is what survives; the spaces in memory are rebuilt from it when the store is opened. `apply`
 commits to the file first and then brings the spaces up to date, so a search right after it sees its records.
-Attributes of an entity without a vector stay in the file and come to memory with its first vector.
+What is written to an entity without a vector only waits in the file (`waiting`) and comes to memory with its first
+vector.
 
 Every method runs on the one worker thread that owns the store, with one OpenMP thread (set for that thread on
 each call, never for the process). Only graphs are built elsewhere, from copies, on a thread of the store.
 
-Looks at `space`, `columns`, `vector_state`, `provenance`, at `memory_shards.merge` and at `mnemesh`.
+Looks at `space`, `columns`, `vector_state`, `waiting`, `bulk`, `provenance`, at `memory_shards.merge` and at `mnemesh`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import sqlite3
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -27,10 +27,13 @@ import msgspec
 import numpy as np
 
 from memory_shards.merge import Patch, patch_of, stamped
+from memory_shards.stores.bulk import execute_all, select_all
 from memory_shards.stores.columns import Rows, parse_filter
 from memory_shards.stores.provenance import keep_or_clear
 from memory_shards.stores.space import Found, Halves, Space
+from memory_shards.stores.sqlite_schema import connect
 from memory_shards.stores.vector_state import VectorState
+from memory_shards.stores.waiting import MOST_WAITING, merge_waiting, waiting_put
 from mnemesh import wire
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
 from mnemesh.event import Event, Record
@@ -40,19 +43,35 @@ from mnemesh.wire import Vector
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS watermark (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER NOT NULL);
 INSERT OR IGNORE INTO watermark VALUES (1, 0);
 CREATE TABLE IF NOT EXISTS spaces (
     number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, name TEXT NOT NULL, dimension INTEGER NOT NULL,
     metric TEXT NOT NULL, kind TEXT NOT NULL, model TEXT, UNIQUE (tenant, name));
 CREATE TABLE IF NOT EXISTS entities (
-    number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, entity_id TEXT NOT NULL, state BLOB NOT NULL,
+    number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, entity_id TEXT NOT NULL,
+    state BLOB NOT NULL,    -- empty until there is one
+    waiting BLOB NOT NULL,  -- puts that came after it; empty while the entity has a vector
     UNIQUE (tenant, entity_id));
+CREATE INDEX IF NOT EXISTS crowded ON entities (number) WHERE length(waiting) > {MOST_WAITING};
 -- place = space number << 40 | entity number: one B-tree, in which each space is one contiguous range.
 CREATE TABLE IF NOT EXISTS vectors (place INTEGER PRIMARY KEY, length REAL NOT NULL, halves BLOB NOT NULL);
 """
-_LAYOUT = 1
+_LAYOUT = 2
+_STORED = """
+WITH wanted (tenant, entity_id) AS (VALUES {rows})
+SELECT number, tenant, entity_id, state, waiting FROM wanted CROSS JOIN entities USING (tenant, entity_id)
+"""
+_PUT_STATE = """
+INSERT OR FAIL INTO entities (number, tenant, entity_id, state, waiting) VALUES {rows}
+ON CONFLICT (number) DO UPDATE SET state = excluded.state, waiting = excluded.waiting
+"""
+_LET_WAIT = """
+INSERT OR FAIL INTO entities (tenant, entity_id, state, waiting) VALUES {rows}
+ON CONFLICT (tenant, entity_id) DO UPDATE SET waiting = CAST(waiting || excluded.waiting AS BLOB)
+"""
+_CROWDED = f"SELECT number, tenant, entity_id, state, waiting FROM entities WHERE length(waiting) > {MOST_WAITING}"
 _ENTITY_BITS = 40
 _ENTITY_MASK = (1 << _ENTITY_BITS) - 1
 _LOAD_STEP = 8_192
@@ -111,9 +130,7 @@ class FaissStore:
         self._spaces: dict[tuple[str, str], Space] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="faiss-build")
         self._closing = threading.Event()
-        self._db = sqlite3.connect(folder / "vectors.db", isolation_level=None, check_same_thread=False)
-        # The log is the truth: a tail of commits that is lost with the power is replayed.
-        self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
+        self._db = connect(folder / "vectors.db")
         keep_or_clear(self._db, site=site, partitions=self._partitions, incarnation=incarnation, layout=_LAYOUT)
         self._db.executescript(_SCHEMA)
         self._watermark: int
@@ -149,38 +166,63 @@ class FaissStore:
         faiss.omp_set_num_threads(1)
         known = set(self._spaces)
         try:
-            entities = self._merged(records)
+            entities, waiting = self._merged(records)
             halved = self._halved(entities)
-            self._commit(entities, halved, [name for name in self._spaces if name not in known], watermark)
+            made = [name for name in self._spaces if name not in known]
+            self._commit(entities, waiting, halved, made, watermark)
         except BaseException:
             self._spaces = {name: space for name, space in self._spaces.items() if name in known}
             raise
         self._watermark = watermark
         self._show(entities, halved)
 
-    def _merged(self, records: Iterable[Record]) -> list[VectorState]:
-        """The entities that the records change, as they are after all of them."""
+    def _merged(self, records: Iterable[Record]) -> tuple[list[VectorState], _Waiting]:
+        """The entities that the records change, as they are after all of them, and the puts that are left to wait."""
+        fresh = [each for each in records if each.sequence > self._watermark and each.partition in self._partitions]
+        known = self._known(fresh)
         entities: dict[tuple[str, str], VectorState] = {}
-        for record in records:
-            if record.sequence <= self._watermark or record.partition not in self._partitions:
-                continue
+        waiting: dict[tuple[str, str], list[bytes]] = defaultdict(list)
+        for record in fresh:
             event = record.event
+            name = event.tenant, event.entity_id
             try:
                 patch = patch_of(event)
             except BadRequest as error:
                 self.rejected += 1
                 _log.warning("event %d of the log is skipped: %s", record.sequence, error)
                 continue
-            name = event.tenant, event.entity_id
-            entity = entities.get(name) or self._stored(*name)
+            entity = known.get(name)
             if entity is None:
+                waiting[name].append(waiting_put(event, patch))
+            else:
+                entities[name] = entity
+                entity.merge(stamped(record, patch, entity.stamps), self._accepted(record, patch))
+        return list(entities.values()), [(*name, b"", b"".join(puts)) for name, puts in waiting.items()]
+
+    def _known(self, records: Iterable[Record]) -> dict[tuple[str, str], VectorState]:
+        """The entities whose records cannot wait: those that have a vector, get one, or are forgotten."""
+        spaces: dict[str, list[Space]] = defaultdict(list)
+        for (tenant, _), space in self._spaces.items():
+            spaces[tenant].append(space)
+        names = {
+            (event.tenant, event.entity_id): None
+            for event in (record.event for record in records)
+            if event.body.get("vectors")
+            or event.op == "forget"
+            or any(event.entity_id in space.rows for space in spaces[event.tenant])
+        }
+        known = {}
+        for number, tenant, entity_id, state, waiting in select_all(self._db, _STORED, list(names)):
+            known[tenant, entity_id] = entity = VectorState(number, tenant, entity_id, state)
+            merge_waiting(entity, waiting)
+        for name in names:
+            if name not in known:
                 self._last_entity += 1
-                entity = VectorState(self._last_entity, *name)
-            entities[name] = entity
-            entity.merge(stamped(record, patch, entity.stamps), self._accepted(record, patch))
-        return list(entities.values())
+                known[name] = VectorState(self._last_entity, *name)
+        return known
 
     def _stored(self, tenant: str, entity_id: str) -> VectorState | None:
+        """An entity as it is in the file, for readers: what waits has no vector, and so does not concern them."""
         row = self._db.execute(
             "SELECT number, state FROM entities WHERE tenant = ? AND entity_id = ?", (tenant, entity_id)
         ).fetchone()
@@ -230,6 +272,7 @@ class FaissStore:
     def _commit(
         self,
         entities: Sequence[VectorState],
+        waiting: _Waiting,
         halved: Iterable[_Halved],
         made: Iterable[tuple[str, str]],
         watermark: int,
@@ -241,27 +284,34 @@ class FaissStore:
                 space = self._spaces[tenant, name]
                 settings = space.dimension, space.metric, space.index, space.model
                 db.execute("INSERT INTO spaces VALUES (?, ?, ?, ?, ?, ?, ?)", (space.number, tenant, name, *settings))
-            db.executemany(
-                "INSERT INTO entities VALUES (?, ?, ?, ?) ON CONFLICT (number) DO UPDATE SET state = excluded.state",
-                [(each.number, each.tenant, each.entity_id, each.encode()) for each in entities],
-            )
+            self._put_states(entities)
+            if waiting:
+                execute_all(db, _LET_WAIT, waiting)
+                crowded = [(VectorState(*row), puts) for *row, puts in db.execute(_CROWDED).fetchall()]
+                for entity, puts in crowded:
+                    merge_waiting(entity, puts)
+                self._put_states([entity for entity, _ in crowded])
+                (self._last_entity,) = db.execute("SELECT max(number) FROM entities").fetchone()
             db.executemany(
                 "DELETE FROM vectors WHERE place = ?",
                 [(_place(space, each.number),) for each in entities for space in self._left(each)],
             )
             for space, owners, halves, lengths in halved:
-                db.executemany(
-                    "INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)",
-                    [
-                        (_place(space, owner.number), length, half.data)
-                        for owner, half, length in zip(owners, halves, lengths, strict=True)
-                    ],
+                places = [_place(space, owner.number) for owner in owners]
+                execute_all(
+                    db,
+                    "INSERT OR REPLACE INTO vectors VALUES {rows}",
+                    list(zip(places, lengths, map(memoryview, halves), strict=True)),  # type: ignore[arg-type]
                 )
             db.execute("UPDATE watermark SET sequence = ?", (watermark,))
             db.execute("COMMIT")
         except BaseException:
             db.execute("ROLLBACK")
             raise
+
+    def _put_states(self, entities: Iterable[VectorState]) -> None:
+        rows = [(each.number, each.tenant, each.entity_id, each.encode(), b"") for each in entities]
+        execute_all(self._db, _PUT_STATE, rows)
 
     def _show(self, entities: Iterable[VectorState], halved: Iterable[_Halved]) -> None:
         """Bring the spaces in memory to what was committed."""
@@ -391,15 +441,16 @@ class FaissStore:
         return sum(len(space.rows) for space in self._spaces.values())
 
     def digest(self) -> str:
-        """A hash of all entities' types, attributes and vectors, the same on replicas that know the same.
+        """A hash of all vectors with their entities' types and attributes, the same on replicas that know the same.
 
-        Reads the whole file. What only tells how it came about (stamps, tombstones, row numbers) is left out.
+        Reads the whole file. What only tells how it came about (stamps, tombstones, row numbers) is left out, and so
+        are entities without a vector: whether their puts still wait is nobody's concern.
         """
         digest = hashlib.blake2b(digest_size=16)
         for row in self._db.execute("SELECT number, tenant, entity_id, state FROM entities ORDER BY tenant, entity_id"):
             entity = VectorState(*row)
             vectors = [(name, *self._kept(self._spaces[entity.tenant, name], entity.number)) for name in entity.spaces]
-            if vectors or entity.attributes or entity.type is not None:
+            if vectors:
                 attributes = _sorted(entity.attributes)
                 digest.update(wire.encode([entity.tenant, entity.entity_id, entity.type, attributes, vectors]))
         return digest.hexdigest()
@@ -429,6 +480,9 @@ class FaissStore:
     def _submit(self, build: Callable[[Callable[[], bool]], Any]) -> Future[Any]:
         return self._builder.submit(build, self._closing.is_set)
 
+
+_Waiting: TypeAlias = list[tuple[str, str, bytes, bytes]]
+"""(tenant, entity, no state, puts one after another) of entities without a vector."""
 
 _Halved: TypeAlias = tuple[Space, list[VectorState], Halves, list[float]]
 """A space, the entities with new vectors in it, and the vectors as they are kept: fp16 (n, d), n lengths."""

@@ -3,8 +3,8 @@
 Rows `0 … m-1` lie in the graph (once there is one), rows `m … n-1` in a flat tail. A row of the tail is
 overwritten in place when its entity's vector is replaced; a row that a graph covers is marked dead, and the
 new vector goes to the tail. The graph is built on another thread from a copy, and swapped in by `adopt`.
-Everything else runs on the thread that owns the store. Knows no events and no SQLite; looks at `columns` and
-the SDK.
+Everything else runs on the thread that owns the store. Knows no events and no SQLite; looks at `columns`,
+`matrix_scan` and the SDK.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_shards.stores.columns import Columns, Condition, Rows, grown
+from memory_shards.stores.matrix_scan import MATRIX_FROM, MatrixScan
 from mnemesh.messages import IndexKind, Metric
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Space:
         self._live = np.zeros(0, np.bool_)
         self._columns = Columns()
         self._tail = self._flat()
+        self._matrix_scan = MatrixScan(dimension, _METRICS[metric])
         self._graph: Any = None
         self._build: _Build | None = None
 
@@ -143,8 +145,6 @@ class Space:
         if passing is not None and available < EXACT_SHARE * size:
             return self._search_few(vectors, k, passing)
         mask = self._mask(passing)
-        # FAISS scans for one query after another. Decoding fp16 blocks for one matrix product costs 9 ms per
-        # 20,000 x 384, so it would pay from about 64 queries on, and spaces that large have a graph.
         tail = self._search_tail(vectors, k, mask)
         if self._graph is None:
             return tail
@@ -167,7 +167,11 @@ class Space:
     def _search_tail(self, vectors: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None) -> Found:
         if mask is not None:
             mask = mask[self._graph_size :]
-        scores, rows = self._scored(_search(self._tail, vectors, k, mask, faiss.SearchParameters()))
+        if len(vectors) >= MATRIX_FROM:
+            found = self._matrix_scan.search(_codes(self._tail), vectors, k, mask)
+        else:
+            found = _search(self._tail, vectors, k, mask, faiss.SearchParameters())
+        scores, rows = self._scored(found)
         return scores, np.where(rows < 0, rows, rows + self._graph_size)
 
     def _search_graph(

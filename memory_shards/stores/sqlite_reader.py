@@ -1,0 +1,255 @@
+"""The side of the embedded store that only reads: documents, timelines, walks, texts, each from one committed state.
+
+A reader has a connection of its own and belongs to one thread at a time; readers neither wait for each other nor
+for `apply`. What takes long (`search_text`: about 1 µs a matching text; `timeline_range` with bounds; `counts`; a wide
+walk: 2 µs an edge) belongs on a reader and a thread of its own, where `get` takes some 14 µs.
+
+Looks at `memory_shards.merge`, `sqlite_schema` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from memory_shards import merge
+from memory_shards.merge import Document, State, edge_view
+from memory_shards.stores.sqlite_schema import connect, history
+from mnemesh import wire
+from mnemesh.clock import from_ms, wall_ms
+from mnemesh.messages import Direction, Hit, TimelineEvent
+
+_GET = """
+SELECT id, alive, exact_from, type, doc, text, version FROM entity WHERE tenant = ? AND entity_id = ?
+"""
+_EDGES = """
+SELECT relation, target, properties FROM edge WHERE source = ? AND NOT removed ORDER BY relation, target
+"""
+_EVENT = """
+SELECT sequence, event_id, entity_id, op, agent, recorded_at, valid_from, valid_to, body
+FROM event JOIN entity ON entity.id = event.entity
+"""
+_TIMELINE = _EVENT + "WHERE entity.tenant = ? AND entity_id = ? AND sequence > ? ORDER BY sequence LIMIT ?"
+# The page is chosen first, within the index where there are bounds, and only its events are then fetched.
+_RANGE = """WHERE sequence IN (
+    SELECT sequence FROM event {index} WHERE tenant = :tenant AND sequence > :after{bounds}{type}
+    ORDER BY sequence LIMIT :limit) ORDER BY sequence
+"""
+_BOUNDS = " AND valid_from >= :start AND valid_from < :end"
+_TYPE = " AND (SELECT type FROM entity WHERE id = event.entity) = :type"
+# An edge whose source is not exact yet is a candidate even where its last write removed it: the fold decides.
+_OUT = """
+SELECT entity_id, relation, target, source, exact_from > ? FROM entity CROSS JOIN edge ON source = entity.id
+WHERE entity.tenant = ? AND entity_id IN ({ids}) AND (NOT removed OR exact_from > ?){relations} ORDER BY 1, 2, 3
+"""
+_IN = """
+SELECT target, relation, entity_id, source, exact_from > ? FROM edge CROSS JOIN entity ON entity.id = source
+WHERE edge.tenant = ? AND target IN ({ids}) AND (NOT removed OR exact_from > ?){relations} ORDER BY 1, 2, 3
+"""
+_SEARCH = """
+SELECT entity_id, -rank FROM entity_text JOIN entity ON entity.id = entity_text.rowid
+WHERE entity_text MATCH ? AND tenant = ?{type} ORDER BY rank, entity_id LIMIT ?
+"""
+_IDS_A_STATEMENT = 500
+
+# A word is what ASCII punctuation and blanks leave; the tokenizer makes a phrase of whatever else is in it.
+_WORD = re.compile(r"[0-9A-Za-z\u0080-\U0010ffff]+")
+
+
+class SqliteReader:
+    """Reads `memory.db`. A read that starts after a commit sees it."""
+
+    def __init__(self, file: Path) -> None:
+        self._connection = connect(file)
+        self._connection.execute("PRAGMA query_only = ON")
+        self._snapshot = _Snapshot(self._connection)
+
+    def close(self) -> None:
+        """Close the file. No read may be under way."""
+        self._connection.close()
+
+    def get(
+        self, tenant: str, entity_id: str, as_of_ms: int | None = None, valid_at_ms: int | None = None
+    ) -> Document | None:
+        """What is remembered of an entity; `None` if nothing is, or it was forgotten.
+
+        `as_of_ms`: what was recorded by then; `valid_at_ms`: what held then (now, if not given). `version` is the log
+        sequence of its last event (by `as_of_ms`).
+        """
+        with self._snapshot:
+            row = self._connection.execute(_GET, (tenant, entity_id)).fetchone()
+            if row is None:
+                return None
+            id, alive, exact_from, type, doc, text, version = row
+            now = wall_ms()
+            if as_of_ms is not None or valid_at_ms is not None or exact_from > now:
+                changes = history(self._connection, id)
+                if as_of_ms is not None:
+                    changes = [change for change in changes if change.recorded_at <= as_of_ms]
+                    version = max((change.sequence for change in changes), default=0)
+                return merge.fold(changes, valid_at_ms=now if valid_at_ms is None else valid_at_ms).document(
+                    entity_id, version
+                )
+            if not alive:
+                return None
+            edges = self._connection.execute(_EDGES, (id,)).fetchall()
+        attributes, spaces = wire.decode(doc)
+        return Document(
+            entity_id=entity_id,
+            type=type,
+            attributes=attributes,
+            edges=[edge_view(relation, to, raw and wire.decode(raw)) for relation, to, raw in edges],
+            spaces=spaces,
+            text=text,
+            version=version,
+        )
+
+    def timeline(self, tenant: str, entity_id: str, after: int = 0, limit: int = 100) -> list[TimelineEvent]:
+        """The entity's events after sequence `after`, in log order. A forget has erased those before it."""
+        return _events(self._connection.execute(_TIMELINE, (tenant, entity_id, after, limit)))
+
+    def timeline_range(
+        self,
+        tenant: str,
+        start_ms: int | None = None,
+        end_ms: int | None = None,
+        type: str | None = None,
+        after: int = 0,
+        limit: int = 100,
+    ) -> list[TimelineEvent]:
+        """All entities' events whose valid time starts in [`start_ms`, `end_ms`), after sequence `after`, in log order.
+
+        With a bound the index on (tenant, valid_from) chooses the page, at a cost that grows with the events in the
+        range; without one the log order is walked, at the cost of the page. `type` is the entity's type now.
+        """
+        bounded = start_ms is not None or end_ms is not None
+        chosen = _RANGE.format(
+            index="INDEXED BY event_by_validity" if bounded else "NOT INDEXED",
+            bounds=_BOUNDS if bounded else "",
+            type="" if type is None else _TYPE,
+        )
+        values = {
+            "tenant": tenant,
+            "after": after,
+            "start": -merge.NEVER if start_ms is None else start_ms,
+            "end": merge.NEVER if end_ms is None else end_ms,
+            "type": type,
+            "limit": limit,
+        }
+        return _events(self._connection.execute(_EVENT + chosen, values))
+
+    def expand(
+        self,
+        tenant: str,
+        entity_ids: Sequence[str],
+        relations: Sequence[str] = (),
+        direction: Direction = "out",
+        limit: int = 100_000,
+    ) -> tuple[list[tuple[str, str, str]], bool]:
+        """The edges one hop from `entity_ids` along `relations` (all if empty), sorted, without repeats.
+
+        Each is (from, relation, to) in the direction walked: `from` is one of `entity_ids`. The flag tells whether
+        there were more than `limit`.
+        """
+        found: list[tuple[str, str, str]] = []
+        wanted = sorted(set(entity_ids))
+        with self._snapshot:
+            for start in range(0, len(wanted), _IDS_A_STATEMENT):
+                ids = wanted[start : start + _IDS_A_STATEMENT]
+                for edge in self._one_hop(tenant, ids, relations, direction):
+                    if found and edge == found[-1]:
+                        continue
+                    if len(found) == limit:
+                        return found, True
+                    found.append(edge)
+        return found, False
+
+    def search_text(self, tenant: str, query: str, k: int, type: str | None = None) -> list[Hit]:
+        """The `k` entities whose last text answers best, by BM25, to any of the words of `query`; best first.
+
+        Any text is a query; one without words finds nothing. Validity is not looked at.
+        """
+        words = dict.fromkeys(_WORD.findall(query.encode(errors="replace").decode()))
+        if not words:
+            return []
+        expression = " OR ".join(f'"{word}"' for word in words)
+        values = [expression, tenant, k] if type is None else [expression, tenant, type, k]
+        rows = self._connection.execute(_SEARCH.format(type="" if type is None else " AND type = ?"), values)
+        return [Hit(entity_id=entity_id, score=score) for entity_id, score in rows]
+
+    def counts(self) -> tuple[int, int]:
+        """How many entities and edges are remembered. Walks an index of each: milliseconds a million."""
+        with self._snapshot:
+            (entities,) = self._connection.execute("SELECT count(*) FROM entity WHERE alive").fetchone()
+            (edges,) = self._connection.execute("SELECT count(*) FROM edge WHERE NOT removed").fetchone()
+        return entities, edges
+
+    def _one_hop(
+        self, tenant: str, ids: Sequence[str], relations: Sequence[str], direction: Direction
+    ) -> Iterator[tuple[str, str, str]]:
+        """The edges that touch `ids`, sorted; a self-loop comes twice where both directions are walked."""
+        outward = self._walk(_OUT, tenant, ids, relations)
+        inward = self._walk(_IN, tenant, ids, relations)
+        match direction:
+            case "out":
+                return outward
+            case "in":
+                return inward
+            case "both":
+                return heapq.merge(outward, inward)
+
+    def _walk(
+        self, query: str, tenant: str, ids: Sequence[str], relations: Sequence[str]
+    ) -> Iterator[tuple[str, str, str]]:
+        now = wall_ms()
+        chosen = f" AND relation IN ({_places(relations)})" if relations else ""
+        rows = self._connection.execute(
+            query.format(ids=_places(ids), relations=chosen), (now, tenant, *ids, now, *relations)
+        )
+        states: dict[int, State] = {}
+        for near, relation, far, source, inexact in rows:
+            if inexact:
+                if source not in states:
+                    states[source] = merge.fold(history(self._connection, source), valid_at_ms=now)
+                edge = states[source].edges.get((relation, far if query is _OUT else near))
+                if edge is None or edge.removed:
+                    continue
+            yield near, relation, far
+
+
+class _Snapshot:
+    """A read transaction: the statements within see one commit."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._connection.execute("BEGIN")
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.execute("COMMIT")
+
+
+def _places(values: Sequence[str]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _events(rows: Iterable[tuple[Any, ...]]) -> list[TimelineEvent]:
+    return [
+        TimelineEvent(
+            sequence=sequence,
+            event_id=event_id,
+            entity_id=entity_id,
+            op=op,
+            agent=agent,
+            recorded_at=from_ms(recorded_at),
+            valid_from=from_ms(valid_from),
+            valid_to=None if valid_to is None else from_ms(valid_to),
+            body=wire.decode(body),
+        )
+        for sequence, event_id, entity_id, op, agent, recorded_at, valid_from, valid_to, body in rows
+    ]
