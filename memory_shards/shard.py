@@ -147,7 +147,8 @@ class Shard(Actor):
         self._vectors = FaissStore(self._folder, self.partitions, site=self.site, incarnation=origin)
 
     async def release(self) -> None:
-        await self._scan(self._scanned.close)
+        if self._projections:
+            await self._scan(self._scanned.close)
         self._scanner.shutdown(wait=True)
         for projection in self._projections:
             await projection.close()

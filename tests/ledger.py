@@ -2,9 +2,9 @@
 
     python -m tests.ledger --seconds 600 --seed 7
 
-Writers go through the SDK and keep a ledger of what was acknowledged. Chaos kills (SIGKILL) and freezes (SIGSTOP)
-nats-server, gateway, router and shards at random, and takes replicas' folders away. Then the audit compares the ledger
-with the log itself, with what the SDK reads, and the replicas of each shard with each other.
+Writers go through the SDK and keep a ledger of what was acknowledged. Chaos kills (SIGKILL), freezes (SIGSTOP) and
+stops (SIGTERM) nats-server, gateway, router and shards at random, and takes replicas' folders away. Then the audit
+compares the ledger with the log itself, with what the SDK reads, and the replicas of each shard with each other.
 
 A write whose outcome is unknown is repeated under its own id until it is answered, so in the end each is acknowledged
 or refused. The exception are the atomic ingests that a writer gives up on: all of one may be there, or nothing.
@@ -232,7 +232,7 @@ def _entities(documents: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[s
 
 
 class Chaos:
-    """Kills, freezes and robs the processes of a mesh, which keeps itself alive. `deeds` counts what was done."""
+    """Kills, freezes, stops and robs the processes of a mesh, which keeps itself alive. `deeds` counts it."""
 
     def __init__(self, mesh: Mesh, seed: int) -> None:
         self._mesh = mesh
@@ -250,7 +250,7 @@ class Chaos:
         loop = asyncio.get_running_loop()
         while (left := until - loop.time()) > 0:
             name = self._random.choice(["nats-server", *self._mesh.children])
-            deeds = [self._kill, self._freeze] + [self._rob] * ("." in name)
+            deeds = [self._kill, self._freeze, self._stop] + [self._rob] * ("." in name)
             deed = self._random.choice(deeds)
             self.deeds[f"{deed.__name__.strip('_')} {name}"] += 1
             await deed(name, left)
@@ -258,6 +258,10 @@ class Chaos:
 
     async def _kill(self, name: str, left: float) -> None:
         self._send(name, signal.SIGKILL)
+
+    async def _stop(self, name: str, left: float) -> None:
+        """Let it drain."""
+        self._send(name, signal.SIGTERM)
 
     async def _freeze(self, name: str, left: float) -> None:
         """Mostly for a moment; now and then for longer than connections live without an answer."""

@@ -462,6 +462,9 @@ async def test_requests_under_way_and_in_the_mailbox_are_finished_and_answered_o
                 break
             except Busy:
                 continue
+        for _ in range(20):
+            await asker.link.flush()
+        assert not host.actors[0].link.closed.is_set()
         held.release.set()
         assert [(await request).entity_id for request in requests] == ["e0", "e1", "e2"]
 

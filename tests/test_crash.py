@@ -251,6 +251,19 @@ async def test_two_gateways_and_two_routers_share_the_load_and_each_entity_keeps
 # ── all of it ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_a_nats_server_that_is_killed_while_it_starts_is_started_again(tmp_path: Path) -> None:
+    async with small_mesh(tmp_path) as mesh, alice_on(mesh.server) as memory:
+        await fill(memory)
+        first = mesh.server.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        while mesh.server.pid in (first, None):  # noqa: ASYNC110  # a start under way is no event
+            await asyncio.sleep(0)
+        os.kill(mesh.server.pid, signal.SIGKILL)
+        await mesh.ready()
+        assert await is_full(memory)
+
+
 class Up:
     """`mnemesh up` as a process, with alice of tenant acme."""
 

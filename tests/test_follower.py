@@ -130,6 +130,19 @@ async def test_messages_that_get_lost_on_the_way_are_fetched_again_in_order(
         assert sequences(await take(batches, 2500)) == list(range(11, 2511))
 
 
+async def test_messages_that_the_client_dropped_are_fetched_again_in_order(shard: Asker, writer: LogWriter) -> None:
+    follower = await follow(shard)
+    async with aclosing(follower.batches(1000)) as batches:
+        await fill(writer, "a", 1)
+        await take(batches, 1)
+        newest = max(shard.link.client._subs.values(), key=lambda subscription: subscription._id)
+        newest._pending_bytes_limit = 1000  # nats-py drops what comes while more than that waits
+        await fill(writer, "b", 2000, size=200)
+        assert sequences(await take(batches, 2000)) == list(range(2, 2002))
+    assert follower.recreated > 0
+    assert "slow consumer" in str(shard.link.last_error)
+
+
 async def test_a_slow_reader_slows_the_server_and_nothing_piles_up(
     shard: Asker, operator: Asker, writer: LogWriter
 ) -> None:

@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 from test_connection import fill, lost
 
 from cli.server import NatsServer
-from mnemesh import subjects, wire
+from mnemesh import contract, subjects, wire
 from mnemesh.asker import Asker
 from mnemesh.connection import Link
 from mnemesh.errors import Denied, MnemeshError, Timeout, TooLarge, Unavailable
@@ -76,7 +76,7 @@ FORBIDDEN = {
     "another agent's": subjects.set_context("acme", "bob"),
     "another tenant's": subjects.set_context("zeta", "carol"),
     "mapped by the broker": subjects.get_context("acme", "bob", to_token("bus:7")),
-    "as the broker maps it": fill(
+    "as the broker maps it": contract.fill(
         subjects.GET_CONTEXT.served,
         site="hub",
         partition=str(partition_of("acme", "e1")),
