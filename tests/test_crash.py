@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+import uvloop
 from conftest import SITE, OpenAsker, OpenLink, server_options
 from ledger import STRONG, statuses
 
@@ -246,6 +247,26 @@ async def test_two_gateways_and_two_routers_share_the_load_and_each_entity_keeps
         shares = [server.stats[operation].requests for server in servers]
         assert sum(shares) == 60
         assert min(shares) > 0
+
+
+async def test_a_connection_that_is_down_with_data_waiting_closes_quietly_on_uvloop(
+    own_mesh_server: NatsServer,
+) -> None:
+    async def close_while_down() -> None:
+        link = await Link.open(own_mesh_server.credentials.load("gateway").link_options())
+        lost = asyncio.Event()
+        link.on_lost(lost.set)
+        assert own_mesh_server.pid is not None
+        os.kill(own_mesh_server.pid, signal.SIGKILL)
+        await lost.wait()
+        await link.publish(subjects.log_event(SITE, "acme", "0", "e"), b"")
+        await link.close()
+
+    def on_uvloop() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(close_while_down())
+
+    await asyncio.to_thread(on_uvloop)
 
 
 # ── all of it ───────────────────────────────────────────────────────────────────────────────────────────────────

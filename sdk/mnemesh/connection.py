@@ -66,6 +66,11 @@ class _Client(Client):
         self.abort()
         await super()._attempt_reconnect()
 
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        if not self.is_connected:  # what is buffered goes nowhere; uvloop raises where it is written to a dead socket
+            self._pending, self._pending_data_size = [], 0
+        await super()._close(status, do_cbs)
+
     def abort(self) -> None:
         """Drop the socket at once; nats-py's own `close` waits until the peer has taken what is buffered."""
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
