@@ -114,8 +114,12 @@ class Recollection:
     def _watermark(self) -> dict[str, int]:
         return {"here": len(self.documents)}
 
+    async def know(self, names: list[str]) -> None:
+        self.known = set(names)
+
     @asynccontextmanager
     async def for_agent(self, name: str) -> AsyncIterator[Recollection]:
+        assert name in self.known
         yield self
 
 
@@ -289,7 +293,7 @@ async def test_the_story_from_grid_to_picture(tmp_path: Path) -> None:
     options = demo.Options(grid=VILLAGE, days=42, rate=500, duration_s=0.04, picture=tmp_path / "picture.png")
     console = Console(file=StringIO(), width=120)
     with report.bars(console) as progress:
-        told = await demo.run(options, memory.for_agent, progress=progress)
+        told = await demo.run(options, memory.for_agent, prepare_agents=memory.know, progress=progress)
     assert told.decisions == 20
     assert told.failed == {}
     assert told.coverage == 1.0
