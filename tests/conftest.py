@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from mesh import SHARDS, SPARE_TENANTS, Mesh
 from nats.aio.client import Client
 
 from cli.provision import even_shards, provision
 from cli.server import NatsServer, ServerOptions, free_port
+from mnemesh import Memory
 from mnemesh.asker import Asker
 from mnemesh.connection import Link
 
@@ -68,14 +70,16 @@ def server_options(data: Path) -> ServerOptions:
     return ServerOptions(data=data, site=SITE, port=free_port(), monitoring_port=free_port(), durability="interval")
 
 
-async def start_mesh_server(data: Path) -> NatsServer:
-    """A started server with every role, the agents above, the log, the buckets, two shards in the map."""
+async def start_mesh_server(
+    data: Path, *, tenants: Sequence[str] = TENANTS, agents: Sequence[tuple[str, str]] = AGENTS
+) -> NatsServer:
+    """A started server with every role, these agents, the log, the buckets, two shards in the map."""
     server = NatsServer(server_options(data))
-    for tenant, agent in AGENTS:
+    for tenant, agent in agents:
         server.credentials.add_agent(tenant, agent)
     await server.start()
     operator = server.credentials.load("operator")
-    await provision(operator.link_options(), site=SITE, tenants=TENANTS, shards=even_shards(2))
+    await provision(operator.link_options(), site=SITE, tenants=tenants, shards=even_shards(2))
     return server
 
 
@@ -135,3 +139,35 @@ async def open_asker(open_link: OpenLink) -> OpenAsker:
         return await Asker(await open_link(user, *server)).open()
 
     return open_one
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mesh]:
+    """A gateway, a router and two shards on a server of the module's own. Its tests share the module's loop.
+
+    `ghost.gus` is a user whose tenant the mesh does not have.
+    """
+    server = await start_mesh_server(
+        tmp_path_factory.mktemp("whole"),
+        tenants=(*TENANTS, *SPARE_TENANTS),
+        agents=(*AGENTS, *((tenant, "ann") for tenant in SPARE_TENANTS), ("ghost", "gus")),
+    )
+    mesh = Mesh(server, SITE)
+    await mesh.start("gateway", "router", *SHARDS)
+    yield mesh
+    await mesh.close()
+    await server.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def alice(mesh: Mesh) -> AsyncIterator[Memory]:
+    """`acme.alice`, in a memory that the module's tests share: each uses entities and spaces of its own."""
+    async with mesh.connect("acme.alice") as memory:
+        yield memory
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own(mesh: Mesh) -> AsyncIterator[Memory]:
+    """An agent of a tenant that no other test has used."""
+    async with mesh.connect(f"{mesh.tenant()}.ann") as memory:
+        yield memory

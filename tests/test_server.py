@@ -161,6 +161,7 @@ def test_an_old_program_on_the_path_is_passed_over_with_a_warning(
 ) -> None:
     old = fake_server(tmp_path / "bin", "2.10.4")
     monkeypatch.setenv("PATH", str(old.parent), prepend=":")
+    caplog.set_level("WARNING", logger="mnemesh.server")
     assert find_nats_server() != old
     assert "2.10.4, too old" in caplog.text
 
