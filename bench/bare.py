@@ -93,7 +93,7 @@ async def search(url: str, name: str, file: Path) -> None:
     await asyncio.Event().wait()
 
 
-def scalar_index(vectors: np.ndarray) -> faiss.IndexScalarQuantizer:  # type: ignore[type-arg]  # any dtype
+def scalar_index(vectors: np.ndarray) -> faiss.IndexScalarQuantizer:
     """The index that a flat space keeps: float16 codes, inner product."""
     index = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors[:1])
@@ -110,7 +110,7 @@ async def server() -> AsyncIterator[str]:
         config.write_text(
             f'host: 127.0.0.1\nport: {port}\njetstream {{ store_dir: "{folder}", sync_interval: always }}\n'
         )
-        process = subprocess.Popen([find_nats_server(), "-c", config], stderr=subprocess.DEVNULL)
+        process = await asyncio.create_subprocess_exec(find_nats_server(), "-c", config, stderr=subprocess.DEVNULL)
         try:
             url = f"nats://127.0.0.1:{port}"
             for _ in range(100):
@@ -122,7 +122,7 @@ async def server() -> AsyncIterator[str]:
             yield url
         finally:
             process.terminate()
-            process.wait()
+            await process.wait()
 
 
 @contextlib.asynccontextmanager

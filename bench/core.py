@@ -157,7 +157,7 @@ async def ingest_and_replay(sizes: Sizes) -> list[Row]:
     async with contextlib.AsyncExitStack() as stack:
         mesh = await stack.enter_async_context(running_mesh(shards=1))
         memory = await stack.enter_async_context(agent_of(mesh))
-        documents = [
+        documents: list[dict[str, Any]] = [
             {
                 "entity_id": f"bus:{number}",
                 "type": "bus",
@@ -230,7 +230,7 @@ async def replay(mesh: Mesh, events: int) -> Row:
 
 
 async def federated(sizes: Sizes) -> list[Row]:
-    """Four shards with a flat space each, beside four bare responders over the same vectors in the same kind of index."""
+    """Four shards with a flat space each, beside four bare responders over the same vectors, indexed alike."""
     vectors, queries, exact = made(sizes.federated * 4, sizes.queries)
     async with contextlib.AsyncExitStack() as stack:
         mesh = await stack.enter_async_context(running_mesh(shards=4))
@@ -303,7 +303,7 @@ async def alone(sizes: Sizes) -> list[Row]:
 
 
 def made(count: int, queries: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Unit vectors of 384 dimensions that mix 32 latent ones, with noise; queries alike; each query's exact best rows."""
+    """Unit vectors of 384 dimensions that mix 32 latent ones, with noise; queries alike; their exact best rows."""
     random = np.random.default_rng(7)
     mix = random.standard_normal((LATENT, DIMENSION)).astype(np.float32)
 
@@ -374,7 +374,7 @@ async def decision_loop(sizes: Sizes) -> list[Row]:
 
 # ── how things are measured ─────────────────────────────────────────────────────────────────────────────────────
 
-ATTRIBUTES = {"name": "MV1.101 Bus 7", "kv": 20.0, "zone": 3, "active": True}
+ATTRIBUTES: dict[str, Any] = {"name": "MV1.101 Bus 7", "kv": 20.0, "zone": 3, "active": True}
 
 
 async def latencies(sides: Sequence[Work], count: int) -> list[list[float]]:

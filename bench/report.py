@@ -27,7 +27,7 @@ class Goal:
         return number <= self.bound if self.sense == "at most" else number >= self.bound
 
     def __str__(self) -> str:
-        return f"{self.sense} {self.bound:g}{' ×' if self.of == 'ratio' else ''}"
+        return f"{self.sense} {self.bound:g}{' x' if self.of == 'ratio' else ''}"
 
 
 def ratio(sense: Literal["at most", "at least"], bound: float) -> Goal:

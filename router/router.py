@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from itertools import islice
+from itertools import takewhile
 from typing import Any
 
 from mnemesh import messages, subjects
@@ -58,15 +58,17 @@ class Router(Actor):
         gathered = await self._ask_all(subjects.SHARD_TIMELINE_RANGE, subjects.shard_timeline_range, request, call)
         raise_if_nothing(gathered)
         pages = gathered.replies.values()
+        watermark = lowest(gathered.replies)
+        # Beyond where the slowest shard stands it may still have events that belong before those of the others.
+        end = min(watermark.values())
         merged = heapq.merge(*(page.events for page in pages), key=lambda event: event.sequence)
-        events = list(islice(merged, request.limit))
-        more = sum(len(page.events) for page in pages) > len(events) or any(
-            page.next_after is not None for page in pages
-        )
+        known = list(takewhile(lambda event: event.sequence <= end, merged))
+        events = known[: request.limit]
+        more = len(known) > len(events) or any(page.next_after is not None and page.next_after < end for page in pages)
         return messages.TimelinePage(
             events=events,
             next_after=events[-1].sequence if more else None,
-            watermark=lowest(gathered.replies),
+            watermark=watermark,
             coverage=coverage(self._map.shards, gathered.errors),
         )
 

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 from mnemesh.asker import Asker
 from mnemesh.call import Call
 from mnemesh.contract import AnyOperation
-from mnemesh.errors import MnemeshError, NotFound, Unavailable
+from mnemesh.errors import BadRequest, Denied, MnemeshError, NotFound, TooLarge, Unavailable
 from mnemesh.ids import PARTITIONS
 from mnemesh.messages import Coverage, Missing, Token
 from router.shard_map import ShardEntry
+
+ABOUT_THE_REQUEST = (BadRequest, Denied, TooLarge)
+"""What one shard says of a request holds for all of it; as a gap in the coverage it would hide the caller's mistake."""
 
 REPLY_MARGIN_S = 0.01
 """What is kept of the budget to merge and answer."""
@@ -48,7 +51,10 @@ class Scatter:
         shards: Mapping[str, ShardEntry],
         call: Call,
     ) -> Gathered:
-        """Ask each shard its (subject, request). Never raises for a shard: its error is part of the answer."""
+        """Ask each shard its (subject, request). The error of a shard is part of the answer.
+
+        Raises what a shard says that is about the request itself.
+        """
         budget_s = call.remaining_s() - REPLY_MARGIN_S
         if all(shards[name].replicas < 2 for name in requests):
             outcomes = await self._asker.scatter(operation, list(requests.values()), budget_s=budget_s)
@@ -63,6 +69,8 @@ class Scatter:
         replies: dict[str, Any] = {}
         errors: dict[str, MnemeshError] = {}
         for name, outcome in zip(requests, outcomes, strict=True):
+            if isinstance(outcome, ABOUT_THE_REQUEST):
+                raise outcome
             if isinstance(outcome, MnemeshError):
                 errors[name] = outcome
             else:

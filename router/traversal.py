@@ -7,7 +7,7 @@ once, so cycles end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mnemesh import messages, subjects
 from mnemesh.call import Call
@@ -17,7 +17,8 @@ from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
 
 MOST_IN_EXPAND = 2000
-"""Ids in one request to a shard; a wider frontier goes in several rounds."""
+MOST_BYTES_IN_EXPAND = 500_000
+"""Ids in one request to a shard, and their bytes; a wider frontier goes in several rounds."""
 
 
 class Walk:
@@ -37,9 +38,10 @@ class Walk:
         """Walk to the depth or to the limit. Raises what the shards said if none of them answered the first hop."""
         request = self._request
         starts = [request.start] if isinstance(request.start, str) else request.start
-        for start in starts[: request.limit]:
-            self._nodes[start] = Node(entity_id=start, depth=0)
-        self._truncated = len(starts) > request.limit
+        for start in starts:
+            if len(self._nodes) < request.limit:
+                self._nodes[start] = Node(entity_id=start, depth=0)
+        self._truncated = not self._nodes.keys() >= set(starts)
         frontier = list(self._nodes)
         for depth in range(1, request.depth + 1):
             if not frontier:
@@ -54,8 +56,8 @@ class Walk:
 
     async def _hop(self, frontier: Sequence[str], depth: int) -> list[str]:
         reached: dict[str, Node] = {}
-        for start in range(0, len(frontier), MOST_IN_EXPAND):
-            gathered = await self._expand(frontier[start : start + MOST_IN_EXPAND])
+        for ids in _rounds(frontier):
+            gathered = await self._expand(ids)
             if depth == 1:
                 raise_if_nothing(gathered)
             self._errors |= gathered.errors
@@ -108,3 +110,15 @@ class Walk:
             shards,
             self._call,
         )
+
+
+def _rounds(frontier: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The frontier in parts that fit a request."""
+    start = size = 0
+    for end, entity_id in enumerate(frontier):
+        length = len(entity_id.encode())
+        if end - start == MOST_IN_EXPAND or (end > start and size + length > MOST_BYTES_IN_EXPAND):
+            yield frontier[start:end]
+            start, size = end, 0
+        size += length
+    yield frontier[start:]

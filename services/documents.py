@@ -6,17 +6,19 @@ Pure functions; the gateway calls them before anything is sent. Each `BadRequest
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from mnemesh import messages
+from mnemesh.clock import from_ms, to_ms
 from mnemesh.errors import BadRequest
 from mnemesh.ids import check_name, to_token
 from mnemesh.wire import Vector, as_vector
 
 STATE_VECTOR = "state_vector"
-"""The attribute that is a vector also when it comes as base64 text or as a list of numbers."""
+"""The attribute that is a vector also when it comes as base64 text or as a list of numbers. Null removes it."""
 
 DEEPEST = 32
 LONGEST_NAME = 256
@@ -25,14 +27,19 @@ LONGEST_NAME = 256
 def body_of(entity: messages.Entity) -> dict[str, Any]:
     """The body of the put event that a document stands for. Raises `BadRequest` or `TooLarge`."""
     to_token(entity.entity_id)
+    _check_time("valid_from", entity.valid_from)
+    _check_time("valid_to", entity.valid_to)
     if entity.valid_from and entity.valid_to and entity.valid_from >= entity.valid_to:
         raise BadRequest("valid_from must be before valid_to")
     attributes, vectors = _split_vectors(entity.attributes)
+    remove_vectors = entity.remove_vectors
+    if entity.attributes.get(STATE_VECTOR, ...) is None:
+        remove_vectors = [*remove_vectors, STATE_VECTOR]
     for space, vector in entity.vectors.items():
         if space in vectors:
             raise BadRequest(f"the vector of space {space!r} is there twice, as attribute and under vectors")
         vectors[space] = as_vector(vector, what=f"vectors.{space}")
-    for space in (*vectors, *entity.remove_vectors):
+    for space in (*vectors, *remove_vectors):
         check_name("space", space)
     body: dict[str, Any] = {}
     if entity.type is not None:
@@ -47,11 +54,20 @@ def body_of(entity: messages.Entity) -> dict[str, Any]:
         ]
     if vectors:
         body["vectors"] = vectors
-    if entity.remove_vectors:
-        body["remove_vectors"] = entity.remove_vectors
+    if remove_vectors:
+        body["remove_vectors"] = remove_vectors
     if entity.text is not None:
         body["text"] = entity.text
     return body
+
+
+def _check_time(what: str, moment: datetime | None) -> None:
+    """What passes can be shown again, in UTC and milliseconds."""
+    try:
+        if moment is not None:
+            from_ms(to_ms(moment))
+    except (OverflowError, ValueError) as error:
+        raise BadRequest(f"{what}: {moment} is outside the years 1 to 9999") from error
 
 
 def _split_vectors(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Vector]]:
@@ -60,9 +76,9 @@ def _split_vectors(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str
     for name, value in attributes.items():
         if not name or len(name) > LONGEST_NAME:
             raise BadRequest(f"an attribute's name must have 1 to {LONGEST_NAME} characters")
-        if isinstance(value, np.ndarray) or (name == STATE_VECTOR and isinstance(value, str | list)):
+        if isinstance(value, np.ndarray) or (name == STATE_VECTOR and value is not None):
             vectors[name] = as_vector(value, what=f"attributes.{name}")
-        else:
+        elif name != STATE_VECTOR:
             _check_plain(value, f"attributes.{name}", DEEPEST)
             plain[name] = value
     return plain, vectors

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,11 @@ from mnemesh.actor import Actor, handles
 from mnemesh.call import MESSAGE_ID, Call
 from mnemesh.clock import HybridClock, to_ms
 from mnemesh.connection import Link
-from mnemesh.errors import BadRequest, MnemeshError, NotFound, TooLarge
+from mnemesh.errors import BY_CODE, BadRequest, Conflict, MnemeshError, NotFound, TooLarge
 from mnemesh.event import Event, decode_event
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
-from mnemesh.jetstream import api, stream_state
+from mnemesh.jetstream import WrongSequence, api, stream_state
 from mnemesh.log_writer import MOST_IN_BATCH, Append, LogWriter, Position
 from mnemesh.stats import Gauge
 from services.documents import body_of
@@ -84,8 +84,7 @@ class Gateway(Actor):
 
     @handles(subjects.SET_CONTEXT)
     async def set_context(self, request: messages.SetContext, call: Call) -> messages.Written:
-        append = await self._put(request, call, self._event_id(call))
-        return self._written(request.entity_id, await self._log.append(append))
+        return await self._commit(request.entity_id, await self._put(request, call, self._event_id(call)))
 
     @handles(subjects.UPSERT_EMBEDDING)
     async def upsert_embedding(self, request: messages.UpsertEmbedding, call: Call) -> messages.Written:
@@ -98,14 +97,14 @@ class Gateway(Actor):
             expected_version=request.expected_version,
         )
         append = await self._put(entity, call, self._event_id(call), wanted={request.space: wanted})
-        return self._written(request.entity_id, await self._log.append(append))
+        return await self._commit(request.entity_id, append)
 
     @handles(subjects.FORGET)
     async def forget(self, request: messages.Forget, call: Call) -> messages.Written:
         append = self._append(
             request.entity_id, "forget", {}, call, self._event_id(call), request.expected_version, rollup=True
         )
-        return self._written(request.entity_id, await self._log.append(append))
+        return await self._commit(request.entity_id, append)
 
     @handles(subjects.INGEST)
     async def ingest(self, request: messages.Ingest, call: Call) -> messages.Ingested:
@@ -124,13 +123,44 @@ class Gateway(Actor):
                 appends.append(await self._put(entity, call, f"{event_id}.{index}"))
             except MnemeshError as error:
                 if request.atomic:
-                    raise type(error)(f"entity {index}: {error.message}") from error
+                    kind = BY_CODE[error.code]
+                    raise kind(f"entity {index}: {error.message}", retry_after_ms=error.retry_after_ms) from error
                 appends.append(error)
         good = [append for append in appends if isinstance(append, Append)]
-        append_many = self._log.append_all if request.atomic else self._log.append_each
-        written = iter(await append_many(good))
-        outcomes = [next(written) if isinstance(append, Append) else append for append in appends]
+        if request.atomic:
+            return self._ingested(request, await self._commit_all(request, good))
+        written = iter(await self._log.append_each(good))
+        outcomes = [
+            _named_conflict(_named(document), append, next(written)) if isinstance(append, Append) else append
+            for document, append in zip(request.entities, appends, strict=True)
+        ]
         return self._ingested(request, outcomes)
+
+    # ── from event to log ───────────────────────────────────────────────────────────────────────────────────
+
+    async def _commit(self, entity_id: str, append: Append) -> messages.Written:
+        try:
+            position = await self._log.append(append)
+        except WrongSequence as error:
+            raise _not_at(entity_id, append) from error
+        return messages.Written(
+            entity_id=entity_id,
+            version=position.sequence,
+            token={self.site: position.sequence},
+            duplicate=position.duplicate,
+        )
+
+    async def _commit_all(self, request: messages.Ingest, appends: Sequence[Append]) -> list[Position]:
+        """All or nothing; the server does not say whose version was another."""
+        try:
+            return await self._log.append_all(appends)
+        except WrongSequence as error:
+            suspects = [
+                _not_at(_named(document), append).message
+                for document, append in zip(request.entities, appends, strict=True)
+                if append.expected is not None
+            ]
+            raise Conflict(f"nothing was written: {' or '.join(suspects)}") from error
 
     # ── from request to event ───────────────────────────────────────────────────────────────────────────────
 
@@ -145,7 +175,7 @@ class Gateway(Actor):
         settings = {}
         for name, vector in body.get("vectors", {}).items():
             space = await self._spaces.settle(
-                self.asker.inbox, call.caller.tenant, name, len(vector), (wanted or {}).get(name)
+                self.asker.inbox, call.caller.tenant, name, vector, (wanted or {}).get(name)
             )
             if beyond := space.settings():
                 settings[name] = beyond
@@ -201,15 +231,7 @@ class Gateway(Actor):
             raise BadRequest(f"{MESSAGE_ID} must have 1 to {LONGEST_ID} characters")
         return f"{call.caller.tenant}.{call.caller.agent}.{named}"
 
-    def _written(self, entity_id: str, position: Position) -> messages.Written:
-        return messages.Written(
-            entity_id=entity_id,
-            version=position.sequence,
-            token={self.site: position.sequence},
-            duplicate=position.duplicate,
-        )
-
-    def _ingested(self, request: messages.Ingest, outcomes: list[Position | MnemeshError]) -> messages.Ingested:
+    def _ingested(self, request: messages.Ingest, outcomes: Sequence[Position | MnemeshError]) -> messages.Ingested:
         errors = {
             str(index): messages.Outcome(
                 entity_id=_named(request.entities[index])[:256],
@@ -228,6 +250,15 @@ class Gateway(Actor):
             versions=versions,
             errors=errors,
         )
+
+
+def _not_at(entity_id: str, append: Append) -> Conflict:
+    """What a compare-and-set that failed is told, in the caller's words rather than the log's."""
+    return Conflict(f"{entity_id[:200]!r} is not at version {append.expected}; read it again and decide anew")
+
+
+def _named_conflict(entity_id: str, append: Append, outcome: Position | MnemeshError) -> Position | MnemeshError:
+    return _not_at(entity_id, append) if isinstance(outcome, WrongSequence) else outcome
 
 
 def _named(document: object) -> str:

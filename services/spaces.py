@@ -9,12 +9,17 @@ import asyncio
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from mnemesh import subjects
 from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, Conflict
 from mnemesh.inbox import Inbox
 from mnemesh.kv import BucketView, create
+from mnemesh.wire import Vector
+
+LARGEST = float(np.finfo(np.float16).max)
+"""Stores keep vectors as fp16. Those of cosine spaces are brought to unit length first."""
 
 
 class Space(msgspec.Struct, frozen=True):
@@ -50,10 +55,14 @@ class Spaces:
         await self._view.follow(link, inbox)
 
     async def settle(
-        self, inbox: Inbox, tenant: str, name: str, dimension: int, wanted: dict[str, Any] | None = None
+        self, inbox: Inbox, tenant: str, name: str, vector: Vector, wanted: dict[str, Any] | None = None
     ) -> Space:
-        """The space, made if it is new. Raises `BadRequest` if it has another dimension, metric, index or model."""
+        """The space that is to hold a vector, made if it is new.
+
+        Raises `BadRequest` if it has another dimension, metric, index or model, or cannot hold the vector's numbers.
+        """
         key = f"{tenant}.{name}"
+        dimension = len(vector)
         space = self._known.get(key)
         if space is None:
             space = self._known[key] = await self._find_or_create(inbox, key, Space(dimension, **(wanted or {})))
@@ -65,6 +74,8 @@ class Spaces:
                     f"space {name!r} has {setting} {getattr(space, setting)!r}, not {value!r}; "
                     "it was settled by its first vector"
                 )
+        if space.metric != "cosine" and np.abs(vector).max() > LARGEST:
+            raise BadRequest(f"space {name!r} of metric {space.metric!r} holds numbers up to ±{LARGEST:.0f}")
         return space
 
     async def _find_or_create(self, inbox: Inbox, key: str, space: Space) -> Space:

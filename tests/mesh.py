@@ -1,11 +1,12 @@
 """A whole mesh in this process, on a real nats-server: what the tests of operations stand on.
 
-Each service has a link of its own and can be stopped and started again by name: `gateway`, `router`, and the replicas of
-the shards, `s0`, `s1`, …, a second one of which is `s0b`.
+Each service has a link of its own and can be stopped and started again by name: `gateway`, `router`, `s0` and `s1`, and
+`s0b` and `s1b`, which are second replicas of the shards.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -32,7 +33,7 @@ from services.policy import TenantGuard
 
 SHARDS = ("s0", "s1")
 STRONG = Consistency(level="strong")
-SPARE_TENANTS = tuple(f"t{number}" for number in range(40))
+SPARE_TENANTS = tuple(f"t{number}" for number in range(100))
 
 
 class Mesh:
@@ -71,6 +72,11 @@ class Mesh:
         finally:
             await self.start(*names)
 
+    def shard(self, name: str) -> PausableShard:
+        shard = self.actors[name]
+        assert isinstance(shard, PausableShard)
+        return shard
+
     async def close(self) -> None:
         await self.stop(*reversed(self.actors))
 
@@ -90,7 +96,7 @@ class Mesh:
         if name in makers:
             return makers[name](await self.link(name))
         (entry,) = (entry for entry in even_shards(len(SHARDS)) if entry.name == name[:2])
-        return Shard(
+        return PausableShard(
             await self.link("shard"),
             name=entry.name,
             site=self.site,
@@ -98,6 +104,42 @@ class Mesh:
             folder=Path(self.folder) / name,
             guard=TenantGuard(),
         )
+
+
+class PausableShard(Shard):
+    """A shard that a test can keep from following the log."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._follows = asyncio.Event()
+        self._follows.set()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._follows.wait()
+            self._following = asyncio.ensure_future(super()._follow())
+            try:
+                await self._following
+            except asyncio.CancelledError:
+                if self._follows.is_set():
+                    raise
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Within the block the stores learn nothing new."""
+        self._follows.clear()
+        self._following.cancel()
+        await asyncio.wait([self._following])
+        try:
+            yield
+        finally:
+            self._follows.set()
+
+    async def caught_up(self) -> None:
+        """Wait until every store has applied what the log holds now."""
+        head = await self._ask_head()
+        for projection in self._projections:
+            await projection.watermark.reached(head)
 
 
 async def ask_raw(

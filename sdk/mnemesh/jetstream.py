@@ -35,6 +35,10 @@ class JetStreamError(Internal):
         self.err_code = err_code
 
 
+class WrongSequence(Conflict):
+    """The subject's last sequence is not the one that a compare-and-set expected."""
+
+
 def check(reply: dict[str, Any]) -> dict[str, Any]:
     """A JetStream reply, or raise what its error stands for."""
     error = reply.get("error")
@@ -43,7 +47,7 @@ def check(reply: dict[str, Any]) -> dict[str, Any]:
     number = error.get("err_code", 0)
     text = f"JetStream: {error.get('description', error)} ({number})"
     if number in (WRONG_LAST_SEQUENCE, WRONG_LAST_SEQUENCE_CONSTANT):
-        raise Conflict(text)
+        raise WrongSequence(text)
     if number in NOT_FOUND:
         raise NotFound(text)
     if number in (10054, 10097):

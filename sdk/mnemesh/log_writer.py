@@ -162,7 +162,7 @@ class LogWriter:
         outcomes: list[Position | MnemeshError] = []
         for chunk in _chunks(appends):
             if len(chunk) == 1:
-                outcomes += await self._publish_singly(chunk)
+                outcomes.append(await self._publish_one(chunk[0]))
                 continue
             try:
                 outcomes += await self._publish_batch(chunk)
@@ -191,7 +191,7 @@ class LogWriter:
     async def _publish_batch(self, appends: Sequence[Append]) -> list[Position]:
         """One atomic batch: all stored at consecutive sequences, or none."""
         if len(appends) == 1:
-            (outcome,) = await self._publish_singly(appends)
+            outcome = await self._publish_one(appends[0])
             if isinstance(outcome, MnemeshError):
                 raise outcome
             return [outcome]

@@ -24,6 +24,9 @@ Metric = Literal["cosine", "ip", "l2"]
 IndexKind = Literal["auto", "flat", "hnsw"]
 Direction = Literal["out", "in", "both"]
 Count = Annotated[int, Meta(ge=1, le=1000)]
+Sequence = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Kind = Annotated[str, Meta(min_length=1, max_length=256)]
+Relations = Annotated[list[str], Meta(max_length=1000)]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -46,13 +49,13 @@ class Consistency(Request, frozen=True, kw_only=True):
 
     level: Level = "eventual"
     token: Token = {}
-    max_lag_ms: Annotated[int, Meta(ge=1)] | None = None
+    max_lag_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
 
 
 class Edge(Request, frozen=True, kw_only=True):
     """A relation from the entity that holds it to `target_id`. (relation, target_id) is its key."""
 
-    relation: Annotated[str, Meta(min_length=1, max_length=256)]
+    relation: Kind
     target_id: Annotated[str, Meta(min_length=1)]
     properties: dict[str, Any] = {}
 
@@ -73,7 +76,7 @@ class Entity(Request, frozen=True, kw_only=True):
     """
 
     entity_id: Annotated[str, Meta(min_length=1)]
-    type: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    type: Kind | None = None
     attributes: dict[str, Any] = {}
     edges: list[Edge] = []
     remove_edges: list[EdgeKey] = []
@@ -82,7 +85,7 @@ class Entity(Request, frozen=True, kw_only=True):
     text: str | None = None
     valid_from: Time | None = None
     valid_to: Time | None = None
-    expected_version: Annotated[int, Meta(ge=0)] | None = None
+    expected_version: Sequence | None = None
 
 
 class Missing(Reply, frozen=True, kw_only=True):
@@ -119,19 +122,19 @@ class UpsertEmbedding(Request, frozen=True, kw_only=True):
     entity_id: Annotated[str, Meta(min_length=1)]
     vector: Vector
     space: str = "default"
-    type: str | None = None
+    type: Kind | None = None
     attributes: dict[str, Any] = {}
     metric: Metric | None = None
     index: IndexKind | None = None
     model: str | None = None
-    expected_version: Annotated[int, Meta(ge=0)] | None = None
+    expected_version: Sequence | None = None
 
 
 class Forget(Request, frozen=True, kw_only=True):
     """Request of `forget`: erase one entity from the log and every store."""
 
     entity_id: Annotated[str, Meta(min_length=1)]
-    expected_version: Annotated[int, Meta(ge=0)] | None = None
+    expected_version: Sequence | None = None
 
 
 class Written(Reply, frozen=True, kw_only=True):
@@ -202,7 +205,7 @@ class Timeline(Request, frozen=True, kw_only=True):
     """Request of `timeline` of one entity: its events in log order, after sequence `after`."""
 
     entity_id: str | None = None
-    after: int = 0
+    after: Sequence = 0
     limit: Count = 100
     consistency: Consistency | None = None
 
@@ -216,7 +219,7 @@ class TimelineRange(Request, frozen=True, kw_only=True):
     start: Time | None = None
     end: Time | None = None
     type: str | None = None
-    after: int = 0
+    after: Sequence = 0
     limit: Count = 100
     consistency: Consistency | None = None
 
@@ -298,7 +301,7 @@ class Traverse(Request, frozen=True, kw_only=True):
     """
 
     start: list[str] | str
-    relations: list[str] = []
+    relations: Relations = []
     direction: Direction = "out"
     depth: Annotated[int, Meta(ge=1, le=64)] = 1
     limit: Annotated[int, Meta(ge=1, le=100_000)] = 1000
@@ -330,7 +333,7 @@ class Expand(Request, frozen=True, kw_only=True):
     """Request of `shard_expand`: the edges that touch `entity_ids` on this shard, one hop."""
 
     entity_ids: list[str]
-    relations: list[str] = []
+    relations: Relations = []
     direction: Direction = "out"
     limit: Annotated[int, Meta(ge=1)] = 100_000
     consistency: Consistency | None = None
