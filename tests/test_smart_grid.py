@@ -87,7 +87,14 @@ class Recollection:
         return Hits(hits=hits[:k], watermark=self._watermark, coverage=Coverage(answered=64, total=64))
 
     async def traverse(
-        self, start: str, *, relations: Sequence[str], direction: str = "out", depth: int, limit: int
+        self,
+        start: str,
+        *,
+        relations: Sequence[str],
+        direction: str = "out",
+        depth: int,
+        limit: int,
+        consistency: Consistency | None = None,
     ) -> Traversal:
         nodes = {start: Node(entity_id=start, depth=0)}
         queue = deque([start])
