@@ -17,7 +17,7 @@ import nats.nuid
 
 from mnemesh import messages, subjects, wire
 from mnemesh.actor import Actor, handles
-from mnemesh.call import MESSAGE_ID, Call
+from mnemesh.call import MESSAGE_ID, Call, check_message_id
 from mnemesh.clock import HybridClock, to_ms
 from mnemesh.connection import Link
 from mnemesh.errors import BY_CODE, BadRequest, Conflict, MnemeshError, NotFound, TooLarge
@@ -30,7 +30,6 @@ from mnemesh.stats import Gauge
 from services.documents import body_of
 from services.spaces import Spaces
 
-LONGEST_ID = 128
 MOST_ENTITIES = 10_000
 DOCUMENTS_A_SLICE = 64
 """How many documents of an ingest are prepared before other requests get their turn: about 2 ms."""
@@ -129,7 +128,7 @@ class Gateway(Actor):
         good = [append for append in appends if isinstance(append, Append)]
         if request.atomic:
             return self._ingested(request, await self._commit_all(request, good))
-        written = iter(await self._log.append_each(good))
+        written = iter(await self._append_each(good))
         outcomes = [
             _named_conflict(_named(document), append, next(written)) if isinstance(append, Append) else append
             for document, append in zip(request.entities, appends, strict=True)
@@ -139,10 +138,11 @@ class Gateway(Actor):
     # ── from event to log ───────────────────────────────────────────────────────────────────────────────────
 
     async def _commit(self, entity_id: str, append: Append) -> messages.Written:
-        try:
-            position = await self._log.append(append)
-        except WrongSequence as error:
-            raise _not_at(entity_id, append) from error
+        (position,) = await self._append_each([append])
+        if isinstance(position, WrongSequence):
+            raise _not_at(entity_id, append) from position
+        if isinstance(position, MnemeshError):
+            raise position
         return messages.Written(
             entity_id=entity_id,
             version=position.sequence,
@@ -150,10 +150,33 @@ class Gateway(Actor):
             duplicate=position.duplicate,
         )
 
+    async def _append_each(self, appends: Sequence[Append]) -> list[Position | MnemeshError]:
+        outcomes = await self._log.append_each(appends)
+        for index, (append, outcome) in enumerate(zip(appends, outcomes, strict=True)):
+            if isinstance(outcome, WrongSequence) and (again := await self._beyond_tombstone(append)) is not append:
+                (outcomes[index],) = await self._log.append_each([again])
+        return outcomes
+
+    async def _beyond_tombstone(self, append: Append) -> Append:
+        """What was forgotten does not exist: a write that expects so compares with the tombstone instead."""
+        if append.expected != 0:
+            return append
+        stream = subjects.log_stream(self.site)
+        try:
+            reply = await api(self.asker.inbox, f"STREAM.MSG.GET.{stream}", {"last_by_subj": append.subject})
+        except NotFound:
+            return append
+        if decode_event(base64.b64decode(reply["message"]["data"])).op != "forget":
+            return append
+        return append._replace(expected=reply["message"]["seq"])
+
     async def _commit_all(self, request: messages.Ingest, appends: Sequence[Append]) -> list[Position]:
         """All or nothing; the server does not say whose version was another."""
         try:
-            return await self._log.append_all(appends)
+            try:
+                return await self._log.append_all(appends)
+            except WrongSequence:
+                return await self._log.append_all([await self._beyond_tombstone(append) for append in appends])
         except WrongSequence as error:
             suspects = [
                 _not_at(_named(document), append).message
@@ -225,10 +248,7 @@ class Gateway(Actor):
     def _event_id(self, call: Call) -> str:
         """The caller's own id for the write, scoped to the caller so that nobody can take another's; else a new one."""
         named = call.headers.get(MESSAGE_ID)
-        if named is None:
-            named = self._nuid.next().decode()
-        elif not 0 < len(named) <= LONGEST_ID:
-            raise BadRequest(f"{MESSAGE_ID} must have 1 to {LONGEST_ID} characters")
+        named = self._nuid.next().decode() if named is None else check_message_id(named)
         return f"{call.caller.tenant}.{call.caller.agent}.{named}"
 
     def _ingested(self, request: messages.Ingest, outcomes: Sequence[Position | MnemeshError]) -> messages.Ingested:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from mnemesh import Memory, subjects
 from mnemesh.call import BUDGET, MESSAGE_ID
 from mnemesh.errors import BadRequest, Busy, Denied, NotFound, Timeout, TooLarge, Unavailable
 from mnemesh.host import hosted
-from mnemesh.ids import MAX_ID_BYTES, to_token
+from mnemesh.ids import MAX_ID_BYTES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -97,7 +98,7 @@ async def refused(raw: Raw, operation: str, payload: bytes, **headers: str) -> t
         (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"entity_id": "\\ud800"}', "not valid JSON.*surrogates"),
         (b'{"entity_id": "\xff"}', "not valid JSON"),
-        (b'{"a":' * 20_000, "nested too deeply"),
+        (b'{"a":' * 10_000, "nested too deeply"),
         (b'{"no such field": 1}', "unknown field `no such field`"),
     ],
     ids=lambda value: repr(value[:18]) if isinstance(value, bytes) else "",
@@ -113,7 +114,6 @@ async def test_bytes_that_are_no_request_are_told_why(raw: Raw, operation: str, 
 # ── fields that are wrong ───────────────────────────────────────────────────────────────────────────────────────
 
 BAD_FLOATS = np.asarray([1, np.nan], "<f4").tobytes()
-ENDLESS = 10**400
 DEEP: Any = 0
 for _ in range(40):
     DEEP = [DEEP]
@@ -249,13 +249,13 @@ async def test_a_field_that_is_wrong_is_named(
 @pytest.mark.parametrize(
     ("operation", "text", "says"),
     [
-        ("set_context", '{"entity_id": "e", "attributes": {"x": %d}}' % ENDLESS, "64 bits"),
-        ("set_context", '{"entity_id": "e", "expected_version": %d}' % ENDLESS, "expected_version"),
-        ("timeline", '{"after": %d}' % ENDLESS, "after"),
+        ("set_context", '{"entity_id": "e", "attributes": {"x": ENDLESS}}', "64 bits"),
+        ("set_context", '{"entity_id": "e", "expected_version": ENDLESS}', "expected_version"),
+        ("timeline", '{"after": ENDLESS}', "after"),
         ("timeline", '{"after": 1e400}', "after"),
-        ("timeline", '{"limit": %d}' % -ENDLESS, "limit"),
-        ("get_context", '{"consistency": {"level": "bounded", "max_lag_ms": %d}}' % ENDLESS, "max_lag_ms"),
-        ("upsert_embedding", '{"entity_id": "e", "vector": [%d]}' % ENDLESS, "out of range"),
+        ("timeline", '{"limit": -ENDLESS}', "limit"),
+        ("get_context", '{"consistency": {"level": "bounded", "max_lag_ms": ENDLESS}}', "max_lag_ms"),
+        ("upsert_embedding", '{"entity_id": "e", "vector": [ENDLESS]}', "out of range"),
         ("search_embedding", '{"vector": [1, 0], "space": "known", "filter": {"n": {"in": [[1]]}}}', "'n'"),
         ("set_context", '{"entity_id": "e", "attributes": {"x": "\\udfff"}}', "surrogate"),
     ],
@@ -263,13 +263,13 @@ async def test_a_field_that_is_wrong_is_named(
 async def test_a_number_or_text_that_only_json_can_spell_is_refused(
     raw: Raw, operation: str, text: str, says: str
 ) -> None:
-    code, message = await refused(raw, operation, text.encode())
+    code, message = await refused(raw, operation, text.replace("ENDLESS", "9" * 400).encode())
     assert code == "bad_request"
     assert says in message
 
 
 async def test_a_token_beyond_64_bits_is_stale_and_not_a_crash(raw: Raw) -> None:
-    text = '{"consistency": {"level": "session", "token": {"%s": %d}}}' % (SITE, ENDLESS)
+    text = json.dumps({"consistency": {"level": "session", "token": {SITE: 10**400}}})
     code, _ = await refused(raw, "get_context", text.encode(), **{BUDGET.replace("-", "_"): "100"})
     assert code == "stale"
 
@@ -287,9 +287,8 @@ async def test_of_a_key_that_comes_twice_the_last_counts(raw: Raw, payload: byte
 
 
 async def test_operators_on_what_an_entity_lacks_or_holds_as_another_kind_find_nothing(alice: Memory) -> None:
-    for wanted in ({"absent": 1}, {"n": "1"}, {"n": True}, {"n": {"lt": "x"}}, {"n": 2**70}):
-        if wanted != {"n": 2**70}:
-            assert (await alice.search_embedding([1, 0], space="known", filter=wanted)).hits == []
+    for wanted in ({"absent": 1}, {"n": "1"}, {"n": True}, {"n": {"lt": "x"}}, {"n": 2**63}):
+        assert (await alice.search_embedding([1, 0], space="known", filter=wanted)).hits == []
 
 
 # ── ids ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -309,8 +308,8 @@ STRANGE_IDS = {
     "quotes": "'\"; DROP TABLE entity; --",
     "right to left": "\u202eabc\u202c",
     "a noncharacter": "\uffff\U0010ffff",
-    "composed": "é",
-    "decomposed": "é",
+    "composed": "\u00e9",
+    "decomposed": "e\u0301",
 }
 
 
@@ -323,7 +322,8 @@ async def stranger(mesh: Mesh) -> AsyncIterator[Memory]:
 @pytest.mark.parametrize("kind", STRANGE_IDS)
 async def test_any_text_is_an_id_in_every_operation(stranger: Memory, kind: str) -> None:
     name, target = STRANGE_IDS[kind], STRANGE_IDS[kind] + "2"
-    space, word = f"space{to_token(kind)[:3].strip('=')}{len(kind)}", f"word{abs(hash(kind))}"
+    number = list(STRANGE_IDS).index(kind)
+    space, word = f"space{number}", f"word{number}"
     first = await stranger.set_context(
         name,
         type=kind,
@@ -419,13 +419,16 @@ async def test_a_spent_budget_is_a_timeout(raw: Raw, alice: Memory) -> None:
             await alice.get_context("known", budget_ms=budget_ms)
 
 
-@pytest.mark.parametrize("message_id", ["x" * 129, "a\r\nInjected: 1", "a\nb", "\x00", "\ud800", "tab\tbed", "ü"])
+@pytest.mark.parametrize(
+    "message_id", ["x" * 129, "a\r\nInjected: 1", "a\nb", "\x00", "\ud800", "tab\tbed", "ü", "", " x", "x "]
+)
 async def test_a_message_id_that_no_header_can_carry_is_refused(alice: Memory, message_id: str) -> None:
+    """A line end would have let the caller write headers, and two ids that differ in blanks were one."""
     with pytest.raises(BadRequest, match=MESSAGE_ID):
         await alice.set_context("e", message_id=message_id)
 
 
-@pytest.mark.parametrize("message_id", ["a b", " x ", "colon: here", "*.>", "x" * 128])
+@pytest.mark.parametrize("message_id", ["a b", "x", "colon: here", "*.>", "x" * 128])
 async def test_a_message_id_of_any_printable_characters_works(alice: Memory, message_id: str) -> None:
     first = await alice.set_context(f"id {message_id}", message_id=message_id)
     again = await alice.set_context(f"id {message_id}", message_id=message_id)
@@ -435,12 +438,12 @@ async def test_a_message_id_of_any_printable_characters_works(alice: Memory, mes
 # ── who and where ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_operation_that_nobody_serves_is_unavailable_at_once(raw: Raw, alice: Memory) -> None:
+async def test_an_operation_that_nobody_serves_is_denied_at_once(raw: Raw, alice: Memory) -> None:
     began = asyncio.get_running_loop().time()
-    with pytest.raises(Unavailable, match="nobody serves"):
-        await alice._asker.ask(subjects.SET_CONTEXT, "mnemesh.v1.memory.remember_all.acme.alice", {}, budget_s=30)
-    with pytest.raises(Denied):
-        await alice._asker.ask(subjects.SET_CONTEXT, "mnemesh.v2.memory.set_context.acme.alice", {}, budget_s=30)
+    known = subjects.set_context("acme", "alice")
+    for subject in (known.replace("set_context", "remember_all"), known.replace(".v1.", ".v2.")):
+        with pytest.raises(Denied, match=re.escape(subject)):
+            await alice._asker.ask(subjects.SET_CONTEXT, subject, {}, budget_s=30)
     assert asyncio.get_running_loop().time() - began < 5
 
 

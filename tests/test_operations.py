@@ -708,6 +708,25 @@ async def test_a_write_after_a_forget_begins_anew(mesh: Mesh, own: Memory) -> No
     assert [event["op"] for event in await log_of(mesh, own.tenant, "e")] == ["forget", "put"]
 
 
+async def test_what_was_forgotten_does_not_exist_for_a_compare_and_set(own: Memory) -> None:
+    """0 means "must not exist"; the tombstone that is left of an entity is nobody's memory."""
+    for name in ("e", "f", "g", "h"):
+        await own.set_context(name)
+        await own.forget(name)
+    await own.set_context("e", attributes={"new": 1}, expected_version=0, message_id="m")
+    assert (await own.set_context("e", attributes={"new": 1}, expected_version=0, message_id="m")).duplicate
+    with pytest.raises(Conflict):
+        await own.set_context("e", expected_version=0)
+    documents = [{"entity_id": name, "expected_version": 0} for name in ("e", "f")]
+    written = await own.ingest(documents)
+    assert [error.code for error in written.errors.values()] == ["conflict"]
+    with pytest.raises(Conflict, match="'e' is not at version 0"):
+        await own.ingest([{"entity_id": name, "expected_version": 0} for name in ("g", "e")], atomic=True)
+    await own.ingest([{"entity_id": name, "expected_version": 0} for name in ("g", "h")], atomic=True)
+    for name in ("e", "f", "g", "h"):
+        assert await own.get_context(name, consistency=STRONG)
+
+
 async def test_forgetting_what_never_was_and_twice_is_harmless(own: Memory) -> None:
     await own.forget("nobody")
     first = await own.forget("nobody", message_id="m")

@@ -7,6 +7,7 @@ is left of its own. `current` is the call that the running task works on. Looks 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ ERROR = "Nats-Service-Error"
 ERROR_CODE = "Nats-Service-Error-Code"
 
 SMALLEST_BUDGET_MS = 1
+_HEADER_VALUE = re.compile(r"[!-~]([ -~]{0,126}[!-~])?")
 LONGEST_MESSAGE = 2000
 """Characters of an error's message that travel; it may quote what the caller sent."""
 
@@ -65,6 +67,13 @@ def budget_s(operation: AnyOperation, headers: Mapping[str, str] | None) -> floa
     if not 0 <= milliseconds <= 86_400_000:
         raise BadRequest(f"{BUDGET} must be milliseconds from 0 to 86400000, not {text[:40]!r}")
     return milliseconds / 1000
+
+
+def check_message_id(named: str) -> str:
+    """The name of a write as a header can carry it. Others would be cut, told apart no more, or end the header."""
+    if not _HEADER_VALUE.fullmatch(named):
+        raise BadRequest(f"{MESSAGE_ID} must be 1 to 128 printable ASCII characters, without a space at either end")
+    return named
 
 
 def outgoing(operation: AnyOperation, remaining_s: float, *, message_id: str | None = None) -> dict[str, str] | None:

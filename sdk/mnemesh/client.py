@@ -23,6 +23,7 @@ import nats.nuid
 
 from mnemesh import messages, subjects
 from mnemesh.asker import Asker
+from mnemesh.call import check_message_id
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.contract import Operation, R
 from mnemesh.errors import BadRequest, MnemeshError, Timeout
@@ -299,7 +300,7 @@ class Memory:
         message_id: str | None,
         budget_ms: int | None,
     ) -> R:
-        message_id = message_id or self._nuid.next().decode()
+        message_id = self._nuid.next().decode() if message_id is None else check_message_id(message_id)
         return await self._ask(operation, subject(self.tenant, self.agent), request, budget_ms, message_id=message_id)
 
     async def _ask(
@@ -311,21 +312,30 @@ class Memory:
         *,
         message_id: str | None = None,
     ) -> R:
-        """Ask, and ask again after a failure that may pass, until the budget is spent."""
+        """Ask, and ask again after a failure that may pass, until the budget is spent.
+
+        Raises the failure that tells most: not that the last try had too little time, unless it may have written.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (operation.budget_ms if budget_ms is None else budget_ms) / 1000
         failures = 0
+        told: MnemeshError | None = None
         while True:
             try:
                 return await self._asker.ask(
                     operation, subject, request, budget_s=deadline - loop.time(), message_id=message_id
                 )
             except MnemeshError as error:
+                if told is not None and isinstance(error, Timeout) and operation.idempotent == "always":
+                    raise told from error
                 failures += 1
                 pause = _backoff_s(failures, error)
                 if not error.retryable or isinstance(error, Timeout) or loop.time() + pause >= deadline:
                     raise
+                told = error
             await asyncio.sleep(pause)
+            if loop.time() >= deadline:
+                raise told
 
 
 def _read(credentials: str | Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import nats.errors
-from nats.aio.client import Client, Server
+from nats.aio.client import DEFAULT_RECONNECT_TIME_WAIT, Client, Server
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
@@ -113,7 +113,8 @@ class Link:
                     reconnected_cb=link._on_reconnected,
                     closed_cb=link._on_closed,
                     allow_reconnect=False,  # at first a refusal is final; see below
-                    max_reconnect_attempts=-1,
+                    max_reconnect_attempts=1,
+                    reconnect_time_wait=0,  # where a server refuses, that is known at once
                     reconnect_to_server_handler=link._choose_server,
                     ping_interval=PING_INTERVAL_S,
                     max_outstanding_pings=PINGS_OUTSTANDING,
@@ -124,7 +125,11 @@ class Link:
             if "authorization" in f"{cause} {error}".lower():
                 raise Denied(f"{options.url} does not know user {options.user!r}, or not this password") from error
             raise Unavailable(f"no NATS server answers at {options.url} ({cause or 'timed out'})") from error
-        link._client.options["allow_reconnect"] = True
+        link._client.options |= {
+            "allow_reconnect": True,
+            "max_reconnect_attempts": -1,
+            "reconnect_time_wait": DEFAULT_RECONNECT_TIME_WAIT,  # `close` waits so long for a reconnect under way
+        }
         return link
 
     @property

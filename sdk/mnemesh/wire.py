@@ -83,11 +83,12 @@ def decode(payload: bytes) -> Any:
 
 
 def convert(value: object, kind: type[T]) -> T:
-    """Validate a decoded value into a Struct type. Raises `BadRequest` naming the field that is wrong."""
+    """Validate a decoded value into a Struct type. Raises `BadRequest` or `TooLarge` naming the field at fault."""
     try:
         return msgspec.convert(value, kind, dec_hook=_to_field)
     except msgspec.ValidationError as error:
-        raise BadRequest(str(error)) from error
+        reason = TooLarge if isinstance(error.__cause__, TooLarge) else BadRequest
+        raise reason(str(error)) from error
     except RecursionError as error:
         raise BadRequest("the payload is nested too deeply") from error
 
