@@ -1,10 +1,12 @@
 """The bare references, each a process of its own like the services that it stands beside.
 
-    python -m bench.bare echo URL                 a raw nats-py responder on `bare.echo`
+    python -m bench.bare echo URL                 a raw nats-py responder: on `bare.echo` with what was sent, on
+                                                  `bare.reply.BYTES` with so many bytes, whatever was sent
     python -m bench.bare actor URL                our runtime with a handler that does nothing
     python -m bench.bare faiss URL NAME FILE      a raw nats-py responder on `bare.faiss.NAME` over one FAISS index
 
-`Bare` starts them over a nats-server without users, permissions or mappings. Same machine, same server program.
+They talk over a nats-server without users, permissions or mappings: same machine, same program. They run as our
+services do (`mnemesh.host.run`: uvloop, the same garbage collection), and end when their standard input closes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import faiss
 import msgpack
 import nats
 import numpy as np
-import uvloop
 from nats.aio.msg import Msg
 
 from cli.server import find_nats_server, free_port
@@ -30,8 +31,10 @@ from mnemesh.actor import Actor, handles
 from mnemesh.call import Call
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.host import hosted
+from mnemesh.host import run as run_process
 
 READY = b"ready"
+START_S = 60.0
 
 
 class Nothing(Actor):
@@ -57,26 +60,35 @@ class Nothing(Actor):
         raise NotImplementedError
 
 
-async def echo(url: str) -> None:
-    """Answer with the payload."""
+@contextlib.asynccontextmanager
+async def echo(url: str) -> AsyncIterator[None]:
+    """Answer with the payload, or with as many bytes as the subject says."""
     client = await nats.connect(url)
+    replies: dict[str, bytes] = {}
 
     async def respond(message: Msg) -> None:
         await message.respond(message.data)
 
+    async def reply(message: Msg) -> None:
+        payload = replies.get(message.subject)
+        if payload is None:
+            payload = replies[message.subject] = bytes(int(message.subject.rsplit(".", 1)[1]))
+        await message.respond(payload)
+
     await client.subscribe("bare.echo", cb=respond)
+    await client.subscribe("bare.reply.*", cb=reply)
     await client.flush()
-    print("ready", flush=True)
-    await asyncio.Event().wait()
+    yield
 
 
-async def actor(url: str) -> None:
+@contextlib.asynccontextmanager
+async def actor(url: str) -> AsyncIterator[None]:
     async with hosted(Nothing(await Link.open(LinkOptions(url=url, inbox_prefix=subjects.gateway_inbox())))):
-        print("ready", flush=True)
-        await asyncio.Event().wait()
+        yield
 
 
-async def search(url: str, name: str, file: Path) -> None:
+@contextlib.asynccontextmanager
+async def search(url: str, name: str, file: Path) -> AsyncIterator[None]:
     """One query a message: float32 bytes in, scores and rows out."""
     vectors = np.load(file)
     index = scalar_index(vectors)
@@ -89,8 +101,7 @@ async def search(url: str, name: str, file: Path) -> None:
 
     await client.subscribe(f"bare.faiss.{name}", cb=respond)
     await client.flush()
-    print("ready", flush=True)
-    await asyncio.Event().wait()
+    yield
 
 
 def scalar_index(vectors: np.ndarray) -> faiss.IndexScalarQuantizer:
@@ -113,45 +124,68 @@ async def server() -> AsyncIterator[str]:
         process = await asyncio.create_subprocess_exec(find_nats_server(), "-c", config, stderr=subprocess.DEVNULL)
         try:
             url = f"nats://127.0.0.1:{port}"
-            for _ in range(100):
-                with contextlib.suppress(OSError):
-                    _, writer = await asyncio.open_connection("127.0.0.1", port)
-                    writer.close()
-                    break
-                await asyncio.sleep(0.05)
+            async with asyncio.timeout(START_S):
+                while not await _answers(port):  # noqa: ASYNC110  # another process: its start is no event of ours
+                    await asyncio.sleep(0.02)
             yield url
         finally:
             process.terminate()
             await process.wait()
 
 
+async def _answers(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
 @contextlib.asynccontextmanager
 async def running(*arguments: str) -> AsyncIterator[None]:
     """One of this file's processes, from when it says that it is ready."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bench.bare", *arguments, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "bench.bare", *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     try:
         assert process.stdout is not None  # asked for above
-        if (await process.stdout.readline()).strip() != READY:
-            raise RuntimeError(f"bench.bare {arguments} did not start")
+        async with asyncio.timeout(START_S):
+            if (await process.stdout.readline()).strip() != READY:
+                raise RuntimeError(f"bench.bare {arguments} did not start")
         yield
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     match arguments:
         case ["echo", url]:
-            uvloop.run(echo(url))
+            serve = echo(url)
         case ["actor", url]:
-            uvloop.run(actor(url))
+            serve = actor(url)
         case ["faiss", url, name, file]:
-            uvloop.run(search(url, name, Path(file)))
+            serve = search(url, name, Path(file))
         case _:
             sys.exit(__doc__)
 
+    class Watch(asyncio.Protocol):
+        def connection_lost(self, error: Exception | None) -> None:
+            ended.set()
+
+    ended = asyncio.Event()
+
+    async def until_stdin_closes(stop: asyncio.Event) -> int:
+        async with serve:
+            print("ready", flush=True)
+            await asyncio.get_running_loop().connect_read_pipe(Watch, sys.stdin)
+            await ended.wait()
+        return 0
+
+    return run_process(until_stdin_closes)
+
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

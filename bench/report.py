@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -40,7 +40,10 @@ def value(sense: Literal["at most", "at least"], bound: float) -> Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. `reference` is the bare one of the same run; `runs` how many samples or rounds made the figure."""
+    """One figure. `reference` is the bare one of the same run; `runs` how many samples or rounds made the figure.
+
+    A goal with a condition (so fast, *at* this recall) is met only if `holds`.
+    """
 
     name: str
     value: float
@@ -48,6 +51,7 @@ class Row:
     goal: Goal | None = None
     reference: float | None = None
     runs: int = 1
+    holds: bool = True
 
     @property
     def ratio(self) -> float | None:
@@ -58,15 +62,18 @@ class Row:
         if self.goal is None:
             return None
         number = self.ratio if self.goal.of == "ratio" else self.value
-        return None if number is None else self.goal.met(number)
+        return None if number is None else self.holds and self.goal.met(number)
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self) | {
+        return {
+            "name": self.name,
             "value": round(self.value, 4),
+            "unit": self.unit,
             "reference": None if self.reference is None else round(self.reference, 4),
             "ratio": None if self.ratio is None else round(self.ratio, 3),
             "goal": None if self.goal is None else str(self.goal),
             "met": self.met,
+            "runs": self.runs,
         }
 
 

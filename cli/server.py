@@ -32,6 +32,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import signal
@@ -41,6 +42,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -61,6 +63,8 @@ MAX_PAYLOAD = 8 * 1024 * 1024
 
 POLL_S = 0.01
 LOG_TAIL_LINES = 12
+
+_ports = cycle(random.sample(range(10_000, 32_768), k=22_768))
 
 
 class NatsServerError(RuntimeError):
@@ -271,17 +275,19 @@ class NatsServer:
             self._lock = None
 
     def pause(self) -> None:
-        """Freeze it: connections stay open and nothing answers (SIGSTOP)."""
-        self._signal(signal.SIGSTOP)
+        """Freeze it (SIGSTOP): connections stay open, and from the return of this call on nothing answers."""
+        pid = self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # the signal is sent before its threads stop
 
     def resume(self) -> None:
         """Let a frozen server go on."""
         self._signal(signal.SIGCONT)
 
-    def _signal(self, signum: signal.Signals) -> None:
+    def _signal(self, signum: signal.Signals) -> int:
         if self._process is None or self.pid is None:
             raise NatsServerError("nats-server does not run")
         self._process.send_signal(signum)
+        return self.pid
 
     async def _spawn(self, program: Path) -> asyncio.subprocess.Process:
         data = self.options.data.absolute()
@@ -505,11 +511,15 @@ def _log_tail(file: Path, start: int) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, for tests and demos; another program may take it before you do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on now, for tests and demos; no two calls in a process return the same one.
+
+    It lies below what systems give to outgoing connections (32768 and up), lest one of those takes it before you do.
+    """
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 async def monitoring(options: ServerOptions, page: str) -> dict[str, Any]:

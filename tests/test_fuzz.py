@@ -32,8 +32,8 @@ from mnemesh.errors import BY_CODE, Internal, Timeout
 
 CORPUS = Path(__file__).parent / "corpus"
 BUDGET_MS = 1000
-EXAMPLES = int(os.environ.get("MNEMESH_FUZZ_EXAMPLES", "300"))
-"""Some 10 s; more of them where the fuzz is to search for longer."""
+EXAMPLES = int(os.environ.get("MNEMESH_FUZZ_EXAMPLES", "200"))
+"""Some 5 s; more of them where the fuzz is to search for longer."""
 A_ROUND = 40
 """Requests that one example sends at once, so that they also meet each other in the services."""
 

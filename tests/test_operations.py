@@ -889,9 +889,11 @@ async def test_a_replica_that_cannot_catch_up_is_stale_for_all_but_eventual_read
     async with mesh.shard("s0").paused(), mesh.shard("s1").paused():
         token = (await own.set_context("e", attributes={"n": 1})).token
 
-        async def asked(name: str) -> None:
+        for name in ALL_READS:
             assert await read(own, name)
             assert await read(own, name, consistency=Consistency(level="bounded", max_lag_ms=60_000))
+
+        async def stale(name: str) -> None:
             for demand in (
                 STRONG,
                 Consistency(level="session", token=token),
@@ -900,7 +902,7 @@ async def test_a_replica_that_cannot_catch_up_is_stale_for_all_but_eventual_read
                 with pytest.raises(Stale):
                     await read(own, name, consistency=demand, budget_ms=300)
 
-        await asyncio.gather(*(asked(name) for name in ALL_READS))
+        await asyncio.gather(*(stale(name) for name in ALL_READS))
         waiting = asyncio.ensure_future(own.get_context("e", consistency=STRONG))
     assert (await waiting).attributes == {"n": 1}
 
