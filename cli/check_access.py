@@ -76,7 +76,7 @@ def _concrete(pattern: str) -> str:
 
 
 async def _is_allowed(link: Link, verb: str, subject: str) -> bool:
-    async def ignore(message: object) -> None:
+    def ignore(message: object) -> None:
         """Nobody uses the subject of a probe."""
 
     link.last_error = None

@@ -166,18 +166,18 @@ class Shard(Actor):
 
     def _records(self, batch: Sequence[Stored]) -> list[Record]:
         records = []
-        for message in batch:
+        for sequence, recorded_at, message, _ in batch:
             # …log.<site>.<tenant>.<partition>.<entity>
             partition = self._partition_tokens.get(message.subject.rsplit(".", 2)[1])
             if partition is None:
                 continue
             try:
-                event = decode_event(message.payload)
+                event = decode_event(message.data)
             except MnemeshError as error:
                 self.undecodable += 1
-                logger.error("event %d of %s cannot be read: %s", message.sequence, self._log, error)
+                logger.error("event %d of %s cannot be read: %s", sequence, self._log, error)
                 continue
-            records.append(Record(message.sequence, message.recorded_at, partition, event))
+            records.append(Record(sequence, recorded_at, partition, event))
         return records
 
     async def _scan(self, work: Callable[..., Result], *arguments: object) -> Result:

@@ -329,7 +329,7 @@ class Audit:
             state = await stream_state(asker.inbox, stream)
             log: list[Logged] = []
             async for batch in Follower(link, asker.inbox, stream, incarnation=state.incarnation).batches(1000):
-                log += [Logged(message.sequence, decode_event(message.payload)) for message in batch]
+                log += [Logged(stored.sequence, decode_event(stored.message.data)) for stored in batch]
                 if batch[-1].sequence >= state.last_sequence:
                     break
             return log

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from mnemesh import subjects
 from mnemesh.actor import Actor, handles
 from mnemesh.asker import Asker
 from mnemesh.call import BUDGET, ERROR, ERROR_CODE, TRACE, Call, current
-from mnemesh.connection import Link
+from mnemesh.connection import Link, Message
 from mnemesh.errors import (
     BadRequest,
     Busy,
@@ -279,11 +279,14 @@ async def test_budget_and_trace_travel_down_the_chain_and_the_budget_shrinks(
 ) -> None:
     """The desk asks a shard while it works for alice: what arrives there is what is left of alice's budget."""
     asker, router = await open_asker("acme.alice"), await open_asker("router")
-    shard, seen = await open_link("shard"), asyncio.Queue[dict[str, str]]()
+    shard, seen = await open_link("shard"), asyncio.Queue[Mapping[str, str]]()
 
-    async def answer(message: Any) -> None:
+    replies: list[asyncio.Future[None]] = []
+
+    def answer(message: Message) -> None:
         seen.put_nowait(message.headers)
-        await shard.publish(message.reply, b'{"hits": [], "watermark": {}}')
+        reply = shard.publish(message.reply, b'{"hits": [], "watermark": {}}')
+        replies.append(asyncio.ensure_future(reply))
 
     async def relay(request: SetContext, call: Call) -> Written:
         assert current.get() is call

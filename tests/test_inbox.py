@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 from conftest import OpenAsker, OpenLink
 from desk import Desk, Held, acknowledge, set_context
-from nats.aio.msg import Msg
 from test_connection import fill, lost
 
 from cli.server import NatsServer
 from mnemesh import contract, subjects, wire
 from mnemesh.asker import Asker
-from mnemesh.connection import Link
+from mnemesh.connection import Link, Message
 from mnemesh.errors import Denied, MnemeshError, Timeout, TooLarge, Unavailable
 from mnemesh.host import hosted
 from mnemesh.ids import partition_of, to_token
@@ -186,13 +185,17 @@ async def test_scatter_answers_in_order_and_a_shard_without_replica_at_once(
     asker = await open_asker("operator")
     shard = await open_link("shard")
 
-    async def status(message: Msg) -> None:
+    async def reply(message: Message) -> None:
         name = message.subject.rpartition(".")[2]
-        reply = {"shard": name, "watermark": {}, "partitions": 0, "entities": 0, "edges": 0, "vectors": 0}
-        await shard.publish(message.reply, wire.encode(reply))
+        status = {"shard": name, "watermark": {}, "partitions": 0, "entities": 0, "edges": 0, "vectors": 0}
+        await shard.publish(message.reply, wire.encode(status))
+
+    replies: list[asyncio.Future[None]] = []
 
     for name in ("s0", "s2"):
-        await shard.subscribe(subjects.shard_status(name), status)
+        await shard.subscribe(
+            subjects.shard_status(name), lambda message: replies.append(asyncio.ensure_future(reply(message)))
+        )
     await shard.flush()
     request = Status()
     async with asyncio.timeout(2):

@@ -26,14 +26,14 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import nats.nuid
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from mnemesh import subjects, wire
 from mnemesh.asker import Asker
 from mnemesh.call import Call, Caller, budget_s, current, error_body, error_headers
-from mnemesh.connection import Link
+from mnemesh.connection import Link, Message
 from mnemesh.contract import AnyOperation, Role, reply_is_private
+from mnemesh.deadline import Deadline
 from mnemesh.errors import BadRequest, Busy, Denied, Internal, MnemeshError, Timeout, TooLarge
 from mnemesh.guard import AllowAll, Guard
 from mnemesh.mailbox import Mailbox
@@ -61,7 +61,7 @@ def handles(operation: AnyOperation) -> Callable[[F], F]:
 class _Request(NamedTuple):
     """A message as it waits in a mailbox: when it came and until when it may be worked on (loop time)."""
 
-    message: Msg
+    message: Message
     tokens: dict[str, str]
     arrived: float
     deadline: float
@@ -188,14 +188,15 @@ class _Server:
         self._operation = operation
         self._handler = handler
         self._stats = stats
+        self._tasks = tasks
         self._loop = asyncio.get_running_loop()
         self._positions = operation.positions
         self.mailbox: Mailbox[_Request] = Mailbox(
             self._serve, capacity=operation.mailbox, concurrency=operation.concurrency, tasks=tasks
         )
 
-    async def on_message(self, message: Msg) -> None:
-        """Take a message into the mailbox; nothing here can fail the subscription."""
+    def on_message(self, message: Message) -> None:
+        """Take a message into the mailbox, or refuse it."""
         now = self._loop.time()
         tokens = self._tokens(message)
         if message.reply and not reply_is_private(self._operation, tokens, message.reply):
@@ -205,11 +206,11 @@ class _Server:
         try:
             deadline = now + budget_s(self._operation, message.headers)
         except BadRequest as error:
-            await self._refuse(message, error, now)
+            self._tasks.create_task(self._refuse(message, error, now))
             return
         if not self.mailbox.offer(_Request(message, tokens, now, deadline)):
             full = Busy(f"the mailbox of {self._operation.name} is full", retry_after_ms=BUSY_RETRY_MS)
-            await self._refuse(message, full, now)
+            self._tasks.create_task(self._refuse(message, full, now))
         self._stats.waiting = self.mailbox.waiting
 
     async def _serve(self, request: _Request) -> None:
@@ -252,29 +253,29 @@ class _Server:
             raise TooLarge(f"{operation.name} takes {operation.max_bytes} bytes; this request has {len(message.data)}")
         tokens = request.tokens
         caller = Caller(tokens.get("tenant", ""), tokens.get("agent", ""))
-        call = Call(operation, caller, request.deadline, tokens, message.headers or {})
+        call = Call(operation, caller, request.deadline, tokens, message.headers)
         decoded = wire.decode_as(message.data, operation.request)
         self._actor.guard.check(call, decoded)
         current.set(call)
         try:
-            async with asyncio.timeout_at(request.deadline):
+            with Deadline(request.deadline):
                 return await self._handler(decoded, call)
         except TimeoutError as error:
             if isinstance(error, MnemeshError):
                 raise
             raise Timeout(f"{operation.name} did not finish within its budget") from error
 
-    def _tokens(self, message: Msg) -> dict[str, str]:
+    def _tokens(self, message: Message) -> dict[str, str]:
         parts = message.subject.split(".")
         return {name: parts[index] for name, index in self._positions.items()}
 
-    async def _refuse(self, message: Msg, error: MnemeshError, arrived: float) -> None:
+    async def _refuse(self, message: Message, error: MnemeshError, arrived: float) -> None:
         code, headers, payload = _error_reply(error, wire.is_json(message.data))
         await self._reply(message, payload, headers)
         self._stats.last_error = f"{code}: {error.message}"
         self._stats.record(code, self._loop.time() - arrived)
 
-    async def _reply(self, message: Msg, payload: bytes, headers: dict[str, str] | None) -> None:
+    async def _reply(self, message: Message, payload: bytes, headers: dict[str, str] | None) -> None:
         if not message.reply:
             return
         try:

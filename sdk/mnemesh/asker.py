@@ -10,11 +10,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from nats.aio.msg import Msg
-
 from mnemesh import wire
 from mnemesh.call import ERROR_CODE, current, error_from, outgoing
-from mnemesh.connection import Link
+from mnemesh.connection import Link, Message
 from mnemesh.contract import AnyOperation, Operation, R
 from mnemesh.errors import MnemeshError, Timeout, TooLarge
 from mnemesh.inbox import Ask, Inbox
@@ -84,16 +82,16 @@ class Asker:
         return budget
 
 
-def reply_of(operation: Operation[Any, R], message: Msg) -> R:
+def reply_of(operation: Operation[Any, R], message: Message) -> R:
     """The reply in a message, or raise the error that it holds."""
     body = wire.decode(message.data)
-    code = message.headers.get(ERROR_CODE) if message.headers else None
+    code = message.headers.get(ERROR_CODE)
     if code is not None:
         raise error_from(code, body)
     return wire.convert(body, operation.reply)
 
 
-def _settled(operation: Operation[Any, R], message: Msg) -> R | MnemeshError:
+def _settled(operation: Operation[Any, R], message: Message) -> R | MnemeshError:
     try:
         return reply_of(operation, message)
     except MnemeshError as error:

@@ -10,8 +10,9 @@ import asyncio
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from math import ceil
+
+import msgspec
 
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import BY_CODE, BadRequest, Internal, MnemeshError
@@ -29,23 +30,21 @@ LONGEST_MESSAGE = 2000
 """Characters of an error's message that travel; it may quote what the caller sent."""
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who is asking, from the subject that the broker let it publish on."""
 
     tenant: str
     agent: str
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """A request that a handler works on. `deadline` is in the event loop's time, in seconds."""
 
     operation: AnyOperation
     caller: Caller
     deadline: float
-    tokens: Mapping[str, str] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, str] = {}
+    headers: Mapping[str, str] = {}
 
     def remaining_s(self) -> float:
         """Seconds left of the budget; negative when it is spent."""

@@ -13,7 +13,9 @@ nats-py 2.16 leaves open is closed here (each has a test in `tests/test_connecti
   read loop if it is cancelled before the PONG comes: `flush` here does none of that, and so `drain` loses nothing;
 * a publish that waits for buffer space swallows cancellation: raised again, so that budgets hold;
 * a user that was removed is reconnected for ever: a second refusal closes the connection, as in nats.go;
-* a connection that ends all the same sets `closed`, and the process that lives on it ends.
+* a connection that ends all the same sets `closed`, and the process that lives on it ends;
+* a message passes a queue and a task on its way in, and another pair on its way out: here a callback is called where
+  the message is parsed, and what is published is written where it is published, as long as the socket takes it.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import nats.errors
 from nats.aio.client import DEFAULT_RECONNECT_TIME_WAIT, Client, Server
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
 
@@ -36,13 +38,13 @@ from mnemesh.errors import BadRequest, Denied, MnemeshError, TooLarge, Unavailab
 
 logger = logging.getLogger("mnemesh.connection")
 
-Callback = Callable[[Msg], Awaitable[None]]
-
 PING_INTERVAL_S = 5
 PINGS_OUTSTANDING = 2
 FIRST_RECONNECT_S = 0.05
 LONGEST_RECONNECT_S = 2.0
 CLOSE_S = 2.0
+MOST_UNSENT = 64 * 1024
+"""Bytes that may wait for the socket before publishers wait in nats-py's own buffer: asyncio's high-water mark."""
 _HEADER_SLACK = 16
 _VIOLATION = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 
@@ -59,8 +61,97 @@ class LinkOptions:
     connect_timeout_s: float = 5.0
 
 
+class Message:
+    """What arrived on a subscription. `reply` is empty if no answer is wanted."""
+
+    __slots__ = ("_headers", "_raw_headers", "data", "reply", "subject")
+
+    def __init__(self, subject: str, reply: str, data: bytes, raw_headers: bytes | None = None) -> None:
+        self.subject = subject
+        self.reply = reply
+        self.data = data
+        self._raw_headers = raw_headers
+        self._headers: Mapping[str, str] | None = None if raw_headers else _NO_HEADERS
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By name; a status line (ADR-4) as `Status` and `Description`. Bytes that are not UTF-8 become U+FFFD."""
+        if self._headers is None:
+            assert self._raw_headers is not None  # or there would be none of them
+            self._headers = _parse_headers(self._raw_headers)
+        return self._headers
+
+
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+def _parse_headers(raw: bytes) -> dict[str, str]:
+    status, *lines = raw.decode(errors="replace").split("\r\n")
+    headers = {}
+    if status := status.removeprefix("NATS/1.0").strip():
+        headers["Status"], _, headers["Description"] = status.partition(" ")
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon:
+            headers[name.strip()] = value.strip()
+    return headers
+
+
+Callback = Callable[[Message], None]
+
+
 class _Client(Client):
-    """nats-py's client, but a dead connection is dropped together with what it has not sent."""
+    """nats-py's client without the queues between socket and callback, and which drops a dead connection at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._callbacks: dict[int, Callback] = {}
+        self._is_writing_soon = False
+
+    async def listen(self, subject: str, queue: str, callback: Callback) -> Subscription:
+        """Subscribe; `callback` gets each message where it is parsed."""
+        self._callbacks[self._sid + 1] = callback  # the id that `subscribe` takes, before it awaits anything
+        return await self.subscribe(subject, queue=queue)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        callback = self._callbacks.get(sid)
+        if callback is None:
+            await super()._process_msg(sid, subject, reply, data, headers)
+            return
+        try:
+            callback(Message(subject.decode(), reply.decode(), data, headers))
+        except Exception:  # a bug of one subscription must not end the read loop, and with it all others
+            logger.exception("a callback failed on %s", subject)
+
+    def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
+        self._callbacks.pop(sid, None)
+        super()._remove_sub(sid, max_msgs)
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        """Write in the loop's next round all that is published in this one, as long as the socket takes it."""
+        socket = self._open_socket
+        if force_flush or socket is None or socket.get_write_buffer_size() > MOST_UNSENT:
+            return await self._leave_to_flusher(force_flush)
+        if not self._is_writing_soon:
+            self._is_writing_soon = True
+            asyncio.get_running_loop().call_soon(self._write_out)
+        return None
+
+    async def _leave_to_flusher(self, force_flush: bool) -> Any:
+        """nats-py's own way. It swallows a cancellation while it waits for space; here that is raised again."""
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
+        flushed = await super()._flush_pending(force_flush)
+        if task and task.cancelling() > cancellations:
+            raise asyncio.CancelledError
+        return flushed
+
+    def _write_out(self) -> None:
+        self._is_writing_soon = False
+        socket = self._open_socket
+        if socket is not None:  # else it goes out after the reconnect
+            socket.writelines(self._pending)
+            self._pending, self._pending_data_size = [], 0
 
     async def _attempt_reconnect(self) -> None:
         self.abort()
@@ -71,10 +162,22 @@ class _Client(Client):
             self._pending, self._pending_data_size = [], 0
         await super()._close(status, do_cbs)
 
+    @property
+    def _socket(self) -> asyncio.WriteTransport | None:
+        """Where nats-py writes."""
+        if not isinstance(self._transport, TcpTransport) or self._transport._io_writer is None:
+            return None
+        return self._transport._io_writer.transport
+
+    @property
+    def _open_socket(self) -> asyncio.WriteTransport | None:
+        socket = self._socket if self.is_connected else None
+        return None if socket is None or socket.is_closing() else socket
+
     def abort(self) -> None:
         """Drop the socket at once; nats-py's own `close` waits until the peer has taken what is buffered."""
-        if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
-            self._transport._io_writer.transport.abort()
+        if self._socket is not None:
+            self._socket.abort()
 
 
 class Link:
@@ -162,21 +265,17 @@ class Link:
         Raises `TooLarge`, or `Unavailable` if the connection is closed, or down with its buffer full.
         """
         self.check_size(payload, headers)
-        task = asyncio.current_task()
-        cancellations = task.cancelling() if task else 0
         try:
             await self._client.publish(subject, payload, reply=reply, headers=headers)
         except nats.errors.BadSubjectError as error:
             raise BadRequest(f"{subject!r} (reply {reply!r}) is not a subject") from error
         except nats.errors.Error as error:
             raise Unavailable(f"cannot send: {error}") from error
-        if task and task.cancelling() > cancellations:
-            raise asyncio.CancelledError
 
     async def subscribe(self, subject: str, callback: Callback, *, queue: str = "") -> Subscription:
-        """Have `callback` called for each message. It must only enqueue: whatever it awaits holds up the next."""
+        """Have `callback` called for each message, in order. It holds up all others, so it should only enqueue."""
         try:
-            return await self._client.subscribe(subject, queue=queue, cb=callback)
+            return await self._client.listen(subject, queue, callback)
         except nats.errors.Error as error:
             raise Unavailable(f"cannot subscribe to {subject}: {error}") from error
 
@@ -197,8 +296,6 @@ class Link:
             for subscription in subscriptions:  # a reconnect has subscribed again, or will before it sends this
                 await self._client._send_unsubscribe(subscription._id)
         for subscription in subscriptions:
-            await subscription._pending_queue.join()
-            subscription._stop_processing()
             self._client._remove_sub(subscription._id)
 
     async def flush(self, timeout_s: float = 5.0) -> None:
@@ -249,8 +346,6 @@ class Link:
                 self._unheard.add(subject)
             for callback in self._denied if verb == "publish" else ():
                 callback(subject)
-        elif isinstance(error, nats.errors.SlowConsumerError):
-            logger.error("messages dropped: %s", error)
         elif "authorization violation" in str(error).lower():
             logger.warning("%s does not let %s in: %s", self.options.url, self.options.user, error)
             self._refusals += 1

@@ -5,27 +5,33 @@ https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-32.md
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from mnemesh import subjects
 from mnemesh.actor import Actor
 from mnemesh.asker import Asker
+from mnemesh.connection import Message
+from mnemesh.errors import MnemeshError
 from mnemesh.stats import OperationStats
+
+logger = logging.getLogger("mnemesh.discovery")
 
 VERSION = "0.1.0"
 _NS = 1_000_000_000
 
 
 class Discovery:
-    """Answers `$SRV.PING`, `INFO` and `STATS` for one actor."""
+    """Answers `$SRV.PING`, `INFO` and `STATS` for one actor, in tasks of `tasks`."""
 
-    def __init__(self, actor: Actor) -> None:
+    def __init__(self, actor: Actor, tasks: asyncio.TaskGroup) -> None:
         self._actor = actor
+        self._tasks = tasks
         self._started = datetime.now(UTC)
         self.name = f"mnemesh-{actor.role}"
         self._subscriptions: list[Subscription] = []
@@ -33,9 +39,9 @@ class Discovery:
     async def start(self) -> None:
         for verb, describe in (("PING", self._ping), ("INFO", self._info), ("STATS", self._stats)):
 
-            async def answer(message: Msg, describe: Any = describe) -> None:
+            def answer(message: Message, describe: Any = describe) -> None:
                 if message.reply.startswith(f"{subjects.operator_inbox()}."):
-                    await self._actor.link.publish(message.reply, json.dumps(describe()).encode())
+                    self._tasks.create_task(self._answer(message.reply, describe()))
 
             for tail in ("", f".{self.name}", f".{self.name}.{self._actor.instance}"):
                 self._subscriptions.append(await self._actor.link.subscribe(f"$SRV.{verb}{tail}", answer))
@@ -45,6 +51,12 @@ class Discovery:
         if self._actor.link.is_connected:
             for subscription in self._subscriptions:
                 await subscription.unsubscribe()
+
+    async def _answer(self, inbox: str, description: dict[str, Any]) -> None:
+        try:
+            await self._actor.link.publish(inbox, json.dumps(description).encode())
+        except MnemeshError as error:
+            logger.warning("an operator could not be answered: %s", error.message)
 
     def _identity(self, kind: str) -> dict[str, Any]:
         return {

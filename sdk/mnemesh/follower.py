@@ -13,15 +13,14 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 import nats.errors
 import nats.nuid
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from mnemesh.connection import Link
+from mnemesh.connection import Link, Message
 from mnemesh.errors import MnemeshError
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import StreamState, api, stream_state
@@ -35,16 +34,14 @@ _NS = 1_000_000_000
 
 
 class Stored(NamedTuple):
-    """One stored message. `recorded_at` is the stream's time in milliseconds since 1970.
+    """A message at its place in the stream. `recorded_at` is the stream's time in milliseconds since 1970.
 
     `following` is how many more the stream held when the server sent it.
     """
 
     sequence: int
     recorded_at: int
-    subject: str
-    payload: bytes
-    headers: Mapping[str, str] | None
+    message: Message
     following: int
 
 
@@ -163,11 +160,10 @@ class Follower:
         if state.last_sequence < self._last:
             raise StreamShrank(f"{self._stream} ends at {state.last_sequence}; {self._last} was read before")
 
-    async def _on_message(self, message: Msg) -> None:
-        headers = message.headers
-        if headers and "Status" in headers and not message.data:
+    def _on_message(self, message: Message) -> None:
+        if not message.data and "Status" in message.headers:
             if message.subject == self._deliver:
-                self._on_status(message, headers)
+                self._on_status(message)
             return
         fields = message.reply.split(".")
         # $JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<ns>.<pending>; ADR-15's longer form
@@ -184,10 +180,11 @@ class Follower:
             return
         self._expected += 1
         recorded_at = int(moment) // 1_000_000
-        self._buffer.append(Stored(int(sequence), recorded_at, message.subject, message.data, headers, int(following)))
+        self._buffer.append(Stored(int(sequence), recorded_at, message, int(following)))
         self._wake.set()
 
-    def _on_status(self, message: Msg, headers: dict[str, str]) -> None:
+    def _on_status(self, message: Message) -> None:
+        headers = message.headers
         if headers["Status"] != "100":
             self._broken = True
         elif message.reply:

@@ -41,10 +41,10 @@ class Host:
 
         An actor that fails to start, or escalates, ends it with its own error.
         """
-        discoveries = [Discovery(actor) for actor in self.actors]
         lost = False
         try:
             async with asyncio.TaskGroup() as tasks:
+                discoveries = [Discovery(actor, tasks) for actor in self.actors]
                 starting = tasks.create_task(self._start(discoveries, tasks))
                 lost = await self._stopped_or_lost()
                 starting.cancel()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import nats.nuid
-from nats.aio.msg import Msg
 
-from mnemesh.connection import Link, denied_error
+from mnemesh.connection import Link, Message, denied_error
+from mnemesh.deadline import Deadline
 from mnemesh.errors import MnemeshError, Timeout, Unavailable
 
 
@@ -27,7 +27,7 @@ class Ask(NamedTuple):
 
 class _Pending(NamedTuple):
     subject: str
-    reply: asyncio.Future[Msg]
+    reply: asyncio.Future[Message]
 
 
 class Inbox:
@@ -52,7 +52,7 @@ class Inbox:
 
     async def request(
         self, subject: str, payload: bytes, *, budget_s: float, headers: dict[str, str] | None = None
-    ) -> Msg:
+    ) -> Message:
         """Send one request and return its reply, whatever it says.
 
         Raises `Timeout` after `budget_s`, `Unavailable` at once if nobody listens or the connection drops,
@@ -60,10 +60,11 @@ class Inbox:
         """
         self._counter += 1
         token = format(self._counter, "x")
-        reply: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        reply: asyncio.Future[Message] = loop.create_future()
         self._pending[token] = _Pending(subject, reply)
         try:
-            async with asyncio.timeout(budget_s):
+            with Deadline(loop.time() + budget_s):
                 await self._link.publish(subject, payload, reply=self._prefix + token, headers=headers)
                 return await reply
         except TimeoutError as error:
@@ -73,19 +74,19 @@ class Inbox:
 
     async def scatter(
         self, asks: Sequence[Ask], *, budget_s: float, headers: dict[str, str] | None = None
-    ) -> list[Msg | MnemeshError]:
+    ) -> list[Message | MnemeshError]:
         """Send all requests at once; return each one's reply or error, in the order of `asks`."""
         if len(asks) == 1:
             return [await self._settled(asks[0], budget_s, headers)]
         return await asyncio.gather(*(self._settled(ask, budget_s, headers) for ask in asks))
 
-    async def gather(self, subject: str, payload: bytes, *, most: int, wait_s: float) -> list[Msg]:
+    async def gather(self, subject: str, payload: bytes, *, most: int, wait_s: float) -> list[Message]:
         """Send one request and collect the replies of all who answer, until there are `most` or `wait_s` is over."""
-        replies: list[Msg] = []
+        replies: list[Message] = []
         enough = asyncio.Event()
 
-        async def collect(message: Msg) -> None:
-            if not _is_no_responders(message.headers):
+        def collect(message: Message) -> None:
+            if not _is_no_responders(message):
                 replies.append(message)
             if len(replies) >= most:
                 enough.set()
@@ -101,17 +102,17 @@ class Inbox:
             await subscription.unsubscribe()
         return replies
 
-    async def _settled(self, ask: Ask, budget_s: float, headers: dict[str, str] | None) -> Msg | MnemeshError:
+    async def _settled(self, ask: Ask, budget_s: float, headers: dict[str, str] | None) -> Message | MnemeshError:
         try:
             return await self.request(ask.subject, ask.payload, budget_s=budget_s, headers=headers)
         except MnemeshError as error:
             return error
 
-    async def _on_reply(self, message: Msg) -> None:
+    def _on_reply(self, message: Message) -> None:
         pending = self._pending.get(message.subject[len(self._prefix) :])
         if pending is None or pending.reply.done():
             return
-        if _is_no_responders(message.headers):
+        if _is_no_responders(message):
             pending.reply.set_exception(Unavailable(f"nobody serves {pending.subject}", retry_after_ms=100))
         else:
             pending.reply.set_result(message)
@@ -132,5 +133,5 @@ class Inbox:
                 )
 
 
-def _is_no_responders(headers: Mapping[str, str] | None) -> bool:
-    return headers is not None and headers.get("Status") == "503"
+def _is_no_responders(message: Message) -> bool:
+    return not message.data and message.headers.get("Status") == "503"

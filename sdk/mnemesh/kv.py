@@ -65,12 +65,12 @@ class BucketView:
             await self._show(entries)
         follower = Follower(link, inbox, stream, incarnation=state.incarnation)
         async for batch in follower.batches(1000):
-            for message in batch:
+            for _, _, message, _ in batch:
                 key = message.subject.removeprefix(prefix)
-                if message.headers and message.headers.get(OPERATION) in ("DEL", "PURGE"):
+                if message.headers.get(OPERATION) in ("DEL", "PURGE"):
                     entries.pop(key, None)
                 else:
-                    entries[key] = message.payload
+                    entries[key] = message.data
             complete = complete or not batch[-1].following or batch[-1].sequence >= state.last_sequence
             if complete:
                 await self._show(entries)
