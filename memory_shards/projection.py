@@ -16,6 +16,9 @@ from mnemesh.event import Record
 
 Result = TypeVar("Result")
 
+MOST_PUT_OFF = 10_000
+"""Sequences of the log that a store may be behind in its file where no read can tell, and so replays after a crash."""
+
 MOST_WAITING = 8
 """Batches that may wait for a store before the follower stops reading for all of them."""
 
@@ -23,7 +26,8 @@ MOST_WAITING = 8
 class Projection:
     """Feeds one store. `offer` records in log order; `run` applies them; `on_worker` runs reads beside them.
 
-    `most` bounds how many records one transaction applies, and so how long it keeps the worker from reads.
+    `most` bounds how many records one transaction applies, and so how long it keeps the worker from reads. Records that
+    no read can tell of are put off until a transaction that there is anyway: their watermark is reached at once.
     """
 
     def __init__(self, name: str, store: Store, *, most: int = 1000) -> None:
@@ -34,6 +38,7 @@ class Projection:
         self.offered = store.watermark
         """Up to where the log was handed over; what is not applied yet waits, also while the follower starts again."""
         self._most = most
+        self._put_off: list[Record] = []
         self._current: tuple[Sequence[Record], int] | None = None
         self._queue: asyncio.Queue[tuple[Sequence[Record], int]] = asyncio.Queue(MOST_WAITING)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"store-{name}")
@@ -51,7 +56,13 @@ class Projection:
         """Apply what is offered, for ever. If the store fails, the next run begins with what it did not commit."""
         while True:
             if self._current is None:
-                self._current = await self._next()
+                records, watermark = await self._next()
+                if self._can_wait(records, watermark):
+                    self._put_off += records
+                    self.watermark.advance(watermark)
+                    continue
+                self._current = [*self._put_off, *records], watermark
+                self._put_off = []
             records, watermark = self._current
             for start in range(0, max(1, len(records)), self._most):
                 chunk = records[start : start + self._most]
@@ -60,6 +71,18 @@ class Projection:
                 self.applied += len(chunk)
                 self.watermark.advance(reached)
             self._current = None
+
+    def _can_wait(self, records: Sequence[Record], watermark: int) -> bool:
+        return (
+            len(self._put_off) + len(records) < self._most
+            and watermark - self.store.watermark < MOST_PUT_OFF
+            and not any(map(self.store.shows, records))
+        )
+
+    @property
+    def stands_at(self) -> int:
+        """Up to where reads see the log; may be asked on any thread."""
+        return max(self.watermark.value, self.store.watermark)
 
     async def _next(self) -> tuple[Sequence[Record], int]:
         """What waits, as one batch, so that a store that fell behind catches up in larger transactions."""

@@ -21,7 +21,6 @@ from memory_shards import folder as folders
 from memory_shards.batcher import Batcher
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.projection import Projection
-from memory_shards.stores import Store
 from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh import messages, subjects
@@ -34,7 +33,7 @@ from mnemesh.errors import BadRequest, MnemeshError, NotFound
 from mnemesh.event import Record, decode_event
 from mnemesh.follower import Follower, Stored
 from mnemesh.guard import Guard
-from mnemesh.ids import from_token, to_token
+from mnemesh.ids import from_token, partition_of, to_token
 from mnemesh.jetstream import stream_state
 from mnemesh.stats import Gauge
 
@@ -285,20 +284,43 @@ class Shard(Actor):
             edges, truncated = self._documents.expand(*asked, min(request.limit, MOST_EDGES_ON_LOOP))
         if not narrow or (truncated and request.limit > MOST_EDGES_ON_LOOP):
             edges, truncated = await self._scan(self._scanned.expand, *asked, request.limit)
-        return messages.Expanded(edges=edges, truncated=truncated, watermark={self.site: seen})
+            return messages.Expanded(edges=edges, truncated=truncated, watermark={self.site: seen})
+        ahead = self._walk_ahead(request, call.caller.tenant, edges)
+        return messages.Expanded(edges=edges, truncated=truncated, ahead=ahead, watermark={self.site: seen})
+
+    def _walk_ahead(self, request: messages.Expand, tenant: str, edges: list[tuple[str, str, str]]) -> list[str]:
+        """Add to `edges` those of the entities that they lead to and that are ours; returns these entities."""
+        ahead: list[str] = []
+        known = set(request.entity_ids)
+        reached = edges
+        for _ in range(request.ahead if request.direction == "out" else 0):
+            frontier = [
+                target
+                for target in dict.fromkeys(far for _, _, far in reached)
+                if target not in known and partition_of(tenant, target) in self.partitions
+            ]
+            if not 0 < len(frontier) <= MOST_IDS_ON_LOOP:
+                break
+            room = min(request.limit, MOST_EDGES_ON_LOOP) - len(edges)
+            reached, truncated = self._documents.expand(tenant, frontier, request.relations, "out", room)
+            if truncated:
+                break
+            edges += reached
+            ahead += frontier
+            known.update(frontier)
+        return ahead
 
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
-        documents, vectors = self._documents, self._vectors
+        documents, vectors = self._document_projection, self._vector_projection
         counted = (
-            self._document_projection.on_worker(_told, documents, lambda: _counts(documents), True)
+            documents.on_worker(_told, documents, lambda: _counts(self._documents), True)
             if request.digest
             else self._scan(_told, documents, self._scanned.counts, False)
         )
         ((entities, edges), document_digest, document_mark), (count, vector_digest, vector_mark) = await asyncio.gather(
-            counted,
-            self._vector_projection.on_worker(_told, vectors, vectors.count, request.digest),
+            counted, vectors.on_worker(_told, vectors, self._vectors.count, request.digest)
         )
         return messages.ShardStatus(
             shard=self.name,
@@ -319,10 +341,10 @@ class Shard(Actor):
         )
 
 
-def _told(store: Store, count: Callable[[], Count], digest: bool) -> tuple[Count, str, int]:
+def _told(projection: Projection, count: Callable[[], Count], digest: bool) -> tuple[Count, str, int]:
     """The counts, the digest and the watermark of a store, of one moment where this runs on the store's thread."""
-    seen = store.watermark
-    return count(), store.digest() if digest else "", seen
+    seen = projection.stands_at
+    return count(), projection.store.digest() if digest else "", seen
 
 
 def _counts(store: SqliteStore) -> tuple[int, int]:

@@ -1,13 +1,15 @@
 """Walking the graph across shards: breadth first, one exchange of frontiers with the shards a hop.
 
 An edge lives in the partition of the entity that holds it. So outward hops ask each shard for the part of the frontier
-that it has, and inward hops ask every shard, since the holders may be anywhere. A node is expanded
-once, so cycles end.
+that it has, and inward hops ask every shard, since the holders may be anywhere. Asked for an outward hop, a shard walks
+on among its own entities and sends those edges too: a later hop takes from them what it needs, and asks only for the
+rest. A node is expanded once, so cycles end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 from mnemesh import messages, subjects
 from mnemesh.call import Call
@@ -15,6 +17,8 @@ from mnemesh.errors import MnemeshError
 from mnemesh.messages import Node, Token, Traverse
 from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
+
+Edge: TypeAlias = tuple[str, str, str]
 
 MOST_IN_EXPAND = 2000
 MOST_BYTES_IN_EXPAND = 500_000
@@ -30,6 +34,8 @@ class Walk:
         self._request = request
         self._call = call
         self._nodes: dict[str, Node] = {}
+        self._ahead: dict[str, list[Edge]] = {}
+        """The edges of entities that a shard has walked ahead to."""
         self._truncated = False
         self._errors: dict[str, MnemeshError] = {}
         self._watermark: Token = {}
@@ -56,8 +62,9 @@ class Walk:
 
     async def _hop(self, frontier: Sequence[str], depth: int) -> list[str]:
         reached: dict[str, Node] = {}
-        for ids in _rounds(frontier):
-            gathered = await self._expand(ids)
+        edges = [edge for entity_id in frontier for edge in self._ahead.get(entity_id, ())]
+        for ids in _rounds([entity_id for entity_id in frontier if entity_id not in self._ahead]):
+            gathered = await self._expand(ids, self._request.depth - depth)
             if depth == 1:
                 raise_if_nothing(gathered)
             self._errors |= gathered.errors
@@ -65,13 +72,15 @@ class Walk:
             self._watermark = seen | {
                 site: min(sequence, seen.get(site, sequence)) for site, sequence in self._watermark.items()
             }
-            edges = []
             for reply in gathered.replies.values():
                 self._truncated |= reply.truncated
-                edges += reply.edges
-            for near, relation, far in sorted(edges):
-                if far not in self._nodes and far not in reached:
-                    reached[far] = Node(entity_id=far, depth=depth, via=near, relation=relation)
+                ahead: dict[str, list[Edge]] = {entity_id: [] for entity_id in reply.ahead}
+                for edge in reply.edges:
+                    ahead.get(edge[0], edges).append(edge)
+                self._ahead |= ahead
+        for near, relation, far in sorted(edges):
+            if far not in self._nodes and far not in reached:
+                reached[far] = Node(entity_id=far, depth=depth, via=near, relation=relation)
         room = self._request.limit - len(self._nodes)
         if len(reached) > room:
             self._truncated = True
@@ -79,8 +88,8 @@ class Walk:
         self._nodes |= reached
         return list(reached)
 
-    async def _expand(self, ids: Sequence[str]) -> Gathered:
-        """The edges of these ids, from the shards that may have them."""
+    async def _expand(self, ids: Sequence[str], ahead: int) -> Gathered:
+        """The edges of these ids, from the shards that may have them, and of what lies up to `ahead` hops beyond."""
         request = self._request
         shards = self._map.shards
         caller = self._call.caller
@@ -101,6 +110,7 @@ class Walk:
                         entity_ids=part,
                         relations=request.relations,
                         direction=request.direction,
+                        ahead=ahead,
                         consistency=request.consistency,
                     ),
                 )
@@ -121,4 +131,5 @@ def _rounds(frontier: Sequence[str]) -> Iterator[Sequence[str]]:
             yield frontier[start:end]
             start, size = end, 0
         size += length
-    yield frontier[start:]
+    if frontier:
+        yield frontier[start:]

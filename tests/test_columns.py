@@ -47,7 +47,10 @@ def meets(value: Any, op: str, operand: Any) -> bool:
     if value is None:
         return False
     if op == "eq":
-        return any(same(item, operand) for item in (value if isinstance(value, list) else [value]))
+        if not isinstance(value, list):
+            return same(value, operand)
+        has_fractions = any(isinstance(item, float) and item % 1 != 0 for item in value)
+        return not has_fractions and any(same(item, operand) for item in value)
     if op == "ne":
         return not meets(value, "eq", operand)
     if op == "in":

@@ -24,6 +24,9 @@ class Store(Protocol):
     def watermark(self) -> int:
         """The last log sequence applied and committed."""
 
+    def shows(self, record: Record) -> bool:
+        """Whether a read can tell that this record, the next one, was applied. Called between two applies."""
+
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records` and then stand at `watermark` (≥ the last record's sequence).
 

@@ -8,8 +8,9 @@ A filter maps attribute names to a value (equality) or to a map of operators; al
     exists    true or false
 
 An absent attribute meets only `exists: false`. Texts, bools and lists of scalars are dictionary-encoded, so
-a predicate runs once per distinct value, not once per row; numbers compare as float64. Any other value (a
-map, a time) can only be asked to exist. Looks at `errors` only.
+a predicate runs once per distinct value, not once per row; numbers compare as float64. Any other value can only be
+asked to exist: a map, a time, a list with fractions in it, which is a measurement and not a set of tags (47,000
+lists of 24 such numbers took 0.4 s to renumber). Looks at `errors` only.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class Column:
         return self._holders.get((isinstance(item, bool), item), []) + ([] if code is None else [code])
 
     def _code(self, value: object) -> int:
-        if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+        if isinstance(value, list) and all(map(_is_tag, value)):
             # True equals 1 as a key, so the items of a list carry whether they are bools.
             value = tuple((isinstance(item, bool), item) for item in value)
         elif not isinstance(value, str | bool):
@@ -218,6 +219,10 @@ class Column:
         self._values, self._code_of, self._holders = [None] * len(_RESERVED), {}, {}
         for value in values:
             self._intern(value)
+
+
+def _is_tag(item: object) -> bool:
+    return isinstance(item, str | int) or (isinstance(item, float) and item.is_integer())
 
 
 def grown(array: NDArray[_Scalar], size: int) -> NDArray[_Scalar]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -128,7 +130,7 @@ class FaissStore:
         self.rejected = 0
         self._partitions = frozenset(range(PARTITIONS) if partitions is None else partitions)
         self._spaces: dict[tuple[str, str], Space] = {}
-        self._builder = ThreadPoolExecutor(1, thread_name_prefix="faiss-build")
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="faiss-build", initializer=_give_way)
         self._closing = threading.Event()
         self._db = connect(folder / "vectors.db")
         keep_or_clear(self._db, site=site, partitions=self._partitions, incarnation=incarnation, layout=_LAYOUT)
@@ -153,6 +155,17 @@ class FaissStore:
         self._db.close()
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def shows(self, record: Record) -> bool:
+        """Those that bring a vector or may take one away, and those about an entity that has one."""
+        event = record.event
+        return (
+            event.op == "forget"
+            or bool(event.body.get("vectors"))
+            or any(
+                tenant == event.tenant and event.entity_id in space.rows for (tenant, _), space in self._spaces.items()
+            )
+        )
 
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records` with the watermark, then let searches see them.
@@ -201,16 +214,7 @@ class FaissStore:
 
     def _known(self, records: Iterable[Record]) -> dict[tuple[str, str], VectorState]:
         """The entities whose records cannot wait: those that have a vector, get one, or are forgotten."""
-        spaces: dict[str, list[Space]] = defaultdict(list)
-        for (tenant, _), space in self._spaces.items():
-            spaces[tenant].append(space)
-        names = {
-            (event.tenant, event.entity_id): None
-            for event in (record.event for record in records)
-            if event.body.get("vectors")
-            or event.op == "forget"
-            or any(event.entity_id in space.rows for space in spaces[event.tenant])
-        }
+        names = {(record.event.tenant, record.event.entity_id): None for record in records if self.shows(record)}
         known = {}
         for number, tenant, entity_id, state, waiting in select_all(self._db, _STORED, list(names)):
             known[tenant, entity_id] = entity = VectorState(number, tenant, entity_id, state)
@@ -486,6 +490,12 @@ _Waiting: TypeAlias = list[tuple[str, str, bytes, bytes]]
 
 _Halved: TypeAlias = tuple[Space, list[VectorState], Halves, list[float]]
 """A space, the entities with new vectors in it, and the vectors as they are kept: fp16 (n, d), n lengths."""
+
+
+def _give_way() -> None:
+    """Let every other thread of the machine go first, where threads have a priority of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _place(space: Space, entity: int) -> int:

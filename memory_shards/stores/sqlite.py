@@ -57,6 +57,10 @@ class SqliteStore(SqliteReader):
         """How many events broke a rule and were skipped, since the file was begun."""
         return self._rejected
 
+    def shows(self, record: Record) -> bool:
+        """Each of them: it is in the entity's timeline."""
+        return True
+
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
 

@@ -255,7 +255,8 @@ class SearchEmbedding(Request, frozen=True, kw_only=True):
 
     `filter` maps attribute names to a value (equality) or to a map of operators:
     `{"weekday": 3, "date": {"lt": "2016-05-01"}, "region": {"in": ["a", "b"]}}`;
-    operators: eq ne lt lte gt gte in exists. All must hold. `output_fields` names attributes to return.
+    operators: eq ne lt lte gt gte in exists. All must hold. A list attribute is equal to each of its items, unless
+    there are fractions among them. `output_fields` names attributes to return.
     """
 
     vector: Vector
@@ -330,20 +331,29 @@ class Traversal(Reply, frozen=True, kw_only=True):
 
 
 class Expand(Request, frozen=True, kw_only=True):
-    """Request of `shard_expand`: the edges that touch `entity_ids` on this shard, one hop."""
+    """Request of `shard_expand`: the edges that touch `entity_ids` on this shard, one hop.
+
+    Outward it may walk up to `ahead` more hops, as far as it has the entities itself and that is cheap: the asker, who
+    will want those edges next, finds them there.
+    """
 
     entity_ids: list[str]
     relations: Relations = []
     direction: Direction = "out"
+    ahead: Annotated[int, Meta(ge=0)] = 0
     limit: Annotated[int, Meta(ge=1)] = 100_000
     consistency: Consistency | None = None
 
 
 class Expanded(Reply, frozen=True, kw_only=True):
-    """Edges as (from, relation, to) in the direction walked. `truncated` if there were more than `limit`."""
+    """Edges as (from, relation, to) in the direction walked. `truncated` if there were more than `limit`.
+
+    `ahead` are the entities beyond those asked for whose edges are all there too, also where there are none.
+    """
 
     edges: list[tuple[str, str, str]]
     truncated: bool
+    ahead: list[str] = []
     watermark: Token
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "3fd12629a276"
+CONTRACT = "5ec375df6040"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -384,7 +384,7 @@ def shard_search_text(shard: str, tenant: str, agent: str) -> str:
 
 
 def shard_expand(shard: str, tenant: str, agent: str) -> str:
-    """One hop of traverse on one shard."""
+    """One hop of traverse on one shard, and what it can walk ahead."""
     return f"mnemesh.v1.shard.expand.{shard}.{tenant}.{agent}"
 
 
