@@ -225,12 +225,11 @@ class FaissStore:
                 known[name] = VectorState(self._last_entity, *name)
         return known
 
-    def _stored(self, tenant: str, entity_id: str) -> VectorState | None:
-        """An entity as it is in the file, for readers: what waits has no vector, and so does not concern them."""
-        row = self._db.execute(
-            "SELECT number, state FROM entities WHERE tenant = ? AND entity_id = ?", (tenant, entity_id)
-        ).fetchone()
-        return None if row is None else VectorState(row[0], tenant, entity_id, row[1])
+    def _stored(self, tenant: str, entity_ids: Iterable[str]) -> dict[str, VectorState]:
+        """Entities as they are in the file, for readers: what waits has no vector, and so does not concern them."""
+        names = [(tenant, entity_id) for entity_id in entity_ids]
+        found = select_all(self._db, _STORED, names)
+        return {entity_id: VectorState(number, tenant, entity_id, state) for number, _, entity_id, state, _ in found}
 
     def _accepted(self, record: Record, patch: Patch) -> dict[str, Vector]:
         """The vectors of a put that fit their spaces; a space is made for the first one that names it."""
@@ -391,19 +390,20 @@ class FaissStore:
         return space, vector, space.select(query.type, conditions)
 
     def _hits(self, query: VectorQuery, space: Space, found: Found, line: int) -> list[Hit]:
-        hits = []
         scores, rows = (found[part][line, : query.k].tolist() for part in range(2))
-        for score, row in zip(scores, rows, strict=True):
-            entity_id = space.entity_at(row)
+        entity_ids = list(map(space.entity_at, rows))
+        if not query.output_fields and not query.include_vectors:
+            return [Hit(entity_id=name, score=score) for name, score in zip(entity_ids, scores, strict=True)]
+        entities = self._stored(query.tenant, entity_ids)
+        hits = []
+        for entity_id, score in zip(entity_ids, scores, strict=True):
+            entity = entities[entity_id]  # a row in memory is an entity in the file
             attributes = vector = None
-            if query.output_fields or query.include_vectors:
-                entity = self._stored(query.tenant, entity_id)
-                assert entity is not None, "a row in memory is an entity in the file"
-                if query.output_fields:
-                    held = entity.attributes
-                    attributes = {name: held[name] for name in query.output_fields if name in held}
-                if query.include_vectors:
-                    vector = self._vector(space, entity.number)
+            if query.output_fields:
+                held = entity.attributes
+                attributes = {name: held[name] for name in query.output_fields if name in held}
+            if query.include_vectors:
+                vector = self._vector(space, entity.number)
             hits.append(Hit(entity_id=entity_id, score=score, attributes=attributes, vector=vector))
         return hits
 
@@ -420,7 +420,7 @@ class FaissStore:
 
     def vectors_of(self, tenant: str, entity_id: str) -> dict[str, Vector]:
         """An entity's vectors by space, float32 to the precision of fp16; none for a stranger."""
-        entity = self._stored(tenant, entity_id)
+        entity = self._stored(tenant, [entity_id]).get(entity_id)
         if entity is None:
             return {}
         return {name: self._vector(self._spaces[tenant, name], entity.number) for name in entity.spaces}

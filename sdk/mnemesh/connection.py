@@ -153,6 +153,11 @@ class _Client(Client):
             socket.writelines(self._pending)
             self._pending, self._pending_data_size = [], 0
 
+    async def _ping_interval(self) -> None:
+        """Not in step with the others: pings of a thousand connections at once are a load that is felt."""
+        await asyncio.sleep(random.uniform(0, PING_INTERVAL_S))
+        await super()._ping_interval()
+
     async def _attempt_reconnect(self) -> None:
         self.abort()
         await super()._attempt_reconnect()
