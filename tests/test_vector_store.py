@@ -514,3 +514,28 @@ def test_a_filter_that_passes_only_far_rows_still_gives_k_hits(store: FaissStore
     hits = find(store, near[0], space="v", k=300, filter={"far": True})
     assert len(hits) == 300
     assert len(set(ids(hits)) & {f"e{row}" for row in exact}) >= 290
+
+
+def test_in_quiet_a_search_has_the_tail_brought_into_the_graph(
+    store: FaissStore, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = latent(30, 16, 1)
+    monkeypatch.setitem(space_module.GRAPH_FROM, "hnsw", 20)
+    monkeypatch.setattr(space_module, "LEAST_TAIL", 2)
+    monkeypatch.setattr(space_module, "TAIL_SHARE", 1.0)
+    for start, end in ((0, 20), (20, 30)):
+        some = [
+            log.put(f"e{row}", vectors={"default": vectors[row]}, spaces={"default": {"index": "hnsw"}})
+            for row in range(start, end)
+        ]
+        applied(store, some)
+        store.wait_until_built()
+    (space,) = store._spaces.values()
+    find(store, vectors[0])
+    assert space.build is None
+    monkeypatch.setattr(space_module, "QUIET_S", -1.0)
+    find(store, vectors[0])
+    assert space.build is not None
+    store.wait_until_built()
+    assert space._graph_size == 30
+    assert all(ids(find(store, vectors[row], k=1)) == [f"e{row}"] for row in range(30))

@@ -385,6 +385,7 @@ class FaissStore:
             raise BadRequest(f"the vector has {len(vector)} dimensions, space {query.space!r} has {space.dimension}")
         conditions = parse_filter(query.filter)
         space.adopt()
+        space.maintain(self._submit)
         if not conditions and query.type is None:
             return space, vector, None
         return space, vector, space.select(query.type, conditions)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from time import monotonic
 from typing import Any, NamedTuple
 
 import faiss
@@ -29,6 +30,9 @@ GRAPH_FROM: dict[IndexKind, float] = {"auto": 16_384, "hnsw": 1_024, "flat": flo
 
 LEAST_TAIL, TAIL_SHARE = 1_024, 1 / 8
 """How many rows, in all and beside the graph's, may wait outside of it: every search scans them flat."""
+
+QUIET_S, QUIET_TAIL_SHARE = 1.0, 1 / 64
+"""What the share is while nothing is written: to extend a graph copies it, so it is seldom done under load."""
 
 EXACT_SHARE = 0.15
 """Where fewer rows pass a filter, they are gathered and scanned: 15 µs for 365 of 100,000 x 96 and 150 µs
@@ -78,6 +82,7 @@ class Space:
         self._matrix_scan = MatrixScan(dimension, _METRICS[metric])
         self._graph: Any = None
         self._build: _Build | None = None
+        self._written_at = 0.0
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -96,6 +101,7 @@ class Space:
 
     def put(self, entity_ids: Sequence[str], halves: Halves) -> None:
         """Add the vectors of distinct entities, or replace those that they had."""
+        self._written_at = monotonic()
         codes = halves.view(np.uint8)
         appended = []
         covered = max(self._graph_size, self._build.size if self._build else 0)
@@ -223,14 +229,14 @@ class Space:
         """
         if self._build:
             return
-        size, alive, threshold = len(self._entity_ids), len(self.rows), GRAPH_FROM[self.index]
+        size, alive = len(self._entity_ids), len(self.rows)
         crowded = size - alive > max(LEAST_DEAD, DEAD_SHARE * size)
+        if not crowded and size - self._graph_size < self._longest_tail():
+            return
         live = np.flatnonzero(self._live[:size])
-        if crowded and (self._graph is None or alive < threshold):
+        if crowded and (self._graph is None or alive < GRAPH_FROM[self.index]):
             self._renumber(live, None)
-        elif crowded or size - self._graph_size >= (
-            threshold if self._graph is None else max(LEAST_TAIL, self._graph_size * TAIL_SHARE)
-        ):
+        else:
             # Without many dead rows the graph is only extended: what it has keeps its rows.
             base = None if crowded else self._graph
             kept = 0 if base is None else self._graph_size
@@ -238,6 +244,12 @@ class Space:
             codes = self._gather(added)
             graph = submit(lambda stopped: self._built(base, codes, stopped))
             self._build = _Build(np.append(np.arange(kept), added), size, graph)
+
+    def _longest_tail(self) -> float:
+        if self._graph is None:
+            return GRAPH_FROM[self.index]
+        share = QUIET_TAIL_SHARE if monotonic() - self._written_at > QUIET_S else TAIL_SHARE
+        return max(LEAST_TAIL, self._graph_size * share)
 
     def adopt(self) -> None:
         """Swap in the graph whose construction is over."""
