@@ -219,7 +219,7 @@ async def replay(mesh: Mesh) -> tuple[float, int]:
                 while (seen := await applied(port)) < head:
                     if not seen:
                         began = time.perf_counter()
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.2)
             return head / (time.perf_counter() - began), head
         finally:
             process.terminate()

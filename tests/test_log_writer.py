@@ -17,7 +17,7 @@ from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.errors import Busy, Conflict, MnemeshError, TooLarge, Unavailable
 from mnemesh.jetstream import stream_state
-from mnemesh.log_writer import MOST_IN_BATCH, MOST_WAITING, Append, LogWriter, Position
+from mnemesh.log_writer import LEARN_EVERY, MOST_IN_BATCH, MOST_WAITING, Append, LogWriter, Pace, Position
 
 LOG = subjects.log_stream(SITE)
 RUN = time.time_ns()
@@ -200,6 +200,29 @@ async def test_a_rollup_erases_what_its_subject_held_before(writer: LogWriter, g
     )
     assert all(isinstance(outcome, Position) for outcome in outcomes)
     assert await stored(gateway) == before - 5 + 3
+
+
+def test_few_messages_are_stored_singly_where_that_is_sooner_and_many_never() -> None:
+    fast, slow = Pace(), Pace()
+    assert fast.is_sooner_singly(1)
+    assert not fast.is_sooner_singly(2)  # nothing is known yet
+    for pace, one_s in ((fast, 0.0003), (slow, 0.005)):
+        pace.took_singly(1, one_s)
+        pace.took_as_batch(2, 0.0035)
+    assert fast.is_sooner_singly(8)
+    assert not fast.is_sooner_singly(16)
+    assert not slow.is_sooner_singly(2)
+
+
+def test_what_a_batch_takes_is_learned_anew_where_single_messages_are_the_rule() -> None:
+    pace = Pace()
+    pace.took_singly(1, 0.0003)
+    pace.took_as_batch(2, 0.0035)
+    chosen = [pace.is_sooner_singly(2) for _ in range(LEARN_EVERY)]
+    assert chosen.count(False) == 1
+    for _ in range(50):
+        pace.took_as_batch(2, 0.0004)
+    assert not pace.is_sooner_singly(2)
 
 
 # ── ends ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,8 @@
 """Appending to the log: group commit by JetStream's atomic batches (ADR-50).
 
 Whatever is appended while a commit is under way goes into the next one, so batches grow with the load and a lone write
-waits for nobody. One sync then pays for the whole batch.
+waits for nobody. One sync then pays for the whole batch. nats-server stages a batch before it stores it, which costs
+some syncs more; so where a sync is fast, a few messages are sooner stored one by one, and `Pace` tells how many.
 
 https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-50.md
 """
@@ -34,6 +35,8 @@ MOST_IN_BATCH = 1000
 MOST_BYTES_IN_BATCH = 8 * 1024 * 1024
 MOST_WAITING = 65_536
 COMMIT_S = 5.0
+SMALL_BATCH = 32
+LEARN_EVERY = 256
 
 
 class Append(NamedTuple):
@@ -64,6 +67,36 @@ class _Group(NamedTuple):
     done: asyncio.Future[list[Position | MnemeshError]]
 
 
+class Pace:
+    """How long commits take lately, in seconds: moving averages, for one message stored on its own and for a batch."""
+
+    def __init__(self) -> None:
+        self._one_s: float | None = None
+        self._batch_s: float | None = None
+        self._chosen = 0
+
+    def is_sooner_singly(self, count: int) -> bool:
+        """Whether so many are likely stored sooner one by one. Now and then no, to learn what a batch takes now."""
+        if count == 1:
+            return True
+        if self._one_s is None or self._batch_s is None or count * self._one_s >= self._batch_s:
+            return False
+        self._chosen += 1
+        return self._chosen % LEARN_EVERY != 0
+
+    def took_singly(self, count: int, seconds: float) -> None:
+        self._one_s = _moved(self._one_s, seconds / count)
+
+    def took_as_batch(self, count: int, seconds: float) -> None:
+        """A large batch says nothing about a small one."""
+        if count <= SMALL_BATCH:
+            self._batch_s = _moved(self._batch_s, seconds)
+
+
+def _moved(average: float | None, latest: float) -> float:
+    return latest if average is None else 0.9 * average + 0.1 * latest
+
+
 class LogWriter:
     """Appends to one log. `run` must be running (it is the gateway's background work)."""
 
@@ -75,6 +108,7 @@ class LogWriter:
         self._wake = asyncio.Event()
         self._stopped = False
         self._nuid = nats.nuid.NUID()
+        self._pace = Pace()
         self.commits = 0
         self.appended = 0
 
@@ -160,12 +194,16 @@ class LogWriter:
         if atomic:
             return list(await self._publish_all(appends))
         outcomes: list[Position | MnemeshError] = []
+        now = asyncio.get_running_loop().time
         for chunk in _chunks(appends):
-            if len(chunk) == 1:
-                outcomes.append(await self._publish_one(chunk[0]))
+            began = now()
+            if self._pace.is_sooner_singly(len(chunk)):
+                outcomes += await self._publish_singly(chunk)
+                self._pace.took_singly(len(chunk), now() - began)
                 continue
             try:
                 outcomes += await self._publish_batch(chunk)
+                self._pace.took_as_batch(len(chunk), now() - began)
             except MnemeshError as error:
                 if not is_refused_batch(error):
                     outcomes += [error] * len(chunk)
@@ -219,6 +257,8 @@ class LogWriter:
 
     async def _publish_singly(self, appends: Sequence[Append]) -> list[Position | MnemeshError]:
         """Each on its own, all under way at once; the server keeps their order."""
+        if len(appends) == 1:
+            return [await self._publish_one(appends[0])]
         return await asyncio.gather(*(self._publish_one(append) for append in appends))
 
     async def _publish_one(self, append: Append) -> Position | MnemeshError:
