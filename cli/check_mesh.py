@@ -197,6 +197,11 @@ async def lag(asker: Asker, options: ServerOptions, found: list[Service]) -> Asy
                 current = False
                 yield warning(f"a replica of shard {shard} cannot say where it stands: {error}", "see its log")
                 continue
+            if status.skipped:
+                yield warning(
+                    f"a replica of shard {shard} skipped {status.skipped:,} events that it could not read",
+                    "see its log: somebody wrote them by hand, or from code that is newer than the shard's",
+                )
             behind = head - status.watermark.get(options.site, 0)
             furthest = max(furthest, behind)
             if behind > LARGEST_LAG:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import sys
 import tempfile
@@ -28,7 +29,8 @@ MISSING = "the demo needs its extra: pip install 'mnemesh-server[demo]' (make de
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The demo's own flags, where its extra is installed, and the mesh's."""
-    parser.add_argument("--shards", type=int, default=2, help="shards of the mesh (default: %(default)s)")
+    shards = max(1, (os.cpu_count() or 2) // 2)
+    parser.add_argument("--shards", type=int, default=shards, help="default: one for every two cores, %(default)s here")
     parser.add_argument("--data", type=Path, help="keep the mesh's data in this folder")
     with contextlib.suppress(ImportError):
         from examples.smart_grid import demo

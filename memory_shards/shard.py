@@ -329,6 +329,7 @@ class Shard(Actor):
             entities=entities,
             edges=edges,
             vectors=count,
+            skipped=self.undecodable + self._documents.rejected,
             digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )
 

@@ -25,6 +25,7 @@ from mnemesh.asker import Asker
 from mnemesh.connection import Link
 from mnemesh.host import hosted
 from mnemesh.jetstream import api, log_config
+from mnemesh.messages import Status
 from router.router import Router
 from router.shard_map import ShardEntry
 from services.gateway import Gateway
@@ -377,4 +378,23 @@ async def test_a_shard_far_behind_the_log_is_a_warning(
     )
     async with hosted(stuck):
         found = telling(await findings_of(data), "shard s0 is 10,001 events behind the log")
+    assert found.verdict == "warning"
+
+
+async def test_events_that_a_shard_cannot_read_are_a_warning(
+    data: Path, open_link: OpenLink, own_mesh_server: NatsServer
+) -> None:
+    gateway = await open_raw(own_mesh_server, "gateway")
+    for number in range(3):
+        await gateway.client.request(subjects.log_event(SITE, "acme", 0, f"e{number}"), b"\xc1", timeout=10)
+    await gateway.client.close()
+    shard = Shard(
+        await open_link("shard", own_mesh_server), name="s0", site=SITE, partitions=range(64), folder=data / "s0"
+    )
+    async with hosted(shard):
+        operator = await Asker(await open_link("operator", own_mesh_server)).open()
+        async with asyncio.timeout(5):
+            while (await operator.ask(subjects.SHARD_STATUS, subjects.shard_status("s0"), Status())).skipped < 3:
+                pass  # the next question takes a round trip
+        found = telling(await findings_of(data), "shard s0 skipped 3 events")
     assert found.verdict == "warning"

@@ -364,7 +364,10 @@ class Status(Request, frozen=True, kw_only=True):
 
 
 class ShardStatus(Reply, frozen=True, kw_only=True):
-    """Where a replica stands. `digest` is a hash over all that it holds, to compare replicas with."""
+    """Where a replica stands. `digest` is a hash over all that it holds, to compare replicas with.
+
+    `skipped` events of the log have no effect: they could not be read, or broke a rule.
+    """
 
     shard: str
     watermark: Token
@@ -372,4 +375,5 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     entities: int
     edges: int
     vectors: int
+    skipped: int = 0
     digest: str | None = None
