@@ -105,18 +105,19 @@ async def test_a_killed_shard_resumes_from_its_watermark_with_the_same_digest(
         killed = shard.process
         shard.send(signal.SIGKILL)
         await killed.wait()
-        late = await memory.set_context("late", attributes={"n": 1})
+        late = await memory.set_context("late", attributes={"n": 1}, vectors={"v": [1.0, 0.0]})
         await mesh.ready()
         after = await status_of(operator, late.version)
         assert await metric(shard.log_file, "mnemesh_shard_documents_applied") == 1
         assert await metric(shard.log_file, "mnemesh_shard_vectors_applied") == 1
-        assert (after.entities, after.vectors) == (before.entities + 1, before.vectors)
+        assert (after.entities, after.vectors) == (before.entities + 1, before.vectors + 1)
         killed = shard.process
         shard.send(signal.SIGKILL)
         await killed.wait()
         await mesh.ready()
         assert (await status_of(operator, late.version)) == after
         assert await metric(shard.log_file, "mnemesh_shard_documents_applied") == 0
+        assert await metric(shard.log_file, "mnemesh_shard_vectors_applied") == 0
 
 
 async def test_a_second_process_on_a_shards_folder_is_refused_and_told_why(
