@@ -198,8 +198,10 @@ class LogWriter:
         for chunk in _chunks(appends):
             began = now()
             if self._pace.is_sooner_singly(len(chunk)):
-                outcomes += await self._publish_singly(chunk)
-                self._pace.took_singly(len(chunk), now() - began)
+                stored = await self._publish_singly(chunk)
+                if not any(isinstance(outcome, MnemeshError) for outcome in stored):  # to fail may take no time at all
+                    self._pace.took_singly(len(chunk), now() - began)
+                outcomes += stored
                 continue
             try:
                 outcomes += await self._publish_batch(chunk)
