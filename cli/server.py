@@ -42,7 +42,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -64,7 +64,8 @@ MAX_PAYLOAD = 8 * 1024 * 1024
 POLL_S = 0.01
 LOG_TAIL_LINES = 12
 
-_ports = cycle(random.sample(range(10_000, 32_768), k=22_768))
+_first_port = random.randrange(10_000, 32_768)
+_ports = cycle(chain(range(_first_port, 32_768), range(10_000, _first_port)))
 
 
 class NatsServerError(RuntimeError):

@@ -38,6 +38,9 @@ EXACT_SHARE = 0.15
 """Where fewer rows pass a filter, they are gathered and scanned: 15 µs for 365 of 100,000 x 96 and 150 µs
 for 2,000 of 20,000 x 384. A bitmap over all rows takes 270 and 120 µs, and a filtered graph loses recall."""
 
+RETRY_S = 60.0
+"""How long a space whose graph could not be built (for want of memory, say) is left without one."""
+
 DEAD_SHARE = 0.25
 LEAST_DEAD = 256
 
@@ -83,6 +86,7 @@ class Space:
         self._graph: Any = None
         self._build: _Build | None = None
         self._written_at = 0.0
+        self._failed_at = -RETRY_S
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -227,7 +231,7 @@ class Space:
 
         `submit` runs a function on the builder's thread; the function asks its argument whether to stop.
         """
-        if self._build:
+        if self._build or monotonic() - self._failed_at < RETRY_S:
             return
         size, alive = len(self._entity_ids), len(self.rows)
         crowded = size - alive > max(LEAST_DEAD, DEAD_SHARE * size)
@@ -257,6 +261,7 @@ class Space:
             return
         build, self._build = self._build, None
         if error := build.graph.exception():
+            self._failed_at = monotonic()
             _log.error("a graph could not be built; the space is searched without", exc_info=error)
             return
         graph = build.graph.result()

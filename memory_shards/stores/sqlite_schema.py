@@ -65,7 +65,7 @@ def connect(file: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten, not only unlinked
-    connection.execute("PRAGMA wal_autocheckpoint = 8192")  # pages
+    connection.execute("PRAGMA wal_autocheckpoint = 8192")  # pages: 9 µs an event for commits, 13 at the default
     connection.execute("PRAGMA cache_size = -32768")  # KiB
     # A statement over many rows journals the pages it touches, beyond 64 KiB in a file: 23 µs of SQL an event;
     # in memory 18.

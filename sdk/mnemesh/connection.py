@@ -15,7 +15,7 @@ nats-py 2.16 leaves open is closed here (each has a test in `tests/test_connecti
 * a user that was removed is reconnected for ever: a second refusal closes the connection, as in nats.go;
 * a connection that ends all the same sets `closed`, and the process that lives on it ends;
 * a message passes a queue and a task on its way in, and another pair on its way out: here a callback is called where
-  the message is parsed, and what is published is written where it is published, as long as the socket takes it.
+  the message is parsed, and what is published is written in the loop's next round, as long as the socket takes it.
 """
 
 from __future__ import annotations
