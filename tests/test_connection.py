@@ -241,6 +241,18 @@ async def test_a_callback_that_raises_costs_neither_its_next_message_nor_those_o
     assert called == [b"1", b"2", b"3"]
 
 
+async def test_a_subscription_that_is_refused_takes_nothing_of_the_next(open_link: OpenLink) -> None:
+    alice, gateway = await open_link("acme.alice"), await open_link("gateway")
+    taken: list[Message] = []
+    with pytest.raises(Unavailable, match="cannot subscribe"):
+        await gateway.subscribe("two words", taken.append)
+    subscription = await gateway.client.subscribe(subjects.set_context("acme", "alice"))
+    await gateway.flush()
+    await alice.publish(subjects.set_context("acme", "alice"), b"for the next")
+    assert (await subscription.next_msg(timeout=5)).data == b"for the next"
+    assert not taken
+
+
 async def test_headers_arrive_as_they_were_sent_and_a_status_as_a_header(open_link: OpenLink) -> None:
     alice, gateway = await open_link("acme.alice"), await open_link("gateway")
     seen: list[Message] = []

@@ -110,8 +110,13 @@ class _Client(Client):
 
     async def listen(self, subject: str, queue: str, callback: Callback) -> Subscription:
         """Subscribe; `callback` gets each message where it is parsed."""
-        self._callbacks[self._sid + 1] = callback  # the id that `subscribe` takes, before it awaits anything
-        return await self.subscribe(subject, queue=queue)
+        sid = self._sid + 1  # the id that `subscribe` takes, before it awaits anything
+        self._callbacks[sid] = callback
+        try:
+            return await self.subscribe(subject, queue=queue)
+        except BaseException:
+            del self._callbacks[sid]
+            raise
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         callback = self._callbacks.get(sid)
