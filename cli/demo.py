@@ -19,9 +19,13 @@ from cli.server import ServerOptions, free_port
 from mnemesh import Memory, connect
 from mnemesh.errors import BadRequest
 from mnemesh.host import run as run_process
+from mnemesh.host import until_stopped
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from examples.smart_grid.demo import Options
+    from examples.smart_grid.report import Report
 
 TENANT = "grid"
 MISSING = "the demo needs its extra: pip install 'mnemesh-server[demo]' (make demo does)"
@@ -56,9 +60,24 @@ def run(flags: argparse.Namespace) -> int:
 async def _demo(flags: argparse.Namespace, options: Options, stop: asyncio.Event) -> int:
     from rich.console import Console
 
-    from examples.smart_grid import demo, report
+    from examples.smart_grid import report
 
     console = Console(stderr=flags.json)
+    told = await until_stopped(stop, _told(flags, options, console))
+    if told is None:
+        return 130
+    if flags.json:
+        print(report.as_json(told))
+    else:
+        report.show(told, console)
+    sys.stdout.flush()
+    return 0
+
+
+async def _told(flags: argparse.Namespace, options: Options, console: Console) -> Report:
+    """What the demo did, on a mesh that is gone when this returns."""
+    from examples.smart_grid import demo, report
+
     with contextlib.ExitStack() as cleanup:
         data = flags.data or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mnemesh-demo-")))
         server = ServerOptions(data=data, port=free_port(), monitoring_port=free_port())
@@ -77,21 +96,7 @@ async def _demo(flags: argparse.Namespace, options: Options, stop: asyncio.Event
                     yield memory
 
             with report.bars(console) as progress:
-                work = asyncio.ensure_future(demo.run(options, memory_for, prepare_agents=prepare, progress=progress))
-                stopped = asyncio.ensure_future(stop.wait())
-                await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)
-                stopped.cancel()
-                if not work.done():
-                    work.cancel()
-                    await asyncio.wait([work])
-                    return 130
-                told = await work
-    if flags.json:
-        print(report.as_json(told))
-    else:
-        report.show(told, console)
-    sys.stdout.flush()
-    return 0
+                return await demo.run(options, memory_for, prepare_agents=prepare, progress=progress)
 
 
 def _allow_sockets(wanted: int) -> None:

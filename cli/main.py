@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from cli import agent, bench, contract, demo, doctor, up
 from cli.run import RunOptions, run_service
 from cli.server import NatsServerError
+from mnemesh.client import read_credentials
 from mnemesh.connection import LinkOptions
 from mnemesh.errors import MnemeshError
 from mnemesh.host import run as run_process
@@ -33,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = flags.run(flags)
     except (MnemeshError, NatsServerError) as error:
         print(f"mnemesh: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"mnemesh: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     return status
 
@@ -99,7 +104,7 @@ def _server_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    held = json.loads(flags.credentials.read_text()) if flags.credentials else {}
+    held = read_credentials(flags.credentials) if flags.credentials else {}
     options = RunOptions(
         service=flags.service,
         link=LinkOptions(

@@ -22,6 +22,7 @@ from cli.provision import even_shards, provision
 from cli.server import NatsServer, NatsServerError, ServerOptions
 from mnemesh.asker import Asker
 from mnemesh.discovery import ping_all
+from mnemesh.errors import Unavailable
 from mnemesh.host import link_as
 
 logger = logging.getLogger("mnemesh.mesh")
@@ -32,6 +33,8 @@ FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 5.0
 STEADY_S = 10.0
 """A process that lived this long has its backoff forgotten."""
+
+MOST_FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class Child:
     log_file: Path
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
+    failures: int = 0
+    """How often in a row it ended by itself before it lived `STEADY_S`."""
 
     @property
     def pid(self) -> int | None:
@@ -71,7 +76,7 @@ class Mesh:
 
     def __init__(self, options: MeshOptions) -> None:
         self.options = options
-        self.server = NatsServer(options.server)
+        self.server = NatsServer(options.server, agents=options.agents)
         self.children: dict[str, Child] = {}
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -97,8 +102,6 @@ class Mesh:
         await self.stop()
 
     async def _start(self) -> None:
-        for tenant, agent in self.options.agents:
-            self.server.credentials.add_agent(tenant, agent)
         await self.server.start()
         operator = self.server.credentials.load("operator")
         await provision(
@@ -133,14 +136,19 @@ class Mesh:
         return children
 
     async def ready(self) -> None:
-        """Wait until every service answers discovery. Raises `TimeoutError`, or `Unavailable` if there is no server."""
+        """Wait until every service answers discovery. Raises `Unavailable` if one does not, or keeps failing."""
         operator = self.server.credentials.load("operator")
         link = await link_as(operator.link_options("ready"), READY_S)
         try:
             asker = await Asker(link).open()
             async with asyncio.timeout(READY_S):
                 while len(await ping_all(asker, at_least=len(self.children))) < len(self.children):
-                    pass
+                    for child in self.children.values():
+                        if child.failures >= MOST_FAILURES:
+                            raise Unavailable(f"{child.name} does not start: {_last_line(child.log_file)}")
+        except TimeoutError as error:
+            logs = self.options.server.data / "logs"
+            raise Unavailable(f"not every service came up in {READY_S:.0f} s; {logs} say more") from error
         finally:
             await link.close()
 
@@ -163,7 +171,11 @@ class Mesh:
             began = loop.time()
             child.process = await _spawn(child)
             status = await child.process.wait()
-            backoff = FIRST_BACKOFF_S if loop.time() - began > STEADY_S else min(LONGEST_BACKOFF_S, backoff * 2)
+            if loop.time() - began > STEADY_S:
+                backoff, child.failures = FIRST_BACKOFF_S, 0
+            else:
+                backoff = min(LONGEST_BACKOFF_S, backoff * 2)
+                child.failures += status > 0  # a signal (below 0) is somebody else's doing
             logger.warning("%s ended with status %d; it starts again (%s)", child.name, status, child.log_file)
             child.restarts += 1
             await asyncio.sleep(backoff)
@@ -183,6 +195,11 @@ class Mesh:
                 backoff = min(LONGEST_BACKOFF_S, backoff * 2)
             else:
                 backoff = FIRST_BACKOFF_S
+
+
+def _last_line(log_file: Path) -> str:
+    lines = log_file.read_text(errors="replace").splitlines()
+    return lines[-1].removeprefix("mnemesh: ") if lines else f"see {log_file}"
 
 
 async def _spawn(child: Child) -> asyncio.subprocess.Process:

@@ -182,10 +182,13 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
 class NatsServer:
     """The process of a site's server. It can be started again after it ended, on the same folder."""
 
-    def __init__(self, options: ServerOptions, *, program: Path | None = None) -> None:
+    def __init__(
+        self, options: ServerOptions, *, agents: Iterable[tuple[str, str]] = (), program: Path | None = None
+    ) -> None:
         self.options = options
         self.contract = load_contract()
         self.credentials = Credentials(options.data, url=options.url, contract=self.contract)
+        self._agents = tuple(agents)
         self._program = program
         self._process: asyncio.subprocess.Process | None = None
         self._lock: IO[str] | None = None
@@ -218,7 +221,7 @@ class NatsServer:
     async def start(self, *, timeout_s: float = 60.0) -> None:
         """Start, and return once clients can connect and JetStream has recovered its streams.
 
-        Makes the users of every role first. Raises any `NatsServerError`.
+        Makes the users of every role first, and the (tenant, agent) that it was given. Raises any `NatsServerError`.
         """
         if self.pid is not None:
             return
@@ -229,6 +232,8 @@ class NatsServer:
         try:
             await _stop_orphan(data)
             self.credentials.ensure_roles()
+            for tenant, agent in self._agents:
+                self.credentials.add_agent(tenant, agent)
             write_configuration(self.options, self.credentials, self.contract)
             self._process = await self._spawn(program)
             try:

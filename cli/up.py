@@ -8,7 +8,10 @@ import asyncio
 from cli.mesh import Mesh, MeshOptions
 from cli.server import ServerOptions
 from mnemesh.errors import BadRequest
-from mnemesh.ids import PARTITIONS
+from mnemesh.host import until_stopped
+from mnemesh.ids import PARTITIONS, check_name
+
+LAST_PORT = 65_535
 
 
 def options(flags: argparse.Namespace) -> MeshOptions:
@@ -17,6 +20,12 @@ def options(flags: argparse.Namespace) -> MeshOptions:
         raise BadRequest(f"--shards must be 1 to {PARTITIONS}")
     if flags.replicas < 1:
         raise BadRequest("--replicas must be at least 1")
+    check_name("site", flags.site)
+    if not (1 <= flags.port <= LAST_PORT and 1 <= flags.monitoring_port <= LAST_PORT):
+        raise BadRequest(f"--port and --monitoring-port must be 1 to {LAST_PORT}")
+    last_metrics_port = LAST_PORT - 2 - flags.shards * flags.replicas
+    if not 0 <= flags.metrics_port <= last_metrics_port:
+        raise BadRequest(f"--metrics-port must be 0 (free ones) or up to {last_metrics_port}: each service has one")
     agents = []
     for name in flags.agent or ["demo.alice"]:
         tenant, dot, agent = name.partition(".")
@@ -42,13 +51,19 @@ def options(flags: argparse.Namespace) -> MeshOptions:
 
 
 async def up(options: MeshOptions, stop: asyncio.Event) -> int:
-    """Run the mesh until `stop` is set; returns the exit status."""
-    async with Mesh(options) as mesh:
-        print(_greeting(mesh), flush=True)
-        await stop.wait()
-        print("draining …", flush=True)
+    """Run the mesh until `stop` is set, also while it starts; returns the exit status."""
+    await until_stopped(stop, _serve(options))
     print("stopped; all that was acknowledged is in the data folder", flush=True)
     return 0
+
+
+async def _serve(options: MeshOptions) -> None:
+    async with Mesh(options) as mesh:
+        print(_greeting(mesh), flush=True)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            print("draining …", flush=True)
 
 
 def _greeting(mesh: Mesh) -> str:

@@ -49,7 +49,7 @@ async def connect(
     `credentials` is a file that `mnemesh up` or `mnemesh agent add` wrote; the other arguments override it.
     Raises `Unavailable` if no server answers, `Denied` if it does not know the agent.
     """
-    held = _read(credentials) if credentials is not None else {}
+    held = read_credentials(credentials) if credentials is not None else {}
     user_tenant, _, user_agent = str(held.get("user", "")).partition(".")
     tenant = check_name("tenant", tenant or user_tenant)
     agent = check_name("agent", agent or user_agent)
@@ -338,8 +338,8 @@ class Memory:
                 raise told
 
 
-def _read(credentials: str | Path) -> dict[str, Any]:
-    """A credentials file: the format of the `nats` command's contexts."""
+def read_credentials(credentials: str | Path) -> dict[str, Any]:
+    """What a credentials file says: the format of the `nats` command's contexts. Raises `BadRequest`."""
     try:
         held = json.loads(Path(credentials).read_text())
     except OSError as error:

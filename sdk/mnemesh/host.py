@@ -13,7 +13,7 @@ import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from mnemesh.actor import Actor
 from mnemesh.connection import Link, LinkOptions
@@ -21,6 +21,8 @@ from mnemesh.discovery import Discovery
 from mnemesh.errors import Unavailable
 
 logger = logging.getLogger("mnemesh.host")
+
+Result = TypeVar("Result")
 
 DRAIN_S = 20.0
 SWITCH_S = 0.0005
@@ -123,6 +125,19 @@ async def link_as(options: LinkOptions, patience_s: float) -> Link:
             if asyncio.get_running_loop().time() >= deadline:
                 raise
             await asyncio.sleep(0.2)
+
+
+async def until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What `work` returns or raises; `None` if `stop` was set before it ended, which cancels it."""
+    task = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        task.cancel()
+        await asyncio.wait([task])
+    return None if task.cancelled() else task.result()
 
 
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
