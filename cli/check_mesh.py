@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli.finding import Finding, named, ok, warning, wrong
-from cli.server import ServerOptions
+from cli.server import NO_ROOM, ServerOptions, monitoring
 from mnemesh import kv, messages, subjects, wire
 from mnemesh.asker import Asker, reply_of
 from mnemesh.discovery import ping_all
@@ -39,6 +39,10 @@ async def storage(inbox: Inbox, options: ServerOptions) -> AsyncIterator[Finding
         await api(inbox, "INFO")
     except MnemeshError as error:
         yield wrong(f"JetStream does not answer: {error.message}", f"restart the mesh ({up}), which turns it on")
+        return
+    if (ill := (await monitoring(options, "/healthz")).get("error")) is not None:
+        advice = f"make room on the disk of {options.data}; `mnemesh up` then starts its server again, and writes go on"
+        yield wrong(f"nats-server is not well: {ill}", advice if NO_ROOM in ill else f"restart the mesh ({up})")
         return
     yield ok("JetStream is on")
     right = True

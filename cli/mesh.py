@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from types import TracebackType
 
 from cli.credentials import Credential
 from cli.provision import even_shards, provision
-from cli.server import NatsServer, NatsServerError, ServerOptions
+from cli.server import NO_ROOM, NatsServer, NatsServerError, ServerOptions, monitoring
 from mnemesh.asker import Asker
 from mnemesh.discovery import ping_all
 from mnemesh.errors import Unavailable
@@ -35,6 +36,9 @@ STEADY_S = 10.0
 """A process that lived this long has its backoff forgotten."""
 
 MOST_FAILURES = 3
+HEALTH_S = 2.0
+ROOM = 64 * 1024 * 1024
+"""Free bytes from which a disk counts as no longer full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,10 @@ class Mesh:
             shards=even_shards(self.options.shards, self.options.replicas),
         )
         self.children = {child.name: child for child in self._plan()}
-        self._keepers = [asyncio.create_task(self._keep_server(), name="keep nats-server")]
+        self._keepers = [
+            asyncio.create_task(self._keep_server(), name="keep nats-server"),
+            asyncio.create_task(self._heal_server(), name="heal nats-server"),
+        ]
         self._keepers += [
             asyncio.create_task(self._keep(child), name=f"keep {child.name}") for child in self.children.values()
         ]
@@ -195,6 +202,16 @@ class Mesh:
                 backoff = min(LONGEST_BACKOFF_S, backoff * 2)
             else:
                 backoff = FIRST_BACKOFF_S
+
+    async def _heal_server(self) -> None:
+        """Once there is room again, start a server anew whose log met a full disk: it takes no writes before."""
+        options = self.server.options
+        while True:
+            await asyncio.sleep(HEALTH_S)
+            ill = (await monitoring(options, "/healthz")).get("error", "")
+            if NO_ROOM in ill and shutil.disk_usage(options.data).free >= ROOM and self.server.pid is not None:
+                logger.warning("there is room again; nats-server starts anew: %s", ill)
+                self.server.terminate()
 
 
 def _last_line(log_file: Path) -> str:

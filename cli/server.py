@@ -61,6 +61,9 @@ OLDEST_SERVER = (2, 12)
 MAX_PAYLOAD = 8 * 1024 * 1024
 """As much as nats-server advises at most, and what the largest request of the contract needs."""
 
+NO_ROOM = "no space left on device"
+"""What `/healthz` says of a stream after the disk was full. It takes no more messages until the server starts anew."""
+
 POLL_S = 0.01
 LOG_TAIL_LINES = 12
 
@@ -258,11 +261,15 @@ class NatsServer:
         write_configuration(self.options, self.credentials, self.contract)
         await _reload(self.options, self.pid, self.log_file, timeout_s)
 
+    def terminate(self) -> None:
+        """Have it end in good order: clients are told, JetStream is flushed. `wait` returns when it has."""
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)  # a paused process would not see the other
+
     async def stop(self, *, timeout_s: float = 20.0) -> None:
-        """End it in good order (clients are told, JetStream is flushed); after `timeout_s` kill it."""
+        """End it in good order; after `timeout_s` kill it."""
         if self._process is not None and self.pid is not None:
-            self._process.terminate()
-            self._process.send_signal(signal.SIGCONT)  # a paused process would not see the other
+            self.terminate()
             try:
                 async with asyncio.timeout(timeout_s):
                     await self._process.wait()

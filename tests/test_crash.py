@@ -7,9 +7,10 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -19,6 +20,7 @@ from conftest import SITE, OpenAsker, OpenLink, server_options
 from ledger import STRONG, statuses
 
 import mnemesh
+from cli.doctor import diagnose
 from cli.mesh import Mesh, MeshOptions
 from cli.server import NatsServer
 from memory_shards.shard import Shard
@@ -28,7 +30,7 @@ from mnemesh.asker import Asker
 from mnemesh.call import Call
 from mnemesh.clock import HybridClock, wall_ms
 from mnemesh.connection import Link
-from mnemesh.errors import Timeout, Unavailable
+from mnemesh.errors import MnemeshError, Timeout, Unavailable
 from mnemesh.host import Host, hosted
 from mnemesh.ids import PARTITIONS
 from mnemesh.jetstream import check, stream_state
@@ -284,6 +286,46 @@ async def test_a_nats_server_that_is_killed_while_it_starts_is_started_again(tmp
         os.kill(mesh.server.pid, signal.SIGKILL)
         await mesh.ready()
         assert await is_full(memory)
+
+
+@contextmanager
+def disk(folder: Path, *, megabytes: int) -> Iterator[Callable[[int], None]]:
+    """A disk of its own at `folder`; yields what gives it another size."""
+    folder.mkdir()
+
+    def mount(*arguments: str) -> None:
+        subprocess.run(["mount", *arguments, folder], check=True)
+
+    mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs")
+    try:
+        yield lambda larger: mount("-o", f"remount,size={larger}m")
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
+async def test_a_full_disk_costs_nothing_that_was_acknowledged_and_writes_go_on_once_there_is_room(
+    tmp_path: Path,
+) -> None:
+    with disk(tmp_path / "disk", megabytes=24) as resize:
+        async with small_mesh(tmp_path / "disk" / "data") as mesh, alice_on(mesh.server) as memory:
+            acknowledged = 0
+            with suppress(Timeout):
+                while True:
+                    blob = os.urandom(200_000).hex()
+                    await memory.set_context(f"e:{acknowledged}", attributes={"blob": blob}, budget_ms=1000)
+                    acknowledged += 1
+            told = [finding async for finding in diagnose(mesh.options.server.data) if finding.verdict == "wrong"]
+            assert len(told) == 1
+            assert "no space left on device" in told[0].what
+            assert "make room" in told[0].advice
+            resize(400)
+            while True:
+                with suppress(MnemeshError):
+                    await memory.set_context("late", attributes={"n": 1}, budget_ms=1000)
+                    break
+            for n in range(acknowledged):
+                assert (await memory.get_context(f"e:{n}", consistency=STRONG)).version == n + 1
 
 
 class Up:
