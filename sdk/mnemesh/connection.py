@@ -343,9 +343,10 @@ class Link:
         """Call back with the subject, in lower case as nats-py tells it, of each publish that the server refused."""
         self._denied.append(callback)
 
-    def on_lost(self, callback: Callable[[], None]) -> None:
-        """Call back whenever the connection drops: replies on their way then never arrive."""
+    def on_lost(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call back whenever the connection drops: what was on its way then never arrives. Returns what ends that."""
         self._lost.append(callback)
+        return lambda: self._lost.remove(callback)
 
     async def _on_error(self, error: Exception) -> None:
         self.last_error = error
@@ -373,7 +374,7 @@ class Link:
         """Nothing that was sent on the connection that is gone will be answered."""
         self._drop.set_result(None)
         self._drop = asyncio.get_running_loop().create_future()
-        for callback in self._lost:
+        for callback in list(self._lost):
             callback()
 
     async def _on_reconnected(self) -> None:

@@ -1,8 +1,8 @@
 """Following a stream: every message in order from a sequence on, through whatever happens to the connection.
 
-An ordered push consumer of our own making (ADR-17): no acks, flow control, idle heartbeats every second. A gap, a
-lost consumer or a silent one is answered by a new consumer from the last sequence + 1. Flow control is answered when
-the reader has taken what came before, so a slow reader slows the server and nothing piles up.
+An ordered push consumer of our own making (ADR-17): no acks, flow control, idle heartbeats every second. A gap, a lost
+connection or consumer, or a silent one, is answered by a new consumer from the last sequence + 1. Flow control is
+answered when the reader has taken what came before, so a slow reader slows the server and nothing piles up.
 
 https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-17.md
 """
@@ -77,6 +77,7 @@ class Follower:
 
     async def batches(self, most: int) -> AsyncIterator[list[Stored]]:
         """Lists of 1 to `most` messages in log order, for ever. Raises `StreamShrank`."""
+        forget = self._link.on_lost(self._on_lost)
         try:
             await self._create()
             while True:
@@ -92,6 +93,7 @@ class Follower:
                 elif self._broken:
                     await self._create()
         finally:
+            forget()
             await self._unsubscribe()
 
     async def _take(self, most: int) -> list[Stored]:
@@ -159,6 +161,11 @@ class Follower:
             raise StreamShrank(f"{self._stream} was made anew at {state.incarnation}")
         if state.last_sequence < self._last:
             raise StreamShrank(f"{self._stream} ends at {state.last_sequence}; {self._last} was read before")
+
+    def _on_lost(self) -> None:
+        """What the server sends meanwhile is gone, and with the server maybe the consumer too."""
+        self._broken = True
+        self._wake.set()
 
     def _on_message(self, message: Message) -> None:
         if not message.data and "Status" in message.headers:
