@@ -1,12 +1,14 @@
 """A shard's folder: one process at a time has it, for two that apply the log to one store would spoil it.
 
-The lock is the kernel's (`flock`), so it goes with its holder, however that ends. Looks at `mnemesh` only.
+The lock is the kernel's (`flock`), so it goes with its holder, however that ends. A folder whose files are no good any
+more is condemned: its next holder begins with an empty one. Looks at `mnemesh` only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +16,10 @@ from typing import IO
 
 from mnemesh.errors import Unavailable
 
+logger = logging.getLogger("mnemesh.folder")
+
 LOCK = "lock"
+CONDEMNED = "condemned"
 HANDOVER_S = 5.0
 """How long a new process waits for an old one that is still draining."""
 POLL_S = 0.05
@@ -30,7 +35,15 @@ async def hold(folder: Path) -> IO[str]:
         if asyncio.get_running_loop().time() >= deadline:
             raise _taken(folder)
         await asyncio.sleep(POLL_S)
+    if (folder / CONDEMNED).exists():
+        clear(folder)
+        logger.warning("what was in %s could not be read any more; its stores start from empty", folder)
     return lock
+
+
+def condemn(folder: Path) -> None:
+    """Have whoever holds the folder next begin with an empty one."""
+    (folder / CONDEMNED).touch()
 
 
 def _lock(folder: Path) -> IO[str] | None:
@@ -56,9 +69,10 @@ def _taken(folder: Path) -> Unavailable:
 
 
 def clear(folder: Path) -> None:
-    """Remove all that is in a folder that we hold, but for its lock."""
+    """Remove all that is in a folder that we hold, but for its lock; last the mark that this is to be done."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name not in (LOCK, CONDEMNED):
             path.unlink()
+    (folder / CONDEMNED).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -23,6 +24,7 @@ from memory_shards.freshness import Freshness, LogHead
 from memory_shards.projection import Projection
 from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
+from memory_shards.stores.sqlite_schema import is_corrupt
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
 from mnemesh.call import Call
@@ -36,6 +38,7 @@ from mnemesh.guard import Guard
 from mnemesh.ids import from_token, partition_of, to_token
 from mnemesh.jetstream import stream_state
 from mnemesh.stats import Gauge
+from mnemesh.supervision import Escalated
 
 logger = logging.getLogger("mnemesh.shard")
 
@@ -127,7 +130,11 @@ class Shard(Actor):
         self._lock = await folders.hold(self._folder)
         state = await stream_state(self.asker.inbox, self._log)
         self._incarnation = state.incarnation
-        self._open_stores()
+        try:
+            self._open_stores()
+        except sqlite3.DatabaseError as error:
+            self.failed(error)
+            raise
         if max(self._documents.watermark, self._vectors.watermark) > state.last_sequence:
             logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
             self._scanned.close()
@@ -153,6 +160,12 @@ class Shard(Actor):
             await projection.close()
         if self._lock is not None:
             self._lock.close()
+
+    def failed(self, error: BaseException) -> None:
+        """A file that cannot be read any more is not repaired: the next start begins from empty and reads the log."""
+        if is_corrupt(error):
+            folders.condemn(self._folder)
+            raise Escalated(f"a store in {self._folder} is corrupt; the next start rebuilds it from the log") from error
 
     async def _follow(self) -> None:
         """Bring every event of our partitions to every projection, from where the slowest one stands."""

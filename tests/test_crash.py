@@ -122,6 +122,47 @@ async def test_a_killed_shard_resumes_from_its_watermark_with_the_same_digest(
         assert await metric(shard.log_file, "mnemesh_shard_vectors_applied") == 0
 
 
+def halve(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def scribble(file: Path) -> None:
+    """Over all but the header, so that it opens."""
+    with file.open("r+b") as opened:
+        opened.seek(4096)
+        opened.write(b"\xa5" * (file.stat().st_size - 4096))
+
+
+def behead(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.write(b"\xa5" * 100)
+
+
+@pytest.mark.parametrize("spoil", [halve, scribble, behead])
+@pytest.mark.parametrize("name", ["memory.db", "vectors.db"])
+async def test_a_store_that_cannot_be_read_any_more_is_rebuilt_from_the_log(
+    tmp_path: Path, open_asker: OpenAsker, name: str, spoil: Callable[[Path], None]
+) -> None:
+    async with small_mesh(tmp_path) as mesh, alice_on(mesh.server) as memory:
+        await fill(memory, 2000)
+        operator = await open_asker("operator", mesh.server)
+        before = await status_of(operator, 2000)
+        shard = mesh.children["s0.0"]
+        assert shard.process is not None
+        stopped = shard.process
+        shard.send(signal.SIGTERM)
+        await stopped.wait()
+        spoil(tmp_path / "shards" / "s0.0" / name)
+        while True:
+            with suppress(MnemeshError):  # by the first read or write that meets the damage
+                await memory.set_context("e:0", attributes={"n": 0})
+                assert await is_full(memory, 2000)
+                after = await status_of(operator, 2001)
+                break
+        assert (after.entities, after.vectors) == (before.entities, before.vectors)
+        assert (await memory.search_embedding([7.0, 1.0], space="v", k=1)).hits
+
+
 async def test_a_second_process_on_a_shards_folder_is_refused_and_told_why(
     own_mesh_server: NatsServer, open_link: OpenLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

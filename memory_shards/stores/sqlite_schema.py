@@ -73,6 +73,12 @@ def connect(file: Path) -> sqlite3.Connection:
     return connection
 
 
+def is_corrupt(error: BaseException) -> bool:
+    """Whether a file is no longer what SQLite wrote: nothing but a rebuild helps."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
 def history(connection: sqlite3.Connection, entity: int) -> list[Change]:
     """What is left of an entity's events, in log order."""
     changes = []

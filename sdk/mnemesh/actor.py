@@ -113,6 +113,9 @@ class Actor:
     async def release(self) -> None:
         """Give back what `prepare` took, after the last request and the background work."""
 
+    def failed(self, error: BaseException) -> None:
+        """A handler or background work raised what it should not. Raise `Escalated` where only a new start helps."""
+
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
@@ -141,7 +144,7 @@ class Actor:
             **self.background(),
         }
         for name, work in works.items():
-            tasks.create_task(Supervisor(f"{self.role}.{name}", work).run(), name=name)
+            tasks.create_task(Supervisor(f"{self.role}.{name}", work, on_failure=self.failed).run(), name=name)
         await self.guard.ready()
         await self.ready()
         for operation, method in handlers.values():
@@ -226,6 +229,7 @@ class _Server:
         code = "ok"
         headers: dict[str, str] | None = None
         as_json = wire.is_json(message.data)
+        bug: BaseException | None = None
         try:
             reply: object = await self._handle(request)
             payload = wire.encode(reply, as_json=as_json)
@@ -236,6 +240,7 @@ class _Server:
         except (Exception, asyncio.CancelledError) as error:  # a bug becomes `internal`; the log has it all
             if isinstance(error, asyncio.CancelledError) and _is_cancelled():
                 raise
+            bug = error
             logger.exception("%s failed", self._operation.name)
             code, headers, payload = _error_reply(
                 Internal(f"{self._operation.name} failed; see the log of the {self._actor.role}"), as_json
@@ -243,6 +248,8 @@ class _Server:
             self._stats.last_error = f"{code}: {type(error).__name__}"
         await self._reply(message, payload, headers)
         self._stats.record(code, self._loop.time() - request.arrived)
+        if bug is not None:
+            self._actor.failed(bug)
 
     async def _handle(self, request: _Request) -> object:
         operation = self._operation

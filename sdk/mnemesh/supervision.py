@@ -18,7 +18,8 @@ class Escalated(Exception):
 class Supervisor:
     """Runs `work` until it returns. When it raises, waits and runs it again, as one-for-one supervisors do.
 
-    More than `most` failures within `window_s` seconds raise `Escalated` from the last one.
+    More than `most` failures within `window_s` seconds raise `Escalated` from the last one. `on_failure` hears of each
+    and may raise it sooner.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Supervisor:
         name: str,
         work: Callable[[], Awaitable[None]],
         *,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
         most: int = 8,
         window_s: float = 60.0,
         first_backoff_s: float = 0.1,
@@ -34,6 +36,7 @@ class Supervisor:
         self.name = name
         self.restarts = 0
         self._work = work
+        self._on_failure = on_failure
         self._most = most
         self._window_s = window_s
         self._first_backoff_s = first_backoff_s
@@ -51,6 +54,7 @@ class Supervisor:
                 task = asyncio.current_task()
                 if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
                     raise
+                self._on_failure(error)
                 now = loop.time()
                 self._failures.append(now)
                 while self._failures[0] < now - self._window_s:
