@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from mnemesh.discovery import ping_all
 from mnemesh.errors import MnemeshError, NotFound
 from mnemesh.ids import PARTITIONS
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import api, bucket_config, log_config, stream_state
+from mnemesh.jetstream import api, bucket_config, last_of, log_config, stream_state
 from router.shard_map import ShardEntry, decode_entry
 
 PING_S = 1.0
@@ -75,8 +74,7 @@ async def shard_map(inbox: Inbox) -> tuple[dict[str, ShardEntry], list[Finding]]
     bucket = subjects.SHARDS.name
     shards, findings = {}, []
     for name in await kv.keys(inbox, bucket):
-        stored = await api(inbox, f"STREAM.MSG.GET.KV_{bucket}", {"last_by_subj": f"$KV.{bucket}.{name}"})
-        value = base64.b64decode(stored["message"].get("data", ""))
+        value = (await last_of(inbox, f"KV_{bucket}", f"$KV.{bucket}.{name}")).message.data
         if not value:  # a delete marker
             continue
         try:

@@ -43,7 +43,7 @@ def allowed(contract: Contract, role: str) -> Permissions:
             subscribe.append(_wild(f"{root}.{operation.get('mapped', operation['subject'])}"))
     for stream in contract["streams"].values():
         if role in stream["writers"]:
-            publish.append(_wild(f"{root}.{stream['subject']}", keep=("site",)))
+            publish.append(_wild(f"{root}.{stream['subjects']['event'].replace('<origin>', '<site>')}", keep=("site",)))
         if role in stream["readers"]:
             publish += _reader(stream["name"])
     for bucket in contract["buckets"].values():

@@ -1,7 +1,8 @@
 """The four consistency levels of a read: `eventual`, `session`, `bounded`, `strong`.
 
 Each but the first says which log sequence the replica must have applied; the read waits for it within its budget,
-else it is `stale`. `bounded` and `strong` need the log's head, as it was at most so long ago.
+else it is `stale`. `bounded` and `strong` need the log's head, as it was at most so long ago. A session's token may
+name other sites: then their events must have come here, too.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from memory_shards.origins import Origins
 from memory_shards.watermark import Watermark
 from mnemesh.call import Call
 from mnemesh.errors import BadRequest, Stale
-from mnemesh.messages import Consistency
+from mnemesh.messages import Consistency, Token
 
 REPLY_MARGIN_S = 0.02
 """What is kept of the budget to say `stale` in time."""
@@ -41,29 +43,38 @@ class LogHead:
 class Freshness:
     """Makes reads of one site's projections wait until they are as fresh as their caller demands."""
 
-    def __init__(self, site: str, head: LogHead) -> None:
+    def __init__(self, site: str, head: LogHead, origins: Origins) -> None:
         self._site = site
         self._head = head
+        self._origins = origins
 
-    async def wait(self, consistency: Consistency | None, watermark: Watermark, call: Call) -> None:
-        """Return once `watermark` satisfies `consistency`. Raises `Stale` when the budget is about to run out."""
+    async def wait(self, consistency: Consistency | None, watermark: Watermark, call: Call) -> Token:
+        """Return once `watermark` satisfies `consistency`: what a read then sees. Raises `Stale` in time."""
         if consistency is None or consistency.level == "eventual":
-            return
+            return {self._site: watermark.value}
         try:
             async with asyncio.timeout_at(call.deadline - REPLY_MARGIN_S):
                 sequence = await self._demanded(consistency)
                 await watermark.reached(sequence)
         except TimeoutError as error:
+            stands = ", ".join(f"{sequence} of {site}" for site, sequence in self._seen(watermark, consistency).items())
             raise Stale(
-                f"this replica stands at {watermark.value} of {self._site}, behind what "
-                f"{consistency.level!r} demands, and did not catch up within the budget",
+                f"this replica stands at {stands}, behind what {consistency.level!r} demands, and did not catch up "
+                "within the budget",
                 retry_after_ms=50,
             ) from error
+        return self._seen(watermark, consistency)
+
+    def _seen(self, watermark: Watermark, consistency: Consistency) -> Token:
+        """Where a read stands: in this site's log, and in those that its demand names."""
+        return {self._site: watermark.value} | self._origins.at(watermark.value, consistency.token)
 
     async def _demanded(self, consistency: Consistency) -> int:
         now = asyncio.get_running_loop().time()
         if consistency.level == "session":
-            return consistency.token.get(self._site, 0)
+            token = consistency.token
+            carried = [await self._origins.local(site, token[site]) for site in token if site != self._site]
+            return max([token.get(self._site, 0), *carried])
         if consistency.level == "strong":
             return await self._head.as_of(now)
         if consistency.max_lag_ms is None:

@@ -21,6 +21,7 @@ from typing import IO, TypeVar
 from memory_shards import folder as folders
 from memory_shards.batcher import Batcher
 from memory_shards.freshness import Freshness, LogHead
+from memory_shards.origins import Origins
 from memory_shards.projection import Projection
 from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
@@ -33,10 +34,11 @@ from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
 from mnemesh.event import Record, decode_event
-from mnemesh.follower import Follower, Stored
+from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import from_token, partition_of, to_token
-from mnemesh.jetstream import stream_state
+from mnemesh.jetstream import Stored, last_of_each, stream_state
+from mnemesh.origin import check_carried, decode_mark, place_of
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
 
@@ -81,9 +83,10 @@ class Shard(Actor):
         self._folder = folder
         self._log = subjects.log_stream(site)
         self._partition_tokens = {str(partition): partition for partition in self.partitions}
+        self._origins = Origins()
         self._projections: tuple[Projection, ...] = ()
         self._lock: IO[str] | None = None
-        self._freshness = Freshness(site, LogHead(self._ask_head))
+        self._freshness = Freshness(site, LogHead(self._ask_head), self._origins)
         self._scanner = ThreadPoolExecutor(1, thread_name_prefix="scan-documents")
         self._searches: Batcher[VectorQuery, list[messages.Hit]] = Batcher(self._search)
 
@@ -128,6 +131,8 @@ class Shard(Actor):
 
     async def prepare(self) -> None:
         self._lock = await folders.hold(self._folder)
+        for stored in await last_of_each(self.asker.inbox, self._log, subjects.log_mark("*")):
+            self._note(stored)
         state = await stream_state(self.asker.inbox, self._log)
         self._incarnation = state.incarnation
         try:
@@ -177,20 +182,33 @@ class Shard(Actor):
                 await projection.offer(records, batch[-1].sequence)
 
     def _records(self, batch: Sequence[Stored]) -> list[Record]:
+        """The events of our partitions. What cannot be read, or says another origin than its subject, is skipped."""
         records = []
-        for sequence, recorded_at, message, _ in batch:
-            # …log.<site>.<tenant>.<partition>.<entity>
-            partition = self._partition_tokens.get(message.subject.rsplit(".", 2)[1])
+        for stored in batch:
+            place = place_of(stored.message.subject)
+            partition = self._partition_tokens.get(place.partition)
             if partition is None:
+                if place.is_mark:
+                    self._note(stored)
                 continue
             try:
-                event = decode_event(message.data)
+                event = decode_event(stored.message.data)
+                if place.origin != self.site:
+                    check_carried(event, place)
             except MnemeshError as error:
                 self.undecodable += 1
-                logger.error("event %d of %s cannot be read: %s", sequence, self._log, error)
+                logger.error("event %d of %s cannot be taken: %s", stored.sequence, self._log, error)
                 continue
-            records.append(Record(sequence, recorded_at, partition, event))
+            records.append(Record(stored.sequence, stored.recorded_at, partition, event))
         return records
+
+    def _note(self, stored: Stored) -> None:
+        try:
+            mark = decode_mark(stored.message.data)
+        except MnemeshError as error:
+            logger.error("mark %d of %s cannot be read: %s", stored.sequence, self._log, error)
+        else:
+            self._origins.note(place_of(stored.message.subject).origin, stored.sequence, mark)
 
     async def _scan(self, work: Callable[..., Result], *arguments: object) -> Result:
         """A long read of `self._scanned`, on its thread: neither the loop nor `apply` waits for it, nor it for them."""
@@ -204,9 +222,7 @@ class Shard(Actor):
     @handles(subjects.GET_CONTEXT)
     async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
         entity_id = _entity_id(request.entity_id, call)
-        watermark = self._document_projection.watermark
-        await self._freshness.wait(request.consistency, watermark, call)
-        seen = watermark.value
+        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
         document = self._documents.get(
             call.caller.tenant,
             entity_id,
@@ -214,7 +230,7 @@ class Shard(Actor):
             valid_at_ms=to_ms(request.valid_at) if request.valid_at else None,
         )
         if document is None:
-            raise NotFound(f"nothing is remembered of {entity_id[:200]!r} (as of {self.site} {seen})")
+            raise NotFound(f"nothing is remembered of {entity_id[:200]!r} (as of {self.site} {seen[self.site]})")
         vectors = None
         if request.include_vectors:
             await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
@@ -227,26 +243,22 @@ class Shard(Actor):
             spaces=document.spaces,
             text=document.text,
             version=document.version,
-            watermark={self.site: seen},
+            watermark=seen,
             vectors=vectors,
         )
 
     @handles(subjects.TIMELINE)
     async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
         entity_id = _entity_id(request.entity_id, call)
-        watermark = self._document_projection.watermark
-        await self._freshness.wait(request.consistency, watermark, call)
-        seen = watermark.value
+        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
         events = self._documents.timeline(call.caller.tenant, entity_id, request.after, request.limit)
-        return self._page(events, request.limit, seen)
+        return _page(events, request.limit, seen)
 
     # ── parts of questions that span shards ─────────────────────────────────────────────────────────────────
 
     @handles(subjects.SHARD_TIMELINE_RANGE)
     async def timeline_range(self, request: messages.TimelineRange, call: Call) -> messages.TimelinePage:
-        watermark = self._document_projection.watermark
-        await self._freshness.wait(request.consistency, watermark, call)
-        seen = watermark.value
+        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
         events = await self._scan(
             self._scanned.timeline_range,
             call.caller.tenant,
@@ -256,13 +268,11 @@ class Shard(Actor):
             request.after,
             request.limit,
         )
-        return self._page(events, request.limit, seen)
+        return _page(events, request.limit, seen)
 
     @handles(subjects.SHARD_SEARCH)
     async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
-        watermark = self._vector_projection.watermark
-        await self._freshness.wait(request.consistency, watermark, call)
-        seen = watermark.value
+        seen = await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
         query = VectorQuery(
             tenant=call.caller.tenant,
             space=request.space,
@@ -273,33 +283,29 @@ class Shard(Actor):
             output_fields=request.output_fields,
             include_vectors=request.include_vectors,
         )
-        return messages.Hits(hits=await self._searches.ask(query), watermark={self.site: seen})
+        return messages.Hits(hits=await self._searches.ask(query), watermark=seen)
 
     async def _search(self, queries: Sequence[VectorQuery]) -> Sequence[list[messages.Hit] | Exception]:
         return await self._vector_projection.on_worker(self._vectors.search, queries)
 
     @handles(subjects.SHARD_SEARCH_TEXT)
     async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
-        watermark = self._document_projection.watermark
-        await self._freshness.wait(request.consistency, watermark, call)
-        seen = watermark.value
+        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
         hits = await self._scan(self._scanned.search_text, call.caller.tenant, request.query, request.k, request.type)
-        return messages.Hits(hits=hits, watermark={self.site: seen})
+        return messages.Hits(hits=hits, watermark=seen)
 
     @handles(subjects.SHARD_EXPAND)
     async def expand(self, request: messages.Expand, call: Call) -> messages.Expanded:
-        watermark = self._document_projection.watermark
-        await self._freshness.wait(request.consistency, watermark, call)
-        seen = watermark.value
+        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
         asked = call.caller.tenant, request.entity_ids, request.relations, request.direction
         narrow = len(request.entity_ids) <= MOST_IDS_ON_LOOP
         if narrow:
             edges, truncated = self._documents.expand(*asked, min(request.limit, MOST_EDGES_ON_LOOP))
         if not narrow or (truncated and request.limit > MOST_EDGES_ON_LOOP):
             edges, truncated = await self._scan(self._scanned.expand, *asked, request.limit)
-            return messages.Expanded(edges=edges, truncated=truncated, watermark={self.site: seen})
+            return messages.Expanded(edges=edges, truncated=truncated, watermark=seen)
         ahead = self._walk_ahead(request, call.caller.tenant, edges)
-        return messages.Expanded(edges=edges, truncated=truncated, ahead=ahead, watermark={self.site: seen})
+        return messages.Expanded(edges=edges, truncated=truncated, ahead=ahead, watermark=seen)
 
     def _walk_ahead(self, request: messages.Expand, tenant: str, edges: list[tuple[str, str, str]]) -> list[str]:
         """Add to `edges` those of the entities that they lead to and that are ours; returns these entities."""
@@ -346,13 +352,10 @@ class Shard(Actor):
             digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )
 
-    def _page(self, events: list[messages.TimelineEvent], limit: int, seen: int) -> messages.TimelinePage:
-        more = len(events) == limit
-        return messages.TimelinePage(
-            events=events,
-            next_after=events[-1].sequence if more else None,
-            watermark={self.site: seen},
-        )
+
+def _page(events: list[messages.TimelineEvent], limit: int, seen: messages.Token) -> messages.TimelinePage:
+    more = len(events) == limit
+    return messages.TimelinePage(events=events, next_after=events[-1].sequence if more else None, watermark=seen)
 
 
 def _told(projection: Projection, count: Callable[[], Count], digest: bool) -> tuple[Count, str, int]:

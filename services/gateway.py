@@ -8,7 +8,6 @@ It holds no state but its clock, so any number of gateways serve one site.
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from mnemesh.errors import BY_CODE, BadRequest, Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
-from mnemesh.jetstream import WrongSequence, api, stream_state
+from mnemesh.jetstream import WrongSequence, last_of
 from mnemesh.log_writer import MOST_IN_BATCH, Append, LogWriter, Position
 from mnemesh.stats import Gauge
 from services.documents import body_of
@@ -66,15 +65,13 @@ class Gateway(Actor):
 
     async def prepare(self) -> None:
         """Start the clock no earlier than the newest stamp in the log, whatever the machine's clock says."""
-        stream = subjects.log_stream(self.site)
-        state = await stream_state(self.asker.inbox, stream)
-        if not state.messages:
-            return
         try:
-            reply = await api(self.asker.inbox, f"STREAM.MSG.GET.{stream}", {"seq": state.last_sequence})
+            newest = await last_of(
+                self.asker.inbox, subjects.log_stream(self.site), subjects.log_event(self.site, "*", "*", "*")
+            )
         except NotFound:
             return
-        self._clock.observe(decode_event(base64.b64decode(reply["message"]["data"])).hlc)
+        self._clock.observe(decode_event(newest.message.data).hlc)
 
     async def ready(self) -> None:
         await self._spaces.ready.wait()
@@ -161,14 +158,13 @@ class Gateway(Actor):
         """What was forgotten does not exist: a write that expects so compares with the tombstone instead."""
         if append.expected != 0:
             return append
-        stream = subjects.log_stream(self.site)
         try:
-            reply = await api(self.asker.inbox, f"STREAM.MSG.GET.{stream}", {"last_by_subj": append.subject})
+            last = await last_of(self.asker.inbox, subjects.log_stream(self.site), append.compared or append.subject)
         except NotFound:
             return append
-        if decode_event(base64.b64decode(reply["message"]["data"])).op != "forget":
+        if decode_event(last.message.data).op != "forget":
             return append
-        return append._replace(expected=reply["message"]["seq"])
+        return append._replace(expected=last.sequence)
 
     async def _commit_all(self, request: messages.Ingest, appends: Sequence[Append]) -> list[Position]:
         """All or nothing; the server does not say whose version was another."""
@@ -242,8 +238,9 @@ class Gateway(Actor):
             valid_from=valid_from,
             valid_to=valid_to,
         )
-        subject = subjects.log_event(self.site, tenant, partition_of_tokens(tenant, token), token)
-        return Append(subject, event.encode(), event_id, expected, rollup)
+        place = tenant, partition_of_tokens(tenant, token), token
+        subject, of_any_site = subjects.log_event(self.site, *place), subjects.log_event("*", *place)
+        return Append(subject, event.encode(), event_id, expected, rollup, of_any_site)
 
     def _event_id(self, call: Call) -> str:
         """The caller's own id for the write, scoped to the caller so that nobody can take another's; else a new one."""

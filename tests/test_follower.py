@@ -18,8 +18,8 @@ from mnemesh import follower as following
 from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.connection import Callback, Message
-from mnemesh.follower import Follower, Stored, StreamShrank
-from mnemesh.jetstream import api, ensure_log, stream_state
+from mnemesh.follower import Follower, StreamShrank
+from mnemesh.jetstream import Stored, api, ensure_log, stream_state
 from mnemesh.log_writer import LogWriter, Position
 
 LOG = subjects.log_stream(SITE)

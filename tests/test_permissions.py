@@ -47,7 +47,15 @@ class Probe(NamedTuple):
 
 def concrete(template: str, tenant: str, agent: str) -> str:
     """A subject as somebody would use it."""
-    values = {"site": SITE, "partition": "7", "shard": "s0", "entity": "e1", "tenant": tenant, "agent": agent}
+    values = {
+        "site": SITE,
+        "origin": SITE,
+        "partition": "7",
+        "shard": "s0",
+        "entity": "e1",
+        "tenant": tenant,
+        "agent": agent,
+    }
     return f"{CONTRACT['root']}." + re.sub(r"<(\w+)>", lambda match: values[match.group(1)], template)
 
 
@@ -93,10 +101,14 @@ def inbox_probes() -> Iterator[Probe]:
 
 def storage_probes() -> Iterator[Probe]:
     """Writers publish what is stored, nobody listens to it live; a stream's API is its readers' and the operator's."""
-    log = concrete(CONTRACT["streams"]["log"]["subject"], "acme", "alice")
-    yield Probe("publish", log, frozenset(CONTRACT["streams"]["log"]["writers"]))
-    yield Probe("publish", log.replace(SITE, "elsewhere"), frozenset())
-    yield Probe("subscribe", log, frozenset())
+    log = CONTRACT["streams"]["log"]
+    event = concrete(log["subjects"]["event"], "acme", "alice")
+    yield Probe("publish", event, frozenset(log["writers"]))
+    yield Probe("publish", event.replace(SITE, "elsewhere"), frozenset())
+    yield Probe("subscribe", event, frozenset())
+    for template in (log["subjects"]["mark"], *log["uplink"].values()):
+        yield Probe("publish", concrete(template, "acme", "alice"), frozenset())
+        yield Probe("subscribe", concrete(template, "acme", "alice"), frozenset())
     for bucket in CONTRACT["buckets"].values():
         key = f"$KV.{bucket['name']}.probe"
         yield Probe("publish", key, frozenset(bucket["writers"]))

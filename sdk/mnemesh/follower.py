@@ -14,7 +14,6 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import NamedTuple
 
 import nats.errors
 import nats.nuid
@@ -23,7 +22,7 @@ from nats.aio.subscription import Subscription
 from mnemesh.connection import Link, Message
 from mnemesh.errors import MnemeshError
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import StreamState, api, stream_state
+from mnemesh.jetstream import Stored, StreamState, api, stream_state
 
 logger = logging.getLogger("mnemesh.follower")
 
@@ -31,18 +30,6 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
 INACTIVE_S = 30.0
 _NS = 1_000_000_000
-
-
-class Stored(NamedTuple):
-    """A message at its place in the stream. `recorded_at` is the stream's time in milliseconds since 1970.
-
-    `following` is how many more the stream held when the server sent it.
-    """
-
-    sequence: int
-    recorded_at: int
-    message: Message
-    following: int
 
 
 class StreamShrank(Exception):

@@ -6,11 +6,15 @@ made here, followed by `follower.py`, and written by `log_writer.py` and `kv.py`
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from mnemesh import subjects
+from mnemesh.clock import to_ms
+from mnemesh.connection import Message
 from mnemesh.errors import Conflict, Internal, MnemeshError, NotFound, TooLarge, Unavailable
 from mnemesh.inbox import Inbox
 
@@ -82,11 +86,45 @@ async def stream_state(inbox: Inbox, stream: str) -> StreamState:
     return StreamState(info["created"], state["first_seq"], state["last_seq"], state["messages"], state["bytes"])
 
 
+class Stored(NamedTuple):
+    """A message at its place in the stream. `recorded_at` is the stream's time in milliseconds since 1970.
+
+    `following` is how many more the stream held when the server sent it.
+    """
+
+    sequence: int
+    recorded_at: int
+    message: Message
+    following: int
+
+
+async def last_of_each(inbox: Inbox, stream: str, filter_subject: str) -> list[Stored]:
+    """The last message of every subject of a stream that matches."""
+    info = await api(inbox, f"STREAM.INFO.{stream}", {"subjects_filter": filter_subject})
+    subjects = info["state"].get("subjects") or ()
+    return [await last_of(inbox, stream, subject) for subject in subjects]
+
+
+async def last_of(inbox: Inbox, stream: str, subject: str) -> Stored:
+    """The last message of a subject, which may have wildcards. Raises `NotFound`."""
+    held = (await api(inbox, f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject}))["message"]
+    recorded_at = to_ms(datetime.fromisoformat(held["time"]))
+    headers = base64.b64decode(held.get("hdrs", "")) or None
+    message = Message(held["subject"], "", base64.b64decode(held.get("data", "")), headers)
+    return Stored(held["seq"], recorded_at, message, 0)
+
+
 def log_config(site: str, *, replicas: int = 1) -> dict[str, Any]:
-    """How the log of a site is configured."""
+    """How the log of a site is configured that takes what devices send on their uplinks."""
     return {
         "name": subjects.log_stream(site),
-        "subjects": [subjects.log_event(site, "*", "*", "*")],
+        "subjects": [
+            subjects.log_event("*", "*", "*", "*"),
+            subjects.log_mark("*"),
+            subjects.uplink_event("*", "*", "*", "*"),
+            subjects.uplink_mark("*"),
+        ],
+        "subject_transform": {"src": subjects.UPLINK, "dest": subjects.LOG},
         "retention": "limits",
         "discard": "new",
         "storage": "file",

@@ -24,6 +24,7 @@ from mnemesh.jetstream import WRONG_LAST_ID, JetStreamError, check, is_refused_b
 
 MESSAGE_ID = "Nats-Msg-Id"
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+COMPARED = "Nats-Expected-Last-Subject-Sequence-Subject"
 EXPECTED_ID = "Nats-Expected-Last-Msg-Id"
 ROLLUP = "Nats-Rollup"
 BATCH_ID = "Nats-Batch-Id"
@@ -42,7 +43,8 @@ LEARN_EVERY = 256
 class Append(NamedTuple):
     """One message to append. `expected` is the subject's last sequence for compare-and-set (0: there is none).
 
-    `rollup` erases what the subject held before, in the same commit.
+    With `compared` it is the last of these subjects, by wildcards, instead. `rollup` erases what the subject held
+    before, in the same commit.
     """
 
     subject: str
@@ -50,6 +52,7 @@ class Append(NamedTuple):
     event_id: str
     expected: int | None = None
     rollup: bool = False
+    compared: str = ""
 
 
 class Position(NamedTuple):
@@ -308,6 +311,8 @@ def _headers(append: Append) -> dict[str, str]:
     headers = {MESSAGE_ID: append.event_id}
     if append.expected is not None:
         headers[EXPECTED] = str(append.expected)
+        if append.compared:
+            headers[COMPARED] = append.compared
     if append.rollup:
         headers[ROLLUP] = "sub"
     return headers

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "5ec375df6040"
+CONTRACT = "23c311f79bae"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -268,9 +268,27 @@ def log_stream(site: str) -> str:
     return f"MEMORY_{site}"
 
 
-def log_event(site: str, tenant: str, partition: int | str, entity: str) -> str:
-    """One message an event; every store is a projection of it."""
-    return f"mnemesh.v1.log.{site}.{tenant}.{partition}.{entity}"
+UPLINK, LOG = "mnemesh.v1.uplink.>", "mnemesh.v1.log.>"
+
+
+def log_event(origin: str, tenant: str, partition: int | str, entity: str) -> str:
+    """Subject of events in the log."""
+    return f"mnemesh.v1.log.{origin}.{tenant}.{partition}.{entity}"
+
+
+def log_mark(origin: str) -> str:
+    """Subject of marks in the log."""
+    return f"mnemesh.v1.log.{origin}.mark"
+
+
+def uplink_event(origin: str, tenant: str, partition: int | str, entity: str) -> str:
+    """Where a device sends its events."""
+    return f"mnemesh.v1.uplink.{origin}.{tenant}.{partition}.{entity}"
+
+
+def uplink_mark(origin: str) -> str:
+    """Where a device sends its marks."""
+    return f"mnemesh.v1.uplink.{origin}.mark"
 
 
 def agent_inbox(tenant: str, agent: str) -> str:
