@@ -16,7 +16,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/dev $(VENV)/demo
-	$(BIN)/mypy sdk/mnemesh memory_shards router services cli bench examples
+	$(BIN)/mypy sdk/mnemesh memory_shards router services edge cli bench examples
 
 contract: $(VENV)/dev
 	$(BIN)/mnemesh contract check

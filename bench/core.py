@@ -27,7 +27,8 @@ from nats.aio.client import Client
 from bench import bare
 from bench.report import Row, percentile, ratio, value
 from cli.mesh import Child, Mesh, MeshOptions
-from cli.server import ServerOptions, free_port
+from cli.server import free_port
+from cli.server_config import ServerOptions
 from mnemesh import Consistency, Memory, connect, subjects, wire
 from mnemesh.asker import Asker
 from mnemesh.connection import Link, LinkOptions

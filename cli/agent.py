@@ -6,9 +6,10 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from cli.credentials import AGENT, Credentials
+from cli.credentials import AGENT
 from cli.provision import ensure_tenants
-from cli.server import reload_running, saved_options
+from cli.server import reload_running
+from cli.server_config import saved_options
 from mnemesh.errors import BadRequest
 
 
@@ -29,7 +30,7 @@ def run(flags: argparse.Namespace) -> int:
         raise BadRequest(
             f"{flags.data} is no mesh's data folder; `mnemesh up --data {flags.data}` makes one"
         ) from error
-    credentials = Credentials(flags.data, url=options.url)
+    credentials = options.credentials()
     if flags.verb == "ls":
         for user in credentials.list():
             if user.role == AGENT:

@@ -15,10 +15,12 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.credentials import SYSTEM, Credential, write_private
+from cli.credentials import SYSTEM, Credential
 from cli.finding import Finding, named, ok, warning, wrong
 from cli.permissions import allowed
-from cli.server import NatsServerMissing, ServerOptions, find_nats_server, monitoring, render_config
+from cli.private import write_private
+from cli.server import NatsServerMissing, find_nats_server, monitoring
+from cli.server_config import ServerOptions, render_config
 from mnemesh import subjects
 from mnemesh.connection import Link
 from mnemesh.contract import fill

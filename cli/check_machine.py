@@ -15,18 +15,9 @@ from typing import Any
 
 from cli.credentials import AGENT, SYSTEM, Credential, Credentials
 from cli.finding import Finding, ok, warning, wrong
-from cli.server import (
-    OLDEST_SERVER,
-    NatsServerMissing,
-    ServerOptions,
-    config_file,
-    dotted,
-    find_nats_server,
-    log_file_of,
-    running_pid,
-    saved_options,
-    server_version,
-)
+from cli.permissions import roles_at
+from cli.server import OLDEST_SERVER, NatsServerMissing, dotted, find_nats_server, running_pid, server_version
+from cli.server_config import ServerOptions, config_file, log_file_of, saved_options
 from mnemesh.contract import fill
 from mnemesh.errors import MnemeshError
 
@@ -91,8 +82,8 @@ def users(
             readable.append(credentials.load(path.stem))
         except MnemeshError as error:
             findings.append(wrong(error.message, f"remove it and {up} again, which makes it anew"))
-    for role in (*contract["roles"], SYSTEM):
-        if role != AGENT and not (credentials.folder / f"{role}.json").exists():
+    for role in (*roles_at(contract, options.kind), SYSTEM):
+        if not (credentials.folder / f"{role}.json").exists():
             findings.append(wrong(f"there are no credentials for {role}", f"{up} again, which makes them"))
     for user in readable:
         if (mistake := _mistake(user, options, contract)) is not None:
@@ -106,7 +97,7 @@ def _mistake(user: Credential, options: ServerOptions, contract: Contract) -> st
     """What a credentials file says that is not so."""
     if user.role not in contract["roles"]:
         return None if user.role == SYSTEM else "is for a role that the contract does not have"
-    inbox = fill(contract["roles"][user.role]["inbox"], tenant=user.tenant, agent=user.agent)
+    inbox = fill(contract["roles"][user.role]["inbox"], tenant=user.tenant, agent=user.agent, site=options.site)
     if user.inbox_prefix != inbox:
         return f"names the inbox {user.inbox_prefix}; the contract says {inbox}"
     if user.url != options.url:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli.finding import Finding, named, ok, warning, wrong
-from cli.server import NO_ROOM, ServerOptions, monitoring
+from cli.server import NO_ROOM, monitoring
+from cli.server_config import ServerOptions
 from mnemesh import kv, messages, subjects, wire
 from mnemesh.asker import Asker, reply_of
 from mnemesh.discovery import ping_all
@@ -45,7 +46,8 @@ async def storage(inbox: Inbox, options: ServerOptions) -> AsyncIterator[Finding
         return
     yield ok("JetStream is on")
     right = True
-    for meant in (log_config(options.site), *(bucket_config(bucket.name) for bucket in subjects.BUCKETS)):
+    buckets = [bucket_config(bucket.name) for bucket in subjects.BUCKETS]
+    for meant in (log_config(options.site, kind=options.kind), *buckets):
         name = meant["name"]
         try:
             found = (await api(inbox, f"STREAM.INFO.{name}"))["config"]

@@ -8,20 +8,20 @@ server's own configuration, which is private too. Looks at the contract and at `
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import secrets
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from cli.contract import Contract
 from cli.contract import load as load_contract
+from cli.permissions import roles_at
+from cli.private import write_private
 from mnemesh.connection import LinkOptions
 from mnemesh.contract import fill
 from mnemesh.errors import BadRequest, NotFound
 from mnemesh.ids import check_name
+from mnemesh.jetstream import SiteKind
 
 AGENT = "agent"
 SYSTEM = "sys"
@@ -51,12 +51,26 @@ class Credential:
 
 
 class Credentials:
-    """The users of one data folder. `url` goes into files that are written from now on."""
+    """The users of one data folder. `url` goes into files that are written from now on.
 
-    def __init__(self, data: Path, *, url: str = "nats://127.0.0.1:4222", contract: Contract | None = None) -> None:
+    `kind` is what its site is: a `hub` or a `device`.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        *,
+        url: str = "nats://127.0.0.1:4222",
+        site: str = "hub",
+        kind: SiteKind = "hub",
+        contract: Contract | None = None,
+    ) -> None:
         self.folder = data.absolute() / "credentials"
         self.url = url
-        self._roles: dict[str, dict[str, str]] = (contract or load_contract())["roles"]
+        self.site = site
+        contract = contract or load_contract()
+        self._roles: dict[str, dict[str, str]] = contract["roles"]
+        self._here = roles_at(contract, kind)
 
     def ensure(self, role: str) -> Credential:
         """The user of a service role, of the operator, or `sys`; made at first, moved to `url` and the
@@ -66,15 +80,14 @@ class Credentials:
         """
         if role == SYSTEM:
             return self._ensure(SYSTEM, SYSTEM, "_INBOX", "the server's system account")
-        if role == AGENT or role not in self._roles:
-            known = ", ".join([*(name for name in self._roles if name != AGENT), SYSTEM])
-            raise BadRequest(f"no role {role!r} with a user of its own; there are {known}")
+        if role not in self._here:
+            raise BadRequest(f"no role {role!r} with a user of its own; there are {', '.join([*self._here, SYSTEM])}")
         declared = self._roles[role]
-        return self._ensure(role, declared["user"], declared["inbox"], declared["about"])
+        return self._ensure(role, declared["user"], fill(declared["inbox"], site=self.site), declared["about"])
 
     def ensure_roles(self) -> list[Credential]:
         """Every user but the agents."""
-        return [self.ensure(role) for role in (*self._roles, SYSTEM) if role != AGENT]
+        return [self.ensure(role) for role in (*self._here, SYSTEM)]
 
     def add_agent(self, tenant: str, agent: str) -> Credential:
         """The user of an agent, made at first. Raises `BadRequest` if a name is not plain."""
@@ -141,16 +154,3 @@ class Credentials:
 
     def _path(self, user: str) -> Path:
         return self.folder / f"{user}.json"
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace a file at once, readable by its owner only. A reader sees the old text or the new, never a part."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp makes it 0600
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.mesh import Mesh, MeshOptions
-from cli.server import ServerOptions, free_port
+from cli.server import free_port
+from cli.server_config import ServerOptions
 from mnemesh import Memory, connect
 from mnemesh.errors import BadRequest
 from mnemesh.host import run as run_process

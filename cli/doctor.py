@@ -12,9 +12,8 @@ from pathlib import Path
 
 from cli import check_access, check_machine, check_mesh
 from cli.contract import load as load_contract
-from cli.credentials import Credentials
 from cli.finding import Finding, wrong
-from cli.server import ServerOptions
+from cli.server_config import ServerOptions
 from mnemesh.asker import Asker
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.errors import MnemeshError
@@ -48,7 +47,7 @@ async def diagnose(data: Path) -> AsyncIterator[Finding]:
     if options is None:
         return
     contract = load_contract()
-    credentials = Credentials(data, url=options.url, contract=contract)
+    credentials = options.credentials(contract)
     for finding in check_machine.privacy(data, credentials):
         yield finding
     users, findings = check_machine.users(options, credentials, contract)

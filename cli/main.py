@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import agent, bench, contract, demo, doctor, up
+from cli import agent, bench, contract, demo, doctor, edge, up
 from cli.run import RunOptions, run_service
 from cli.server import NatsServerError
 from mnemesh.client import read_credentials
@@ -47,14 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("up", help="start a whole mesh on this machine")
-    _server_flags(command)
+    up.add_flags(command, DATA)
+    command.add_argument("--site", default="hub", help="the site's name (default: %(default)s)")
+    command.add_argument("--leaf-port", type=int, default=0, help="where devices connect; NATS's own is 7422 (0: none)")
     command.add_argument("--shards", type=int, default=2, help="how many shards (default: %(default)s)")
     command.add_argument("--replicas", type=int, default=1, help="processes of each shard (default: %(default)s)")
     command.add_argument("--metrics-port", type=int, default=9464, help="first of the services' ports; 0: free ones")
     command.set_defaults(run=lambda flags: run_process(lambda stop: up.up(up.options(flags), stop)))
 
     command = commands.add_parser("run", help="run one service against any NATS")
-    command.add_argument("service", choices=("gateway", "router", "shard"))
+    command.add_argument("service", choices=("gateway", "router", "shard", "hub"))
     command.add_argument("--credentials", type=Path, help="credentials file of the service's role")
     command.add_argument("--url", help="NATS server (default: the credentials' own)")
     command.add_argument("--site", default="hub", help="site whose log it serves (default: %(default)s)")
@@ -68,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("agent", help="add, list or remove the agents that may log in")
     agent.add_flags(command, DATA)
     command.set_defaults(run=agent.run)
+
+    command = commands.add_parser("edge", help="devices: run one here, or say at the hub which may connect")
+    edge.add_flags(command, DATA)
+    command.set_defaults(run=edge.run)
 
     command = commands.add_parser("doctor", help="say what is wrong and what to do")
     command.add_argument("--data", type=Path, default=DATA)
@@ -85,22 +91,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_flags(command)
     command.set_defaults(run=bench.run)
     return parser
-
-
-def _server_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", type=Path, default=DATA, help="folder for everything (default: %(default)s)")
-    command.add_argument("--site", default="hub")
-    command.add_argument("--host", default="127.0.0.1", help="where NATS listens (default: %(default)s)")
-    command.add_argument("--port", type=int, default=4222, help="NATS port (default: %(default)s)")
-    command.add_argument("--monitoring-port", type=int, default=8222)
-    command.add_argument(
-        "--durability",
-        choices=("synced", "interval"),
-        default="synced",
-        help="synced: every commit is on disk before it is acknowledged (default); interval: left to the server",
-    )
-    command.add_argument("--tenant", action="append", help="a tenant to make; may be repeated (default: demo)")
-    command.add_argument("--agent", action="append", help="TENANT.AGENT to make; may be repeated (default: demo.alice)")
 
 
 def _run(flags: argparse.Namespace) -> int:

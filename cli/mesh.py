@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,8 +18,10 @@ from pathlib import Path
 from types import TracebackType
 
 from cli.credentials import Credential
+from cli.keeping import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, heal, keep
 from cli.provision import even_shards, provision
-from cli.server import NO_ROOM, NatsServer, NatsServerError, ServerOptions, monitoring
+from cli.server import NatsServer
+from cli.server_config import ServerOptions
 from mnemesh.asker import Asker
 from mnemesh.discovery import ping_all
 from mnemesh.errors import Unavailable
@@ -30,15 +31,10 @@ logger = logging.getLogger("mnemesh.mesh")
 
 READY_S = 60.0
 DRAIN_S = 30.0
-FIRST_BACKOFF_S = 0.1
-LONGEST_BACKOFF_S = 5.0
 STEADY_S = 10.0
 """A process that lived this long has its backoff forgotten."""
 
 MOST_FAILURES = 3
-HEALTH_S = 2.0
-ROOM = 64 * 1024 * 1024
-"""Free bytes from which a disk counts as no longer full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class MeshOptions:
 
 @dataclass
 class Child:
-    """One service process. `name` is unique in the mesh: `gateway`, `router`, `s0.0`, `s0.1`, …"""
+    """One service process. `name` is unique in the mesh: `gateway`, `router`, `hub`, `s0.0`, `s0.1`, …"""
 
     name: str
     command: list[str]
@@ -116,8 +112,8 @@ class Mesh:
         )
         self.children = {child.name: child for child in self._plan()}
         self._keepers = [
-            asyncio.create_task(self._keep_server(), name="keep nats-server"),
-            asyncio.create_task(self._heal_server(), name="heal nats-server"),
+            asyncio.create_task(keep(self.server), name="keep nats-server"),
+            asyncio.create_task(heal(self.server), name="heal nats-server"),
         ]
         self._keepers += [
             asyncio.create_task(self._keep(child), name=f"keep {child.name}") for child in self.children.values()
@@ -127,6 +123,8 @@ class Mesh:
     def _plan(self) -> list[Child]:
         data = self.options.server.data.absolute()
         services = [("gateway", ["gateway"]), ("router", ["router"])]
+        if self.options.server.leaf_port:
+            services.append(("hub", ["hub"]))
         for shard in even_shards(self.options.shards):
             for replica in range(self.options.replicas):
                 name = f"{shard.name}.{replica}"
@@ -186,32 +184,6 @@ class Mesh:
             logger.warning("%s ended with status %d; it starts again (%s)", child.name, status, child.log_file)
             child.restarts += 1
             await asyncio.sleep(backoff)
-
-    async def _keep_server(self) -> None:
-        """Run nats-server, again and again; also where a start fails, for it may have been killed meanwhile."""
-        backoff = FIRST_BACKOFF_S
-        while True:
-            status = await self.server.wait()
-            logger.warning("nats-server ended with status %d; it starts again (%s)", status, self.server.log_file)
-            await self.server.kill()
-            try:
-                await self.server.start()
-            except NatsServerError as error:
-                logger.warning("nats-server did not start: %s", error)
-                await asyncio.sleep(backoff)
-                backoff = min(LONGEST_BACKOFF_S, backoff * 2)
-            else:
-                backoff = FIRST_BACKOFF_S
-
-    async def _heal_server(self) -> None:
-        """Once there is room again, start a server anew whose log met a full disk: it takes no writes before."""
-        options = self.server.options
-        while True:
-            await asyncio.sleep(HEALTH_S)
-            ill = (await monitoring(options, "/healthz")).get("error", "")
-            if NO_ROOM in ill and shutil.disk_usage(options.data).free >= ROOM and self.server.pid is not None:
-                logger.warning("there is room again; nats-server starts anew: %s", ill)
-                self.server.terminate()
 
 
 def _last_line(log_file: Path) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 Contract = dict[str, Any]
 
+EDGE = "edge"
+
 
 @dataclass(frozen=True)
 class Permissions:
@@ -33,17 +35,19 @@ def allowed(contract: Contract, role: str) -> Permissions:
     root = contract["root"]
     publish: list[str] = []
     subscribe = [f"{contract['roles'][role]['inbox']}.>"]
-    identity = ("tenant", "agent") if role == "agent" else ()
+    identity = {"agent": ("tenant", "agent"), "edge": ("site",)}.get(role, ())
     for operation in contract["operations"].values():
         if role in operation["callers"]:
             publish.append(_wild(f"{root}.{operation['subject']}", keep=identity))
             if "mapped" in operation:
                 publish.append(_wild(f"{root}.{operation['mapped']}", keep=identity))
         if role == operation["owner"]:
-            subscribe.append(_wild(f"{root}.{operation.get('mapped', operation['subject'])}"))
+            subscribe.append(_wild(f"{root}.{operation.get('mapped', operation['subject'])}", keep=identity))
     for stream in contract["streams"].values():
         if role in stream["writers"]:
             publish.append(_wild(f"{root}.{stream['subjects']['event'].replace('<origin>', '<site>')}", keep=("site",)))
+        if role in stream.get("uplinkers", ()):
+            publish.append(_uplink(contract, stream))
         if role in stream["readers"]:
             publish += _reader(stream["name"])
     for bucket in contract["buckets"].values():
@@ -58,6 +62,35 @@ def allowed(contract: Contract, role: str) -> Permissions:
     if role == "operator":
         publish += ["$SRV.>", "$JS.API.>", "$JS.ACK.>", "$JS.FC.>"]
     return Permissions(tuple(publish), tuple(subscribe))
+
+
+def _uplink(contract: Contract, stream: dict[str, Any]) -> str:
+    """All that a device sends, in one entry: nats-server 2.15 does not tell a leaf that may publish
+    `uplink.<site>.*.*.*` of the hub's interest in `uplink.*.*.*.*`, and the message goes nowhere.
+    """
+    before, _, _ = stream["uplink"]["mark"].partition("<origin>")
+    return f"{contract['root']}.{before}<site>.>"
+
+
+def across(contract: Contract) -> Permissions:
+    """What a hub takes from a device's server and gives to it: what the device's edge says and hears, and nothing else.
+
+    So whoever holds a device's key can speak only for that device.
+    """
+    root = contract["root"]
+    publish: list[str] = []
+    subscribe = [f"{contract['roles'][EDGE]['inbox']}.>"]
+    for operation in contract["operations"].values():
+        if EDGE in operation["callers"]:
+            publish.append(_wild(f"{root}.{operation['subject']}", keep=("site",)))
+    for stream in contract["streams"].values():
+        publish.append(_uplink(contract, stream))
+    return Permissions(tuple(publish), tuple(subscribe))
+
+
+def roles_at(contract: Contract, kind: str) -> list[str]:
+    """The roles that have a user of their own at a `hub` or on a `device`."""
+    return [name for name, role in contract["roles"].items() if name != "agent" and role.get("at", kind) == kind]
 
 
 def _asking(contract: Contract, owner: str) -> list[str]:
@@ -98,6 +131,8 @@ def permissions_conf(contract: Contract) -> str:
     ]
     for role in contract["roles"]:
         lines += ["", f"{role}_permissions: {{", *_block(allowed(contract, role)), "}"]
+    lines += ["", "# A hub's leaf users, one a device: <site> is the device's name.", "device_permissions: {"]
+    lines += [*_block(across(contract)), "}"]
     return "\n".join(lines) + "\n"
 
 

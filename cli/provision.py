@@ -8,7 +8,7 @@ from mnemesh import kv, subjects
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.ids import PARTITIONS, check_name
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import ensure_bucket, ensure_log
+from mnemesh.jetstream import SiteKind, ensure_bucket, ensure_log
 from router.shard_map import ShardEntry
 
 
@@ -41,14 +41,20 @@ async def _put_tenants(inbox: Inbox, tenants: Sequence[str]) -> None:
 
 
 async def provision(
-    options: LinkOptions, *, site: str, tenants: Sequence[str], shards: Sequence[ShardEntry], log_replicas: int = 1
+    options: LinkOptions,
+    *,
+    site: str,
+    tenants: Sequence[str],
+    shards: Sequence[ShardEntry],
+    kind: SiteKind = "hub",
+    log_replicas: int = 1,
 ) -> None:
     """Bring a site to this state. Safe to repeat; the shard map becomes exactly `shards`, tenants are only added."""
     link = await Link.open(options)
     try:
         inbox = Inbox(link)
         await inbox.open()
-        await ensure_log(inbox, site, replicas=log_replicas)
+        await ensure_log(inbox, site, kind=kind, replicas=log_replicas)
         for bucket in subjects.BUCKETS:
             await ensure_bucket(inbox, bucket.name, replicas=log_replicas)
         await _put_tenants(inbox, tenants)

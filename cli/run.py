@@ -1,4 +1,4 @@
-"""`mnemesh run gateway|router|shard`: one service in this process, against any NATS that has been provisioned."""
+"""`mnemesh run gateway|router|shard|hub`: one service in this process, against any NATS that has been provisioned."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mnemesh.inbox import Inbox
 from router.router import Router
 from router.shard_map import decode_entry
 from services.gateway import Gateway
+from services.hub import Hub
 from services.observer import observed
 from services.policy import TenantGuard
 
@@ -76,6 +77,8 @@ async def _actor(options: RunOptions, link: Link) -> Actor:
         return Gateway(link, site=options.site, guard=guard)
     if options.service == "router":
         return Router(link, guard=guard)
+    if options.service == "hub":
+        return Hub(link, site=options.site)
     partitions = await _partitions(link, options.shard)
     return Shard(link, name=options.shard, site=options.site, partitions=partitions, folder=options.folder, guard=guard)
 

@@ -1,4 +1,4 @@
-"""A site's nats-server: finding the program, writing its configuration, and the life of the process.
+"""A site's nats-server: finding the program, and the life of the process.
 
     async with NatsServer(ServerOptions(data=Path("mnemesh-data"), site="hub")) as server:
         credentials = server.credentials.add_agent("acme", "alice")
@@ -20,7 +20,7 @@ Errors are `NatsServerError`:
      └─ NatsServerFailed    it did not start or reload, or died; `log_tail` says why
          └─ AddressInUse (OSError)  its port, or the port of its monitoring page, is taken
 
-Looks at `credentials`, `permissions`, the contract. Knows nothing of NATS's protocol.
+Looks at `server_config`. Knows nothing of NATS's protocol.
 """
 
 from __future__ import annotations
@@ -40,26 +40,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain, cycle
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any
 
-from cli.contract import Contract
 from cli.contract import load as load_contract
-from cli.credentials import SYSTEM, Credential, Credentials, write_private
-from cli.permissions import allowed, mappings, user_block
-from mnemesh.contract import fill
+from cli.server_config import ServerOptions, config_file, log_file_of, pid_file_of, saved_options, write_configuration
 
 logger = logging.getLogger("mnemesh.server")
 
 OLDEST_SERVER = (2, 12)
 """The first nats-server with atomic batch publish (ADR-50), which the log's group commit stands on."""
-
-MAX_PAYLOAD = 8 * 1024 * 1024
-"""As much as nats-server advises at most, and what the largest request of the contract needs."""
 
 NO_ROOM = "no space left on device"
 """What `/healthz` says of a stream after the disk was full. It takes no more messages until the server starts anew."""
@@ -103,85 +96,6 @@ class AddressInUse(NatsServerFailed, OSError):
     """Another program listens where the server should: choose another port, or stop that program."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerOptions:
-    """Where a site's server lives and listens.
-
-    `durability` is what a write that was acknowledged survives: `synced` a loss of power (each commit is synced to
-    disk), `interval` a crash of the process (nats-server's default: a sync every 2 minutes).
-    """
-
-    data: Path
-    site: str = "hub"
-    host: str = "127.0.0.1"
-    port: int = 4222
-    monitoring_port: int = 8222
-    durability: Literal["synced", "interval"] = "synced"
-
-    @property
-    def url(self) -> str:
-        """Where clients on this machine connect."""
-        return f"nats://{_reachable(self.host)}:{self.port}"
-
-    @property
-    def monitoring_url(self) -> str:
-        """Where the server's monitoring pages are (`/varz`, `/jsz`, `/healthz`); only on this machine."""
-        return f"http://127.0.0.1:{self.monitoring_port}"
-
-
-def render_config(options: ServerOptions, users: Iterable[Credential], contract: Contract) -> str:
-    """The configuration of a site's server. It holds passwords: write it to a private file."""
-    data = options.data.absolute()
-    members, system = [], []
-    for user in users:
-        login = f"user: {_quoted(user.user)}, password: {_quoted(user.password)}"
-        if user.role == SYSTEM:
-            system.append(f"      {{ {login} }}")
-        else:
-            tokens = {"site": options.site, "tenant": user.tenant, "agent": user.agent}
-            block = user_block(allowed(contract, user.role), **tokens)
-            members.append(f"      {{ {login}, permissions: {block} }}")
-    routes = [
-        f"      {_quoted(source)}: {_quoted(fill(target, site=options.site))}"
-        for source, target in mappings(contract).items()
-    ]
-    sync = "    sync_interval: always" if options.durability == "synced" else ""
-    lines = [
-        "# Written by Mnemesh at each start and reload; changes are lost. Private: it holds passwords.",
-        f"server_name: {_quoted(f'mnemesh-{options.site}')}",
-        f"host: {_quoted(options.host)}",
-        f"port: {options.port}",
-        f'http: "127.0.0.1:{options.monitoring_port}"',
-        f"pid_file: {_quoted(str(_pid_file(data)))}",
-        f"ports_file_dir: {_quoted(str(data))}",
-        f"max_payload: {MAX_PAYLOAD}",
-        'ping_interval: "5s"',
-        "ping_max: 2",
-        "jetstream {",
-        f"    store_dir: {_quoted(str(data))}",
-        sync,
-        "}",
-        "accounts {",
-        "  MESH {",
-        "    jetstream: enabled",
-        "    mappings {",
-        *routes,
-        "    }",
-        "    users: [",
-        *members,
-        "    ]",
-        "  }",
-        "  SYS {",
-        "    users: [",
-        *system,
-        "    ]",
-        "  }",
-        "}",
-        "system_account: SYS",
-    ]
-    return "\n".join(line for line in lines if line) + "\n"
-
-
 class NatsServer:
     """The process of a site's server. It can be started again after it ended, on the same folder."""
 
@@ -190,7 +104,7 @@ class NatsServer:
     ) -> None:
         self.options = options
         self.contract = load_contract()
-        self.credentials = Credentials(options.data, url=options.url, contract=self.contract)
+        self.credentials = options.credentials(self.contract)
         self._agents = tuple(agents)
         self._program = program
         self._process: asyncio.subprocess.Process | None = None
@@ -342,14 +256,6 @@ class NatsServer:
         return _log_tail(self.log_file, self._log_start)
 
 
-def write_configuration(options: ServerOptions, credentials: Credentials, contract: Contract) -> None:
-    """Write a site's configuration, and the options that it came from for `reload_running`."""
-    data = options.data
-    held = {name: value for name, value in asdict(options).items() if name != "data"}
-    write_private(_options_file(data), json.dumps(held))
-    write_private(config_file(data), render_config(options, credentials.list(), contract))
-
-
 async def reload_running(data: Path, *, timeout_s: float = 10.0) -> bool:
     """Let the running server of a folder know its users, from another process than the one that started it.
 
@@ -360,14 +266,9 @@ async def reload_running(data: Path, *, timeout_s: float = 10.0) -> bool:
         return False
     options = saved_options(data)
     contract = load_contract()
-    write_configuration(options, Credentials(data, url=options.url, contract=contract), contract)
+    write_configuration(options, options.credentials(contract), contract)
     await _reload(options, pid, log_file_of(data), timeout_s)
     return True
-
-
-def saved_options(data: Path) -> ServerOptions:
-    """The options of the latest start in a folder. Raises `FileNotFoundError` if there was none."""
-    return ServerOptions(data=data, **json.loads(_options_file(data).read_text()))
 
 
 async def _reload(options: ServerOptions, pid: int, log_file: Path, timeout_s: float) -> None:
@@ -436,24 +337,6 @@ def dotted(version: tuple[int, ...]) -> str:
 # ── the data folder ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def config_file(data: Path) -> Path:
-    """The server's configuration in a data folder."""
-    return data.absolute() / "nats-server.conf"
-
-
-def _options_file(data: Path) -> Path:
-    return data.absolute() / "nats-server.json"
-
-
-def _pid_file(data: Path) -> Path:
-    return data.absolute() / "nats-server.pid"
-
-
-def log_file_of(data: Path) -> Path:
-    """What the server of a data folder logs."""
-    return data.absolute() / "nats-server.log"
-
-
 def _lock(data: Path) -> IO[str]:
     """Hold the folder for as long as the file is open; the kernel lets go of it when the process dies."""
     file = (data / "nats-server.lock").open("w")
@@ -468,7 +351,7 @@ def _lock(data: Path) -> IO[str]:
 def running_pid(data: Path) -> int | None:
     """The pid of the process that runs this folder's configuration, if it lives."""
     try:
-        pid = int(_pid_file(data).read_text())
+        pid = int(pid_file_of(data).read_text())
     except (OSError, ValueError):
         return None
     return pid if str(config_file(data)) in _command_line(pid) else None
@@ -550,14 +433,3 @@ async def monitoring(options: ServerOptions, page: str) -> dict[str, Any]:
     finally:
         writer.close()
     return reply if isinstance(reply, dict) else {}
-
-
-def _reachable(host: str) -> str:
-    """An address to connect to for an address to listen on."""
-    if host in ("0.0.0.0", "::", ""):
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Sequence
+from pathlib import Path
 
 from cli.mesh import Mesh, MeshOptions
-from cli.server import ServerOptions
+from cli.server_config import ServerOptions
 from mnemesh.errors import BadRequest
 from mnemesh.host import until_stopped
 from mnemesh.ids import PARTITIONS, check_name
 
 LAST_PORT = 65_535
+
+
+def add_flags(command: argparse.ArgumentParser, data: Path) -> None:
+    """The flags of whoever runs a nats-server and lets agents in."""
+    command.add_argument("--data", type=Path, default=data, help="folder for everything (default: %(default)s)")
+    command.add_argument("--host", default="127.0.0.1", help="where NATS listens (default: %(default)s)")
+    command.add_argument("--port", type=int, default=4222, help="NATS port (default: %(default)s)")
+    command.add_argument("--monitoring-port", type=int, default=8222)
+    command.add_argument(
+        "--durability",
+        choices=("synced", "interval"),
+        default="synced",
+        help="synced: every commit is on disk before it is acknowledged (default); interval: left to the server",
+    )
+    command.add_argument("--tenant", action="append", help="a tenant to make; may be repeated (default: demo)")
+    command.add_argument("--agent", action="append", help="TENANT.AGENT to make; may be repeated (default: demo.alice)")
 
 
 def options(flags: argparse.Namespace) -> MeshOptions:
@@ -20,34 +38,46 @@ def options(flags: argparse.Namespace) -> MeshOptions:
         raise BadRequest(f"--shards must be 1 to {PARTITIONS}")
     if flags.replicas < 1:
         raise BadRequest("--replicas must be at least 1")
-    check_name("site", flags.site)
-    if not (1 <= flags.port <= LAST_PORT and 1 <= flags.monitoring_port <= LAST_PORT):
-        raise BadRequest(f"--port and --monitoring-port must be 1 to {LAST_PORT}")
-    last_metrics_port = LAST_PORT - 2 - flags.shards * flags.replicas
+    last_metrics_port = LAST_PORT - 3 - flags.shards * flags.replicas
     if not 0 <= flags.metrics_port <= last_metrics_port:
         raise BadRequest(f"--metrics-port must be 0 (free ones) or up to {last_metrics_port}: each service has one")
+    tenants, agents = users(flags)
+    return MeshOptions(
+        server=server_options(flags, leaf_port=flags.leaf_port),
+        shards=flags.shards,
+        replicas=flags.replicas,
+        tenants=tenants,
+        agents=agents,
+        metrics_port=flags.metrics_port,
+    )
+
+
+def server_options(flags: argparse.Namespace, *, leaf_port: int = 0, hub: str = "") -> ServerOptions:
+    """The server that the flags describe. Raises `BadRequest`."""
+    check_name("site", flags.site)
+    if not (1 <= flags.port <= LAST_PORT and 1 <= flags.monitoring_port <= LAST_PORT and 0 <= leaf_port <= LAST_PORT):
+        raise BadRequest(f"--port and --monitoring-port must be 1 to {LAST_PORT}, --leaf-port up to that")
+    return ServerOptions(
+        data=flags.data,
+        site=flags.site,
+        host=flags.host,
+        port=flags.port,
+        monitoring_port=flags.monitoring_port,
+        durability=flags.durability,
+        leaf_port=leaf_port,
+        hub=hub,
+    )
+
+
+def users(flags: argparse.Namespace) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
+    """The tenants and the (tenant, agent) to make. Raises `BadRequest`."""
     agents = []
     for name in flags.agent or ["demo.alice"]:
         tenant, dot, agent = name.partition(".")
         if not dot:
             raise BadRequest(f"--agent {name}: expected TENANT.AGENT")
         agents.append((tenant, agent))
-    tenants = dict.fromkeys([*(flags.tenant or []), *(tenant for tenant, _ in agents)])
-    return MeshOptions(
-        server=ServerOptions(
-            data=flags.data,
-            site=flags.site,
-            host=flags.host,
-            port=flags.port,
-            monitoring_port=flags.monitoring_port,
-            durability=flags.durability,
-        ),
-        shards=flags.shards,
-        replicas=flags.replicas,
-        tenants=tuple(tenants),
-        agents=tuple(agents),
-        metrics_port=flags.metrics_port,
-    )
+    return list(dict.fromkeys([*(flags.tenant or []), *(tenant for tenant, _ in agents)])), agents
 
 
 async def up(options: MeshOptions, stop: asyncio.Event) -> int:

@@ -16,6 +16,7 @@ import nats.nuid
 
 from mnemesh import messages, subjects, wire
 from mnemesh.actor import Actor, handles
+from mnemesh.atomic_batch import MOST_IN_BATCH
 from mnemesh.call import MESSAGE_ID, Call, check_message_id
 from mnemesh.clock import HybridClock, to_ms
 from mnemesh.connection import Link
@@ -24,7 +25,7 @@ from mnemesh.event import Event, decode_event
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import WrongSequence, last_of
-from mnemesh.log_writer import MOST_IN_BATCH, Append, LogWriter, Position
+from mnemesh.log_writer import Append, LogWriter, Position
 from mnemesh.stats import Gauge
 from services.documents import body_of
 from services.spaces import Spaces

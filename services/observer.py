@@ -46,7 +46,7 @@ class ActorCollector(Collector):
         )
         running = GaugeMetricFamily("mnemesh_in_flight", "Requests being worked on", labels=("role", "operation"))
         connected = GaugeMetricFamily("mnemesh_connected", "1 while connected to NATS", labels=("role",))
-        gauges: list[Metric] = []
+        gauges: dict[str, GaugeMetricFamily] = {}
         for actor in self._actors:
             connected.add_metric((actor.role,), float(actor.link.is_connected))
             for operation, stats in actor.stats.items():
@@ -57,10 +57,10 @@ class ActorCollector(Collector):
                 waiting.add_metric(labels, stats.waiting)
                 running.add_metric(labels, stats.in_flight)
             for gauge in actor.gauges():
-                family = GaugeMetricFamily(f"mnemesh_{actor.role}_{gauge.name}", gauge.about)
-                family.add_metric((), gauge.read())
-                gauges.append(family)
-        return [requests, seconds, waiting, running, connected, *gauges]
+                name = f"mnemesh_{actor.role}_{gauge.name}"
+                family = gauges.setdefault(name, GaugeMetricFamily(name, gauge.about, labels=tuple(gauge.labels)))
+                family.add_metric(tuple(gauge.labels.values()), gauge.read())
+        return [requests, seconds, waiting, running, connected, *gauges.values()]
 
 
 def _cumulative(stats: OperationStats) -> list[tuple[str, float]]:

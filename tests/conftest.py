@@ -13,7 +13,8 @@ from mesh import SHARDS, SPARE_TENANTS, Mesh
 from nats.aio.client import Client
 
 from cli.provision import even_shards, provision
-from cli.server import NatsServer, ServerOptions, free_port
+from cli.server import NatsServer, free_port
+from cli.server_config import ServerOptions
 from mnemesh import Memory
 from mnemesh.asker import Asker
 from mnemesh.connection import Link

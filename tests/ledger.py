@@ -32,7 +32,8 @@ import numpy as np
 
 import mnemesh
 from cli.mesh import Child, Mesh, MeshOptions
-from cli.server import ServerOptions, free_port
+from cli.server import free_port
+from cli.server_config import ServerOptions
 from mnemesh import Consistency, Memory, messages, subjects, wire
 from mnemesh.asker import Asker, reply_of
 from mnemesh.connection import Link

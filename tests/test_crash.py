@@ -27,6 +27,7 @@ from memory_shards.shard import Shard
 from mnemesh import Memory, messages, subjects, wire
 from mnemesh.actor import handles
 from mnemesh.asker import Asker
+from mnemesh.atomic_batch import BATCH_COMMIT, BATCH_ID, BATCH_SEQUENCE
 from mnemesh.call import Call
 from mnemesh.clock import HybridClock, wall_ms
 from mnemesh.connection import Link
@@ -34,7 +35,6 @@ from mnemesh.errors import MnemeshError, Timeout, Unavailable
 from mnemesh.host import Host, hosted
 from mnemesh.ids import PARTITIONS
 from mnemesh.jetstream import check, stream_state
-from mnemesh.log_writer import BATCH_COMMIT, BATCH_ID, BATCH_SEQUENCE
 from router.router import Router
 from services.gateway import Gateway
 

@@ -17,7 +17,8 @@ from cli import check_machine, server
 from cli.doctor import diagnose, exit_status, main
 from cli.finding import Finding
 from cli.provision import even_shards, provision
-from cli.server import NatsServer, config_file
+from cli.server import NatsServer
+from cli.server_config import config_file
 from memory_shards.shard import Shard
 from mnemesh import subjects
 from mnemesh.actor import Actor

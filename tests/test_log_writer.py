@@ -15,9 +15,10 @@ from test_connection import lost
 from cli.server import NatsServer
 from mnemesh import subjects
 from mnemesh.asker import Asker
+from mnemesh.atomic_batch import MOST_IN_BATCH
 from mnemesh.errors import Busy, Conflict, MnemeshError, TooLarge, Unavailable
 from mnemesh.jetstream import stream_state
-from mnemesh.log_writer import LEARN_EVERY, MOST_IN_BATCH, MOST_WAITING, Append, LogWriter, Pace, Position
+from mnemesh.log_writer import LEARN_EVERY, MOST_WAITING, Append, LogWriter, Pace, Position
 
 LOG = subjects.log_stream(SITE)
 RUN = time.time_ns()

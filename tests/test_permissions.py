@@ -29,7 +29,7 @@ from mnemesh.ids import partition_of, to_token
 Connect = Callable[[str], Awaitable[Raw]]
 
 CONTRACT: dict[str, Any] = yaml.safe_load(SOURCE.read_text())
-SERVICES = ("gateway", "router", "shard", "operator")
+SERVICES = ("gateway", "router", "shard", "operator", "hub")
 USERS = (*SERVICES, *(f"{tenant}.{agent}" for tenant, agent in AGENTS))
 STREAMS = {
     **{stream["name"].replace("<site>", SITE): stream for stream in CONTRACT["streams"].values()},

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
-Role = Literal["agent", "gateway", "router", "shard", "operator"]
+Role = Literal["agent", "gateway", "router", "shard", "operator", "hub", "edge"]
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R", bound=msgspec.Struct)
@@ -74,12 +74,13 @@ def reply_is_private(operation: AnyOperation, tokens: Mapping[str, str], reply: 
     all its callers, so without this check one caller could have it publish on another's inbox. Ask before anything is
     sent to a reply subject, refusals included.
     """
-    return reply.startswith(_private(operation.inboxes, tokens.get("tenant", ""), tokens.get("agent", "")))
+    identity = tokens.get("tenant", ""), tokens.get("agent", ""), tokens.get("site", "")
+    return reply.startswith(_private(operation.inboxes, *identity))
 
 
 @lru_cache(maxsize=16_384)
-def _private(inboxes: tuple[str, ...], tenant: str, agent: str) -> tuple[str, ...]:
-    return tuple(f"{fill(inbox, tenant=tenant, agent=agent)}." for inbox in inboxes)
+def _private(inboxes: tuple[str, ...], tenant: str, agent: str, site: str) -> tuple[str, ...]:
+    return tuple(f"{fill(inbox, tenant=tenant, agent=agent, site=site)}." for inbox in inboxes)
 
 
 def fill(template: str, **tokens: str) -> str:

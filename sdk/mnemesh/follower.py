@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import nats.errors
 import nats.nuid
@@ -62,7 +62,7 @@ class Follower:
         """How many messages have come that the reader has not taken."""
         return len(self._buffer)
 
-    async def batches(self, most: int) -> AsyncIterator[list[Stored]]:
+    async def batches(self, most: int) -> AsyncGenerator[list[Stored], None]:
         """Lists of 1 to `most` messages in log order, for ever. Raises `StreamShrank`."""
         forget = self._link.on_lost(self._on_lost)
         try:

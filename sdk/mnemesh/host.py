@@ -36,6 +36,7 @@ class Host:
     def __init__(self, *actors: Actor) -> None:
         self.actors: Sequence[Actor] = actors
         self.ready = asyncio.Event()
+        self.ended = asyncio.Event()
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -65,6 +66,7 @@ class Host:
             if others is not None:
                 raise _first(others) from None
         finally:
+            self.ended.set()
             for actor in self.actors:
                 await actor.close()
         if lost:

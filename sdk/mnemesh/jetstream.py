@@ -10,7 +10,7 @@ import base64
 import json
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mnemesh import subjects
 from mnemesh.clock import to_ms
@@ -107,24 +107,36 @@ async def last_of_each(inbox: Inbox, stream: str, filter_subject: str) -> list[S
 
 async def last_of(inbox: Inbox, stream: str, subject: str) -> Stored:
     """The last message of a subject, which may have wildcards. Raises `NotFound`."""
-    held = (await api(inbox, f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject}))["message"]
+    return await _get(inbox, stream, {"last_by_subj": subject})
+
+
+async def message_at(inbox: Inbox, stream: str, sequence: int) -> Stored:
+    """The message at a sequence. Raises `NotFound` where none is, or none is any more."""
+    return await _get(inbox, stream, {"seq": sequence})
+
+
+async def _get(inbox: Inbox, stream: str, wanted: dict[str, Any]) -> Stored:
+    held = (await api(inbox, f"STREAM.MSG.GET.{stream}", wanted))["message"]
     recorded_at = to_ms(datetime.fromisoformat(held["time"]))
     headers = base64.b64decode(held.get("hdrs", "")) or None
     message = Message(held["subject"], "", base64.b64decode(held.get("data", "")), headers)
     return Stored(held["seq"], recorded_at, message, 0)
 
 
-def log_config(site: str, *, replicas: int = 1) -> dict[str, Any]:
-    """How the log of a site is configured that takes what devices send on their uplinks."""
+SiteKind = Literal["hub", "device"]
+
+
+def log_config(site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> dict[str, Any]:
+    """How the log of a site is configured. A hub's takes what devices send on their uplinks, too."""
+    own = [subjects.log_event("*", "*", "*", "*"), subjects.log_mark("*")]
+    uplinks: dict[str, Any] = {
+        "subjects": [*own, subjects.uplink_event("*", "*", "*", "*"), subjects.uplink_mark("*")],
+        "subject_transform": {"src": subjects.UPLINK, "dest": subjects.LOG},
+    }
     return {
         "name": subjects.log_stream(site),
-        "subjects": [
-            subjects.log_event("*", "*", "*", "*"),
-            subjects.log_mark("*"),
-            subjects.uplink_event("*", "*", "*", "*"),
-            subjects.uplink_mark("*"),
-        ],
-        "subject_transform": {"src": subjects.UPLINK, "dest": subjects.LOG},
+        "subjects": own,
+        **(uplinks if kind == "hub" else {}),
         "retention": "limits",
         "discard": "new",
         "storage": "file",
@@ -153,9 +165,9 @@ def bucket_config(bucket: str, *, replicas: int = 1) -> dict[str, Any]:
     }
 
 
-async def ensure_log(inbox: Inbox, site: str, *, replicas: int = 1) -> StreamState:
+async def ensure_log(inbox: Inbox, site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> StreamState:
     """Make the log of a site, or bring an existing one up to `log_config`."""
-    await _ensure(inbox, log_config(site, replicas=replicas))
+    await _ensure(inbox, log_config(site, kind=kind, replicas=replicas))
     return await stream_state(inbox, subjects.log_stream(site))
 
 

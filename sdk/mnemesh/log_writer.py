@@ -1,10 +1,8 @@
-"""Appending to the log: group commit by JetStream's atomic batches (ADR-50).
+"""Appending to the log: group commit by atomic batches.
 
 Whatever is appended while a commit is under way goes into the next one, so batches grow with the load and a lone write
 waits for nobody. One sync then pays for the whole batch. nats-server stages a batch before it stores it, which costs
 some syncs more; so where a sync is fast, a few messages are sooner stored one by one, and `Pace` tells how many.
-
-https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-50.md
 """
 
 from __future__ import annotations
@@ -17,8 +15,9 @@ from typing import NamedTuple
 
 import nats.nuid
 
+from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, Outgoing, publish_batch
 from mnemesh.connection import Link
-from mnemesh.errors import Busy, Conflict, Internal, MnemeshError, Timeout, TooLarge, Unavailable
+from mnemesh.errors import Busy, Conflict, MnemeshError, TooLarge, Unavailable
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import WRONG_LAST_ID, JetStreamError, check, is_refused_batch
 
@@ -27,13 +26,6 @@ EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 COMPARED = "Nats-Expected-Last-Subject-Sequence-Subject"
 EXPECTED_ID = "Nats-Expected-Last-Msg-Id"
 ROLLUP = "Nats-Rollup"
-BATCH_ID = "Nats-Batch-Id"
-BATCH_SEQUENCE = "Nats-Batch-Sequence"
-BATCH_COMMIT = "Nats-Batch-Commit"
-
-MOST_IN_BATCH = 1000
-"""nats-server's limit for one atomic batch."""
-MOST_BYTES_IN_BATCH = 8 * 1024 * 1024
 MOST_WAITING = 65_536
 COMMIT_S = 5.0
 SMALL_BATCH = 32
@@ -238,26 +230,10 @@ class LogWriter:
             if isinstance(outcome, MnemeshError):
                 raise outcome
             return [outcome]
-        batch_id = self._nuid.next().decode()
-        members = [
-            _headers(append) | {BATCH_ID: batch_id, BATCH_SEQUENCE: str(sequence)}
-            for sequence, append in enumerate(appends, 1)
-        ]
-        members[-1][BATCH_COMMIT] = "1"
-        try:
-            async with asyncio.timeout(COMMIT_S):
-                for append, headers in zip(appends[:-1], members, strict=False):
-                    await self._link.publish(append.subject, append.payload, headers=headers)
-        except TimeoutError as error:
-            raise Timeout(f"the log did not take a batch within {COMMIT_S} s") from error
-        last = appends[-1]
-        message = await self._inbox.request(last.subject, last.payload, budget_s=COMMIT_S, headers=members[-1])
-        ack = check(json.loads(message.data))
-        if ack.get("count") != len(appends):
-            raise Internal(f"the log acknowledged {ack.get('count')} of {len(appends)} messages of a batch")
+        members = [Outgoing(append.subject, append.payload, _headers(append)) for append in appends]
+        first = await publish_batch(self._link, self._inbox, members, budget_s=COMMIT_S)
         self.commits += 1
         self.appended += len(appends)
-        first = ack["seq"] - len(appends) + 1
         return [Position(first + offset, False) for offset in range(len(appends))]
 
     async def _publish_singly(self, appends: Sequence[Append]) -> list[Position | MnemeshError]:

@@ -377,3 +377,75 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     vectors: int
     skipped: int = 0
     digest: str | None = None
+
+
+# ── between a device and its hub ────────────────────────────────────────────────────────────────────────────
+
+
+class AskPosition(Request, frozen=True, kw_only=True):
+    """Request of `uplink_position`, with what a device says of itself every few seconds.
+
+    `waiting` events are still to be sent, the oldest for `lag_s`; `clock_ms` is the device's time, in milliseconds
+    since 1970, and `log_bytes` the size of its log.
+    """
+
+    waiting: Annotated[int, Meta(ge=0)] = 0
+    lag_s: Annotated[float, Meta(ge=0)] = 0.0
+    clock_ms: int = 0
+    log_bytes: Annotated[int, Meta(ge=0)] = 0
+
+
+class Position(Reply, frozen=True, kw_only=True):
+    """Up to where a hub has a device's log, from the device's last mark, at `place` of the hub's log; 0: there is none.
+
+    `incarnation` tells the device's log from another of the same name made later; `event_id` is that of the last event.
+    """
+
+    hub: str
+    place: int = 0
+    incarnation: str = ""
+    sequence: int = 0
+    event_id: str = ""
+
+
+class EdgeStatus(Reply, frozen=True, kw_only=True):
+    """Where a device stands with its hub.
+
+    `linked` while its hub answers. `waiting` is how many of its events the hub lacks, and `lag_s` for how long the
+    oldest of them has waited. `trouble` says, in words, what an operator must mend before it sends on.
+    """
+
+    site: str
+    hub: str
+    linked: bool
+    uplinked: int
+    waiting: int
+    lag_s: float
+    trouble: str = ""
+
+
+class AskDevices(Request, frozen=True, kw_only=True):
+    """Request of `devices`."""
+
+
+class DeviceSeen(Reply, frozen=True, kw_only=True):
+    """What a hub knows of one device: up to where it has its log, and what the device last said of itself.
+
+    `silent_s` is how long ago that was, in seconds; after a restart of the hub it is when the last events came, and the
+    rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's.
+    """
+
+    site: str
+    linked: bool
+    silent_s: float
+    uplinked: int
+    waiting: int | None = None
+    lag_s: float | None = None
+    clock_offset_ms: int | None = None
+    log_bytes: int | None = None
+
+
+class DevicesSeen(Reply, frozen=True, kw_only=True):
+    """Reply of `devices`, by name. Devices that never sent anything are not in it."""
+
+    devices: list[DeviceSeen]

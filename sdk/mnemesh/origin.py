@@ -55,13 +55,13 @@ def check_carried(event: Event, place: Place) -> None:
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """Up to where the log of an origin is in this one.
 
-    `incarnation` tells that log from another of the same name made later (its stream's creation time); `stamp` is the
-    newest that any event up to there had.
+    `incarnation` tells that log from another of the same name made later (its stream's creation time); `event_id` is
+    that of the last event, by which a copy of a log that went its own way is known.
     """
 
     incarnation: str
     sequence: int
-    stamp: int = 0
+    event_id: str = ""
 
     def encode(self) -> bytes:
         return wire.encode(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.022, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -37,8 +37,9 @@ class OperationStats:
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """A value read when somebody looks."""
+    """A value read when somebody looks. Gauges of one name differ in the values of the same labels."""
 
     name: str
     about: str
     read: Callable[[], float]
+    labels: Mapping[str, str] = field(default_factory=dict)

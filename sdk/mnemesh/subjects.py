@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "23c311f79bae"
+CONTRACT = "37d94c07a8ab"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -234,6 +234,51 @@ SHARD_STATUS = Operation(
     concurrency=2,
     mailbox=64,
 )
+UPLINK_POSITION = Operation(
+    name="uplink_position",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.position.<site>",
+    served="mnemesh.v1.edge.position.<site>",
+    request=messages.AskPosition,
+    reply=messages.Position,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+DEVICES = Operation(
+    name="devices",
+    owner="hub",
+    callers=("operator",),
+    inboxes=("_INBOX_operator_0",),
+    subject="mnemesh.v1.hub.devices",
+    served="mnemesh.v1.hub.devices",
+    request=messages.AskDevices,
+    reply=messages.DevicesSeen,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=4,
+    mailbox=64,
+)
+EDGE_STATUS = Operation(
+    name="edge_status",
+    owner="edge",
+    callers=("operator",),
+    inboxes=("_INBOX_operator_0",),
+    subject="mnemesh.v1.edge.status.<site>",
+    served="mnemesh.v1.edge.status.<site>",
+    request=messages.Status,
+    reply=messages.EdgeStatus,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=4,
+    mailbox=64,
+)
 
 OPERATIONS: dict[str, AnyOperation] = {
     "set_context": SET_CONTEXT,
@@ -251,6 +296,9 @@ OPERATIONS: dict[str, AnyOperation] = {
     "shard_expand": SHARD_EXPAND,
     "shard_timeline_range": SHARD_TIMELINE_RANGE,
     "shard_status": SHARD_STATUS,
+    "uplink_position": UPLINK_POSITION,
+    "devices": DEVICES,
+    "edge_status": EDGE_STATUS,
 }
 
 TENANTS = Bucket(name="mnemesh_tenants", about="the tenants that exist")
@@ -341,6 +389,26 @@ def operator_user() -> str:
     return "operator"
 
 
+def hub_inbox() -> str:
+    """Inbox prefix of hub: what a hub does for its devices."""
+    return "_INBOX_hub_0"
+
+
+def hub_user() -> str:
+    """User name of hub."""
+    return "hub"
+
+
+def edge_inbox(site: str) -> str:
+    """Inbox prefix of edge: what a device does for its hub."""
+    return f"_INBOX_edge.{site}"
+
+
+def edge_user() -> str:
+    """User name of edge."""
+    return "edge"
+
+
 def set_context(tenant: str, agent: str) -> str:
     """Patch one entity."""
     return f"mnemesh.v1.memory.set_context.{tenant}.{agent}"
@@ -414,3 +482,18 @@ def shard_timeline_range(shard: str, tenant: str, agent: str) -> str:
 def shard_status(shard: str) -> str:
     """Where one replica of a shard stands."""
     return f"mnemesh.v1.shard.status.{shard}"
+
+
+def uplink_position(site: str) -> str:
+    """Up to where the hub has a device's log."""
+    return f"mnemesh.v1.edge.position.{site}"
+
+
+def devices() -> str:
+    """What a hub has heard of its devices."""
+    return "mnemesh.v1.hub.devices"
+
+
+def edge_status(site: str) -> str:
+    """Where a device stands with its hub."""
+    return f"mnemesh.v1.edge.status.{site}"

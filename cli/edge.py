@@ -1,0 +1,203 @@
+"""`mnemesh edge up | key` on a device, `enrol | revoke | ls` at its hub."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from cli import up
+from cli.credentials import SYSTEM
+from cli.devices import Devices, new_seed, public_of, seed_of
+from cli.edge_node import EdgeNode, EdgeOptions
+from cli.private import write_private
+from cli.server import monitoring, reload_running
+from cli.server_config import ServerOptions, saved_options
+from mnemesh import subjects
+from mnemesh.asker import Asker
+from mnemesh.connection import Link
+from mnemesh.errors import BadRequest, Unavailable
+from mnemesh.host import run as run_process
+from mnemesh.host import until_stopped
+from mnemesh.ids import check_name
+from mnemesh.inbox import Inbox
+from mnemesh.messages import AskDevices, DeviceSeen
+
+DEVICE_DATA = Path("mnemesh-edge")
+KICK_S = 5.0
+
+
+def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+
+    verb = verbs.add_parser("up", help="on a device: run it; the hub need not be in reach")
+    up.add_flags(verb, DEVICE_DATA)
+    verb.add_argument("--site", required=True, help="the device's name")
+    verb.add_argument("--hub", required=True, metavar="URL", help="its hub, such as nats://hub.example:7422")
+    verb.add_argument("--metrics-port", type=int, default=9464, help="0: a free one")
+    verb.add_argument("--uplink-bytes-per-s", type=float, help="most that it sends its hub")
+
+    verb = verbs.add_parser("key", help="on a device: print its public key, which the hub enrols")
+    verb.add_argument("--data", type=Path, default=DEVICE_DATA, help="the device's folder (default: %(default)s)")
+
+    verb = verbs.add_parser("enrol", help="at the hub: let a device connect under a name")
+    verb.add_argument("name")
+    verb.add_argument("--key", help="the device's public key; without it a pair is made here, to be carried there")
+
+    verb_of = {"revoke": "at the hub: end a device's access at once", "ls": "at the hub: list its devices"}
+    for name, about in verb_of.items():
+        verbs.add_parser(name, help=about)
+    verbs.choices["revoke"].add_argument("name")
+    for name in ("enrol", *verb_of):
+        folder = verbs.choices[name].add_argument("--data", type=Path, default=hub_data)
+        folder.help = "the hub's folder (default: %(default)s)"
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Returns the exit status. Raises a `MnemeshError` that says what cannot be."""
+    if flags.verb == "up":
+        return run_process(lambda stop: _up(_options(flags), stop))
+    if flags.verb == "key":
+        print(public_of(seed_of(flags.data)))
+        return 0
+    options = _hub(flags.data)
+    devices = Devices(flags.data)
+    if flags.verb == "ls":
+        asyncio.run(_list(devices, options))
+        return 0
+    if flags.verb == "revoke":
+        devices.revoke(flags.name)
+        asyncio.run(shut_out(options))
+    else:
+        _enrol(devices, options, flags.name, flags.key)
+        asyncio.run(reload_running(flags.data))
+    return 0
+
+
+def _options(flags: argparse.Namespace) -> EdgeOptions:
+    if not flags.hub.startswith(("nats://", "tls://", "ws://", "wss://")):
+        raise BadRequest(f"--hub {flags.hub}: expected a URL such as nats://hub.example:7422")
+    if flags.uplink_bytes_per_s is not None and flags.uplink_bytes_per_s <= 0:
+        raise BadRequest("--uplink-bytes-per-s must be more than 0")
+    tenants, agents = up.users(flags)
+    return EdgeOptions(
+        server=up.server_options(flags, hub=flags.hub),
+        tenants=tenants,
+        agents=agents,
+        metrics_port=flags.metrics_port,
+        uplink_bytes_per_s=flags.uplink_bytes_per_s,
+    )
+
+
+async def _up(options: EdgeOptions, stop: asyncio.Event) -> int:
+    await until_stopped(stop, _serve(options))
+    print("stopped; all that was acknowledged is in the data folder", flush=True)
+    return 0
+
+
+async def _serve(options: EdgeOptions) -> None:
+    async with EdgeNode(options) as node:
+        print(_greeting(node), flush=True)
+        try:
+            await node.ended()
+        finally:
+            print("draining …", flush=True)
+
+
+def _greeting(node: EdgeNode) -> str:
+    options = node.options
+    server = options.server
+    lines = [
+        f"mnemesh edge {server.site} is up, whether or not its hub {server.hub} is in reach",
+        f"  connect      {server.url}",
+        *(f"  credentials  {node.server.credentials.load('.'.join(agent)).path}" for agent in options.agents),
+        f"  monitoring   {server.monitoring_url}",
+        f"  metrics      http://127.0.0.1:{node.metrics_port}/metrics",
+        f"  key          {public_of(seed_of(server.data))}",
+        f"At the hub, once: mnemesh edge enrol {server.site} --key and this key. Ctrl-C drains and stops.",
+    ]
+    return "\n".join(lines)
+
+
+def _hub(data: Path) -> ServerOptions:
+    try:
+        options = saved_options(data)
+    except FileNotFoundError as error:
+        raise BadRequest(f"{data} is no mesh's data folder; `mnemesh up --data {data} --leaf-port 7422`") from error
+    if not options.leaf_port:
+        raise BadRequest(f"the mesh of {data} takes no devices; start it with `mnemesh up --leaf-port 7422`")
+    return options
+
+
+async def _list(devices: Devices, options: ServerOptions) -> None:
+    """What is enrolled, and what the hub has heard of each, if it runs."""
+    seen = {device.site: device for device in await _seen(options)}
+    table = Table("site", "link", "hub has", "waiting", "lag", "clock", "log", "enrolled", box=None)
+    for device in devices.list():
+        heard = seen.pop(device.name, None)
+        table.add_row(device.name, *_told(heard), device.enrolled_at)
+    for site, heard in seen.items():
+        table.add_row(site, *_told(heard), "revoked")
+    Console().print(table)
+
+
+def _told(heard: DeviceSeen | None) -> list[str]:
+    if heard is None:
+        return ["never", *[""] * 5]
+    link = "linked" if heard.linked else f"silent for {heard.silent_s:.0f} s"
+    if heard.waiting is None or heard.lag_s is None or heard.clock_offset_ms is None or heard.log_bytes is None:
+        return [link, str(heard.uplinked), *[""] * 4]
+    clock = f"{heard.clock_offset_ms / 1000:+.1f} s"
+    return [link, str(heard.uplinked), str(heard.waiting), f"{heard.lag_s:.1f} s", clock, decimal(heard.log_bytes)]
+
+
+async def _seen(options: ServerOptions) -> list[DeviceSeen]:
+    try:
+        link = await Link.open(options.credentials().load("operator").link_options("edge ls"))
+    except Unavailable:
+        return []
+    try:
+        asker = await Asker(link).open()
+        return (await asker.ask(subjects.DEVICES, subjects.devices(), AskDevices())).devices
+    finally:
+        await link.close()
+
+
+async def shut_out(options: ServerOptions) -> None:
+    """Have a running server forget whom the files do not name any more.
+
+    A reload leaves its leaves connected, and they name themselves. So all are disconnected; the others are back in a
+    second.
+    """
+    if not await reload_running(options.data):
+        return
+    leaves = (await monitoring(options, "/leafz")).get("leafs") or ()
+    link = await Link.open(options.credentials().load(SYSTEM).link_options("revoke"))
+    try:
+        inbox = Inbox(link)
+        await inbox.open()
+        server = (await monitoring(options, "/varz"))["server_id"]
+        for leaf in leaves:
+            kick = json.dumps({"cid": leaf["id"]}).encode()
+            await inbox.request(f"$SYS.REQ.SERVER.{server}.KICK", kick, budget_s=KICK_S)
+    finally:
+        await link.close()
+
+
+def _enrol(devices: Devices, options: ServerOptions, name: str, key: str | None) -> None:
+    if check_name("device", name) == options.site:
+        raise BadRequest(f"{name} is the hub's own name")
+    if key is not None:
+        devices.enrol(name, key)
+        print(f"{name} is enrolled; on the device: mnemesh edge up --site {name} --hub nats://HOST:{options.leaf_port}")
+        return
+    seed = new_seed()
+    devices.enrol(name, public_of(seed))
+    file = Path(f"{name}.nk")
+    write_private(file, seed + "\n")
+    print(f"{name} is enrolled; carry {file} to the device, as device.nk in its data folder, and remove it here")

@@ -1,0 +1,97 @@
+"""A device: its nats-server, and everything else of it in this one process, kept small.
+
+The server is a leaf of the hub's; whether the hub is in reach makes no difference to the device's own agents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from cli.keeping import heal, keep
+from cli.provision import provision
+from cli.server import NatsServer
+from cli.server_config import ServerOptions
+from edge.node import Edge
+from memory_shards.shard import Shard
+from mnemesh.connection import Link
+from mnemesh.host import hosted, link_as
+from mnemesh.ids import PARTITIONS
+from router.router import Router
+from router.shard_map import ShardEntry
+from services.gateway import Gateway
+from services.observer import observed
+from services.policy import TenantGuard
+
+logger = logging.getLogger("mnemesh.edge")
+
+CONNECT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeOptions:
+    """What a device runs. `uplink_bytes_per_s` bounds what it sends its hub; `metrics_port` 0 is a free one."""
+
+    server: ServerOptions
+    tenants: Sequence[str] = ("demo",)
+    agents: Sequence[tuple[str, str]] = (("demo", "alice"),)
+    metrics_port: int = 0
+    uplink_bytes_per_s: float | None = None
+
+
+class EdgeNode:
+    """One device, that serves within the block and is drained at its end."""
+
+    def __init__(self, options: EdgeOptions) -> None:
+        self.options = options
+        self.server = NatsServer(options.server, agents=options.agents)
+        self.metrics_port = 0
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> EdgeNode:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        server, site = self.server, self.options.server.site
+        await self._stack.enter_async_context(server)
+        operator = server.credentials.load("operator").link_options("provision")
+        shards = [ShardEntry(site, frozenset(range(PARTITIONS)))]
+        await provision(operator, site=site, tenants=self.options.tenants, shards=shards, kind="device")
+        for work in (keep(server), heal(server)):
+            task = asyncio.ensure_future(work)
+            self._stack.callback(task.cancel)
+        actors = (
+            Gateway(await self._link("gateway"), site=site, guard=TenantGuard()),
+            Router(await self._link("router"), guard=TenantGuard()),
+            Shard(
+                await self._link("shard"),
+                name=site,
+                site=site,
+                partitions=range(PARTITIONS),
+                folder=self.options.server.data / "shard",
+                guard=TenantGuard(),
+            ),
+            Edge(await self._link("edge"), site=site, uplink_bytes_per_s=self.options.uplink_bytes_per_s),
+        )
+        self._host = await self._stack.enter_async_context(hosted(*actors))
+        self.metrics_port = await self._stack.enter_async_context(
+            observed(actors, host="127.0.0.1", port=self.options.metrics_port)
+        )
+
+    async def _link(self, role: str) -> Link:
+        return await link_as(self.server.credentials.load(role).link_options(role), CONNECT_S)
+
+    async def ended(self) -> None:
+        """Return once its actors have ended by themselves; leaving the block then raises why."""
+        await self._host.ended.wait()

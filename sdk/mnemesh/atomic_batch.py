@@ -1,0 +1,62 @@
+"""JetStream's atomic batch publish: many messages of one stream, stored at consecutive sequences or not at all.
+
+https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-50.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import nats.nuid
+
+from mnemesh.connection import Link
+from mnemesh.errors import Internal, Timeout
+from mnemesh.inbox import Inbox
+from mnemesh.jetstream import check
+
+BATCH_ID = "Nats-Batch-Id"
+BATCH_SEQUENCE = "Nats-Batch-Sequence"
+BATCH_COMMIT = "Nats-Batch-Commit"
+
+MOST_IN_BATCH = 1000
+"""nats-server's limit for one atomic batch."""
+MOST_BYTES_IN_BATCH = 8 * 1024 * 1024
+
+_nuid = nats.nuid.NUID()
+
+
+class Outgoing(NamedTuple):
+    """One message on its way to a stream."""
+
+    subject: str
+    payload: bytes
+    headers: Mapping[str, str]
+
+
+async def publish_batch(link: Link, inbox: Inbox, messages: Sequence[Outgoing], *, budget_s: float) -> int:
+    """Store 2 to 1,000 messages as one; returns the sequence of the first.
+
+    Raises what `jetstream.check` raises for the batch as a whole, `Timeout`, or `Unavailable`: then it may have been
+    stored all the same.
+    """
+    batch = {BATCH_ID: _nuid.next().decode()}
+    *others, last = [
+        message._replace(headers={**message.headers, **batch, BATCH_SEQUENCE: str(sequence)})
+        for sequence, message in enumerate(messages, 1)
+    ]
+    try:
+        async with asyncio.timeout(budget_s):
+            for subject, payload, headers in others:
+                await link.publish(subject, payload, headers=dict(headers))
+    except TimeoutError as error:
+        raise Timeout(f"a batch could not be sent within {budget_s} s") from error
+    commit = {**last.headers, BATCH_COMMIT: "1"}
+    reply = await inbox.request(last.subject, last.payload, budget_s=budget_s, headers=commit)
+    ack = check(json.loads(reply.data))
+    if ack.get("count") != len(messages):
+        raise Internal(f"{ack.get('count')} of {len(messages)} messages of a batch were acknowledged")
+    first: int = ack["seq"] - len(messages) + 1
+    return first

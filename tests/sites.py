@@ -1,0 +1,157 @@
+"""A hub and its devices on one machine, and the cable between them, which a test can cut without a sign."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import mnemesh
+from cli.devices import Devices, public_of, seed_of
+from cli.edge_node import EdgeNode, EdgeOptions
+from cli.provision import even_shards, provision
+from cli.server import NatsServer, free_port
+from cli.server_config import ServerOptions
+from memory_shards.shard import Shard
+from mnemesh import Consistency, Memory, messages, subjects
+from mnemesh.actor import Actor
+from mnemesh.asker import Asker
+from mnemesh.connection import Link
+from mnemesh.host import hosted
+from mnemesh.ids import PARTITIONS
+from router.router import Router
+from services.gateway import Gateway
+from services.hub import Hub
+from services.policy import TenantGuard
+
+TENANT = "acme"
+AGENT = (TENANT, "alice")
+
+
+class Cable:
+    """A TCP line to `port` that can be cut: nothing passes then, and neither end is told."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._whole = asyncio.Event()
+        self._whole.set()
+        self._pipes: set[asyncio.Task[None]] = set()
+        self._ends: set[asyncio.StreamWriter] = set()
+
+    @contextlib.asynccontextmanager
+    async def laid(self) -> AsyncIterator[int]:
+        """The port of its near end, within the block."""
+        server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+            self.cut()
+            self.drop()
+
+    def cut(self) -> None:
+        self._whole.clear()
+
+    def heal(self) -> None:
+        """Connections of before are gone by now at one end or both: what was on its way in them does not come."""
+        self.drop()
+        self._whole.set()
+
+    def drop(self) -> None:
+        """Close every connection."""
+        for pipe in self._pipes:
+            pipe.cancel()
+        for end in self._ends:
+            end.close()
+        self._pipes.clear()
+        self._ends.clear()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._ends.add(writer)
+        await self._whole.wait()
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError:
+            writer.close()
+            return
+        self._ends.add(far_writer)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            self._pipes.add(asyncio.ensure_future(self._carry(source, sink)))
+
+    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65_536):
+                await self._whole.wait()
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+
+class HubSite:
+    """A hub with one shard, in this process."""
+
+    def __init__(self, data: Path) -> None:
+        self.options = ServerOptions(
+            data=data, port=free_port(), monitoring_port=free_port(), leaf_port=free_port(), durability="interval"
+        )
+        self.server = NatsServer(self.options, agents=[AGENT])
+
+    @contextlib.asynccontextmanager
+    async def up(self) -> AsyncIterator[HubSite]:
+        """The hub runs within the block, on what its folder holds."""
+        async with self.server:
+            operator = self.server.credentials.load("operator").link_options()
+            await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1))
+            actors: list[Actor] = [
+                Gateway(await self._link("gateway"), site="hub", guard=TenantGuard()),
+                Router(await self._link("router"), guard=TenantGuard()),
+                Hub(await self._link("hub"), site="hub"),
+                Shard(
+                    await self._link("shard"),
+                    name="s0",
+                    site="hub",
+                    partitions=range(PARTITIONS),
+                    folder=self.options.data / "shard",
+                    guard=TenantGuard(),
+                ),
+            ]
+            async with hosted(*actors):
+                yield self
+
+    async def _link(self, role: str) -> Link:
+        return await Link.open(self.server.credentials.load(role).link_options(role))
+
+    async def enrol(self, name: str, data: Path) -> None:
+        """Let the device whose data folder this is connect as `name`."""
+        Devices(self.options.data).enrol(name, public_of(seed_of(data)))
+        await self.server.reload()
+
+
+def device_options(name: str, data: Path, hub: str) -> EdgeOptions:
+    server = ServerOptions(
+        data=data, site=name, port=free_port(), monitoring_port=free_port(), durability="interval", hub=hub
+    )
+    return EdgeOptions(server=server, tenants=[TENANT], agents=[AGENT])
+
+
+@contextlib.asynccontextmanager
+async def alice_at(server: NatsServer) -> AsyncIterator[Memory]:
+    async with mnemesh.connect(credentials=server.credentials.load(".".join(AGENT)).path) as memory:
+        yield memory
+
+
+def since(written: messages.Written | messages.Ingested) -> Consistency:
+    """A read that is to see this write."""
+    return Consistency(level="session", token=written.token)
+
+
+async def status_of(node: EdgeNode) -> messages.EdgeStatus:
+    """Where a device stands with its hub, by itself."""
+    link = await Link.open(node.server.credentials.load("operator").link_options())
+    try:
+        asker = await Asker(link).open()
+        site = node.options.server.site
+        return await asker.ask(subjects.EDGE_STATUS, subjects.edge_status(site), messages.Status())
+    finally:
+        await link.close()

@@ -1,0 +1,95 @@
+"""`mnemesh edge` as an operator types it: a device as a process, its enrolment, and what the hub tells of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from sites import TENANT, HubSite, alice_at, device_options, since
+
+from cli.edge_node import EdgeOptions
+from cli.main import main
+from cli.server import NatsServer
+from mnemesh.errors import MnemeshError
+
+
+async def mnemesh(*arguments: str) -> str:
+    """What a command prints; it must succeed."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cli.main", *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    said, complaint = await process.communicate()
+    assert process.returncode == 0, complaint.decode()
+    return said.decode()
+
+
+@contextlib.asynccontextmanager
+async def edge_up(options: EdgeOptions, log_file: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`mnemesh edge up` as a process."""
+    server = options.server
+    flags = ["--data", str(server.data), "--site", server.site, "--hub", server.hub, "--port", str(server.port)]
+    flags += ["--monitoring-port", str(server.monitoring_port), "--metrics-port", "0", "--agent", f"{TENANT}.alice"]
+    with log_file.open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cli.main", "edge", "up", *flags),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+        )
+    assert process.stdout is not None
+    while b"Ctrl-C" not in (line := await process.stdout.readline()):
+        assert line, f"it ended before it was up; see {log_file}"
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+async def test_a_killed_device_comes_back_and_sends_every_acknowledged_write_once(tmp_path: Path) -> None:
+    async with HubSite(tmp_path / "hub").up() as hub:
+        options = device_options("sub7", tmp_path / "d", f"nats://127.0.0.1:{hub.options.leaf_port}")
+        key = (await mnemesh("edge", "key", "--data", str(tmp_path / "d"))).strip()
+        await mnemesh("edge", "enrol", "sub7", "--key", key, "--data", str(tmp_path / "hub"))
+        acknowledged = []
+        for life in range(3):
+            async with edge_up(options, tmp_path / "up.log") as process, alice_at(NatsServer(options.server)) as here:
+                with contextlib.suppress(MnemeshError):
+                    for n in range(200):
+                        written = await here.set_context("t:1", attributes={"n": f"{life}-{n}"})
+                        acknowledged.append(f"{life}-{n}")
+                        if n == 150 and life < 2:
+                            process.kill()
+        async with edge_up(options, tmp_path / "up.log"), alice_at(hub.server) as there:
+            await there.get_context("t:1", consistency=since(written), budget_ms=30_000)
+            page = await there.timeline("t:1", limit=1000)
+            told = [event.body["attributes"]["n"] for event in page.events]
+            assert [n for n in told if n in acknowledged] == acknowledged
+            assert len(set(told)) == len(told) <= len(acknowledged) + 2  # a write may be there whose ack was lost
+            listed = await mnemesh("edge", "ls", "--data", str(tmp_path / "hub"))
+            assert "sub7" in listed
+            assert "linked" in listed
+        await mnemesh("edge", "revoke", "sub7", "--data", str(tmp_path / "hub"))
+        assert "revoked" in await mnemesh("edge", "ls", "--data", str(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["up", "--site", "a.b", "--hub", "nats://x"], "site 'a.b' must be"),
+        (["up", "--site", "a", "--hub", "hub.example"], "expected a URL such as nats://"),
+        (["up", "--site", "a", "--hub", "nats://x", "--uplink-bytes-per-s", "0"], "must be more than 0"),
+        (["enrol", "sub7", "--key", "U", "--data", "nowhere"], "is no mesh's data folder"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_named(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["edge", *arguments]) == 1
+    assert says in capsys.readouterr().err

@@ -1,0 +1,337 @@
+"""What is born on a device goes to its hub once and in order, whatever happens to the line, the hub or the device."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import nats.errors
+import pytest
+import pytest_asyncio
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from sites import TENANT, Cable, HubSite, alice_at, device_options, since, status_of
+
+from cli.devices import Devices, public_of, seed_of
+from cli.edge import shut_out
+from cli.edge_node import EdgeNode
+from cli.server import find_nats_server, free_port
+from mnemesh import Consistency, Memory, subjects
+from mnemesh.asker import Asker
+from mnemesh.connection import Link
+from mnemesh.errors import MnemeshError, NotFound, Stale, Unavailable
+from mnemesh.event import Event
+from mnemesh.ids import partition_of_tokens
+from mnemesh.inbox import Inbox
+from mnemesh.jetstream import api, stream_state
+from mnemesh.messages import Status
+
+LONG_MS = 30_000
+ONCE: dict[str, Any] = {"max_reconnect_attempts": 1, "allow_reconnect": False}
+
+
+@pytest_asyncio.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
+    async with HubSite(tmp_path / "hub").up() as hub:
+        yield hub
+
+
+@contextlib.asynccontextmanager
+async def device(hub: HubSite, data: Path, *, name: str = "sub7", line: str = "") -> AsyncIterator[EdgeNode]:
+    """An enrolled device with a direct line to its hub, or by way of `line`."""
+    if name not in [known.name for known in Devices(hub.options.data).list()]:
+        await hub.enrol(name, data)
+    options = device_options(name, data, line or f"nats://127.0.0.1:{hub.options.leaf_port}")
+    async with EdgeNode(options) as node:
+        yield node
+
+
+async def counted(memory: Memory, entity_id: str) -> list[int]:
+    """The `n` of every event of an entity, in the order of the log."""
+    page = await memory.timeline(entity_id, limit=1000)
+    return [event.body["attributes"]["n"] for event in page.events]
+
+
+async def test_a_device_serves_and_restarts_without_a_hub_in_reach(tmp_path: Path) -> None:
+    options = device_options("sub7", tmp_path, "nats://127.0.0.1:1")
+    async with EdgeNode(options) as node, alice_at(node.server) as memory:
+        written = await memory.set_context("t:1", attributes={"n": 1}, vectors={"v": [1.0, 0.0]}, text="a feeder")
+        assert (await memory.get_context("t:1", consistency=since(written))).attributes == {"n": 1}
+        assert (await memory.search_embedding([1.0, 0.0], space="v", consistency=since(written))).hits
+        assert not (await status_of(node)).linked
+    async with EdgeNode(options) as node, alice_at(node.server) as memory:
+        assert (await memory.get_context("t:1", consistency=since(written))).text == "a feeder"
+
+
+async def test_a_write_on_a_device_is_read_at_the_hub_with_its_token(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context(
+            "t:1", type="transformer", attributes={"n": 1}, edges=[{"relation": "feeds", "target_id": "b:1"}], text="x"
+        )
+        found = await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        assert (found.type, found.attributes, found.text) == ("transformer", {"n": 1}, "x")
+        assert found.watermark["sub7"] >= written.token["sub7"]
+        assert [node.entity_id for node in (await there.traverse("t:1")).nodes] == ["t:1", "b:1"]
+
+
+async def test_a_token_of_a_site_that_is_not_here_is_stale(hub: HubSite) -> None:
+    async with alice_at(hub.server) as memory:
+        written = await memory.set_context("t:1", attributes={"n": 1})
+        elsewhere = Consistency(level="session", token=written.token | {"nowhere": 1})
+        with pytest.raises(Stale):
+            await memory.get_context("t:1", consistency=elsewhere, budget_ms=300)
+
+
+async def test_a_version_counts_the_writes_of_every_site(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("t:1", attributes={"n": 1})
+        found = await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        with pytest.raises(MnemeshError, match="not at version 0"):
+            await there.set_context("t:1", attributes={"n": 2}, expected_version=0)
+        await there.set_context("t:1", attributes={"n": 2}, expected_version=found.version)
+
+
+async def test_what_was_written_while_the_line_was_cut_comes_once_and_in_order(hub: HubSite, tmp_path: Path) -> None:
+    cable = Cable(hub.options.leaf_port)
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "d", line=f"nats://127.0.0.1:{port}") as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        written = await here.set_context("t:1", attributes={"n": 0})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        for n in range(1, 400):
+            if n % 100 == 50:
+                cable.cut()  # with a batch on its way
+            if n % 100 == 99:
+                cable.heal()
+            written = await here.set_context("t:1", attributes={"n": n})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        assert await counted(there, "t:1") == list(range(400))
+
+
+async def test_a_hub_that_was_restored_from_a_backup_gets_what_it_lacks(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up():
+            node = await stack.enter_async_context(device(hub, tmp_path / "d"))
+            here = await stack.enter_async_context(alice_at(node.server))
+            async with alice_at(hub.server) as there:
+                written = await here.set_context("t:1", attributes={"n": 0})
+                await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        shutil.copytree(tmp_path / "hub", tmp_path / "backup")
+        async with hub.up(), alice_at(hub.server) as there:
+            written = await here.set_context("t:1", attributes={"n": 1})
+            await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        shutil.rmtree(tmp_path / "hub")
+        shutil.copytree(tmp_path / "backup", tmp_path / "hub")
+        async with hub.up(), alice_at(hub.server) as there:
+            await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+            assert await counted(there, "t:1") == [0, 1]
+
+
+async def test_a_device_whose_log_was_lost_is_told_apart_and_goes_on(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        for n in range(3):
+            written = await here.set_context("t:1", attributes={"n": n})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+    shutil.rmtree(tmp_path / "d" / "jetstream")
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        await here.set_context("t:1", attributes={"n": 3})
+        written = await here.set_context("t:2", attributes={"n": 0})
+        while True:  # its token is below that of the log that was lost
+            with contextlib.suppress(NotFound):
+                await there.get_context("t:2", consistency=since(written))
+                break
+        assert await counted(there, "t:1") == [0, 1, 2, 3]
+
+
+async def test_a_copy_of_a_devices_folder_is_told_so_and_sends_nothing(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("t:1", attributes={"n": 0})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+    shutil.copytree(tmp_path / "d", tmp_path / "copy")
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("t:1", attributes={"n": 1})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+    async with device(hub, tmp_path / "copy") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        await here.set_context("t:1", attributes={"n": 100})
+        while "another device sends from a copy of its folder" not in (await status_of(node)).trouble:
+            pass
+        assert await counted(there, "t:1") == [0, 1]
+        assert await counted(here, "t:1") == [0, 100]
+
+
+async def test_what_a_device_forgets_the_hub_forgets_of_it(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        await here.set_context("t:1", attributes={"secret": 1})
+        written = await here.forget("t:1")
+        with pytest.raises(NotFound):
+            await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        operator = await Link.open(hub.server.credentials.load("operator").link_options())
+        inbox = Inbox(operator)
+        await inbox.open()
+        kept = await api(inbox, f"STREAM.INFO.{subjects.log_stream('hub')}", {"subjects_filter": ">"})
+        of_it = [count for subject, count in kept["state"]["subjects"].items() if f".{TENANT}." in subject]
+        assert of_it == [1]
+        await operator.close()
+
+
+@contextlib.asynccontextmanager
+async def stolen(hub: HubSite, data: Path) -> AsyncIterator[Client]:
+    """A client without any limits on a nats-server that has the key of the device whose folder this is."""
+    data.joinpath("thief").mkdir(parents=True)
+    port = free_port()
+    remote = f'url: "nats://127.0.0.1:{hub.options.leaf_port}", nkey: "{seed_of(data)}"'
+    config = data / "thief" / "nats.conf"
+    config.write_text(f"port: {port}\nhttp: {free_port()}\nleafnodes {{ remotes: [ {{ {remote} }} ] }}\n")
+    process = await asyncio.create_subprocess_exec(
+        *(find_nats_server(), "-c", config),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    client = Client()
+    try:
+        while not client.is_connected:
+            with contextlib.suppress(OSError, nats.errors.Error):
+                await client.connect(f"nats://127.0.0.1:{port}", inbox_prefix=subjects.edge_inbox("sub7"), **ONCE)
+        yield client
+    finally:
+        await client.close()
+        process.terminate()
+        await process.wait()
+
+
+async def test_a_stolen_key_speaks_and_hears_only_for_its_own_device(hub: HubSite, tmp_path: Path) -> None:
+    await hub.enrol("sub7", tmp_path / "d")
+    async with stolen(hub, tmp_path / "d") as thief, alice_at(hub.server) as there:
+        heard: list[str] = []
+
+        async def hear(message: Msg) -> None:
+            heard.append(message.subject)
+
+        await thief.subscribe(">", cb=hear)
+        while True:  # until the leaf is there: what is its own, it may ask
+            with contextlib.suppress(nats.errors.Error):
+                asked = await thief.request(subjects.uplink_position("sub7"), b"{}", timeout=1.0)
+                break
+        assert b"hub" in asked.data
+        operator = await Link.open(hub.server.credentials.load("operator").link_options())
+        inbox = Inbox(operator)
+        await inbox.open()
+        streams = (subjects.log_stream("hub"), *(f"KV_{bucket.name}" for bucket in subjects.BUCKETS))
+        before = [await stream_state(inbox, stream) for stream in streams]
+        heard.clear()
+        for subject in (
+            subjects.uplink_event("other", TENANT, 7, "e"),
+            subjects.uplink_mark("hub"),
+            subjects.log_event("hub", TENANT, 7, "e"),
+            subjects.log_mark("sub7"),
+            subjects.set_context(TENANT, "alice"),
+            subjects.forget(TENANT, "alice"),
+            subjects.get_context(TENANT, "alice", "e"),
+            subjects.search_embedding(TENANT, "alice"),
+            subjects.shard_search("s0", TENANT, "alice"),
+            subjects.uplink_position("other"),
+            subjects.devices(),
+            f"$KV.{subjects.TENANTS.name}.evil",
+            f"$JS.API.STREAM.INFO.{subjects.log_stream('hub')}",
+            f"$JS.hub.API.STREAM.PURGE.{subjects.log_stream('hub')}",
+            "$SYS.REQ.SERVER.PING",
+            "$SRV.PING",
+        ):
+            with pytest.raises(nats.errors.Error):
+                await thief.request(subject, b"{}", timeout=0.2)
+        assert [await stream_state(inbox, stream) for stream in streams] == before
+        heard.clear()
+        written = await there.set_context("t:1", attributes={"n": 1}, vectors={"v": [1.0]})
+        await there.get_context("t:1", consistency=since(written))
+        await there.search_embedding([1.0], space="v")
+        await thief.flush()
+        assert heard == []
+        await operator.close()
+
+
+@pytest.mark.parametrize("lie", ["site", "tenant", "entity_id"])
+async def test_an_event_that_says_another_place_than_its_subject_is_skipped(
+    hub: HubSite, tmp_path: Path, lie: str
+) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        edge = await Link.open(node.server.credentials.load("edge").link_options())
+        inbox = Inbox(edge)
+        await inbox.open()
+        told = {"site": "sub7", "tenant": TENANT, "entity_id": "t1"} | {lie: "hub" if lie == "site" else "other"}
+        event = Event(id="1", op="put", agent="x", hlc=1, body={"attributes": {"n": 1}}, **told)  # type: ignore[arg-type]
+        subject = subjects.uplink_event("sub7", TENANT, partition_of_tokens(TENANT, "t1"), "t1")
+        while True:  # until the leaf is there
+            with contextlib.suppress(Unavailable):
+                await inbox.request(subject, event.encode(), budget_s=5.0)
+                break
+        await edge.close()
+        written = await there.set_context("t2", attributes={"n": 1})
+        for name in ("t1", "other"):
+            with pytest.raises(NotFound):
+                await there.get_context(name, consistency=since(written))
+        operator = await Link.open(hub.server.credentials.load("operator").link_options())
+        asker = await Asker(operator).open()
+        status = await asker.ask(subjects.SHARD_STATUS, subjects.shard_status("s0"), Status())
+        assert status.skipped == 1
+        await operator.close()
+
+
+async def test_a_revoked_device_is_out_at_once(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("t:1", attributes={"n": 1})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        Devices(hub.options.data).revoke("sub7")
+        await shut_out(hub.options)
+        await here.set_context("t:2", attributes={"n": 1})
+        while (await status_of(node)).linked:
+            pass
+        with pytest.raises(NotFound):
+            await there.get_context("t:2")
+        await hub.enrol("sub7", tmp_path / "d")
+        await there.get_context("t:1")
+        while not (await status_of(node)).linked:
+            pass
+
+
+async def test_a_restarted_hub_finds_the_device_where_it_was(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up():
+            node = await stack.enter_async_context(device(hub, tmp_path / "d"))
+            here = await stack.enter_async_context(alice_at(node.server))
+            for n in range(10):
+                await here.set_context("t:1", attributes={"n": n})
+        for n in range(10, 20):
+            written = await here.set_context("t:1", attributes={"n": n})
+        async with hub.up(), alice_at(hub.server) as there:
+            await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+            assert await counted(there, "t:1") == list(range(20))
+            link = await Link.open(hub.server.credentials.load("operator").link_options())
+            inbox = Inbox(link)
+            await inbox.open()
+            assert (await stream_state(inbox, subjects.log_stream("hub"))).messages == 21  # and one mark
+            await link.close()
+
+
+def test_a_name_or_a_key_that_is_taken_is_refused(tmp_path: Path) -> None:
+    devices = Devices(tmp_path / "hub")
+    first, second = (public_of(seed_of(tmp_path / name)) for name in ("a", "b"))
+    devices.enrol("sub7", first)
+    assert devices.enrol("sub7", first).key == first
+    for name, key in (("sub7", second), ("sub8", first)):
+        with pytest.raises(MnemeshError, match=r"already: `mnemesh edge revoke sub7` first"):
+            devices.enrol(name, key)
+    for bad in ("", "U", "nonsense", first[:-1], first[:-1] + ("A" if first[-1] != "A" else "B"), seed_of(tmp_path)):
+        with pytest.raises(MnemeshError):
+            devices.enrol("sub9", bad)
+    devices.revoke("sub7")
+    assert devices.enrol("sub7", second).key == second
