@@ -14,7 +14,7 @@ from memory_shards.merge import Change, State
 from mnemesh.errors import BadRequest
 from mnemesh.event import Event, Record
 
-SITES = ("hub", "edge-1", "edge-2")
+SITES = ("hub", "edge-1", "edge-2", "edge-3", "edge-4")
 FUTURE = 4_000_000_000_000
 """The year 2096, in ms."""
 

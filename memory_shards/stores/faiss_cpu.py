@@ -21,6 +21,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +35,7 @@ from memory_shards.stores.columns import Rows, parse_filter
 from memory_shards.stores.provenance import keep_or_clear
 from memory_shards.stores.space import Found, Halves, Space
 from memory_shards.stores.sqlite_schema import connect
-from memory_shards.stores.vector_state import VectorState
+from memory_shards.stores.vector_state import Kept, VectorState
 from memory_shards.stores.waiting import MOST_WAITING, merge_waiting, waiting_put
 from mnemesh import wire
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
@@ -60,7 +61,7 @@ CREATE INDEX IF NOT EXISTS crowded ON entities (number) WHERE length(waiting) > 
 -- place = space number << 40 | entity number: one B-tree, in which each space is one contiguous range.
 CREATE TABLE IF NOT EXISTS vectors (place INTEGER PRIMARY KEY, length REAL NOT NULL, halves BLOB NOT NULL);
 """
-_LAYOUT = 2
+_LAYOUT = 3
 _STORED = """
 WITH wanted (tenant, entity_id) AS (VALUES {rows})
 SELECT number, tenant, entity_id, state, waiting FROM wanted CROSS JOIN entities USING (tenant, entity_id)
@@ -209,7 +210,8 @@ class FaissStore:
                 waiting[name].append(waiting_put(event, patch))
             else:
                 entities[name] = entity
-                entity.merge(stamped(record, patch, entity.stamps), self._accepted(record, patch))
+                kept = partial(self._kept_in, entity)
+                entity.merge(stamped(record, patch, entity.stamps), self._accepted(record, patch), kept)
         return list(entities.values()), [(*name, b"", b"".join(puts)) for name, puts in waiting.items()]
 
     def _known(self, records: Iterable[Record]) -> dict[tuple[str, str], VectorState]:
@@ -268,8 +270,7 @@ class FaissStore:
         halved = []
         for (tenant, name), owners in fresh.items():
             space = self._spaces[tenant, name]
-            halves, lengths = space.halve(np.stack([owner.vectors[name] for owner in owners]))  # type: ignore[misc]
-            halved.append((space, owners, halves, lengths.tolist()))
+            halved.append((space, owners, *_halves_of(space, [owner.vectors[name] for owner in owners])))
         return halved
 
     def _commit(
@@ -412,11 +413,12 @@ class FaissStore:
         length, halves = self._kept(space, entity)
         return np.frombuffer(halves, _HALF).astype(np.float32) * np.float32(length)
 
-    def _kept(self, space: Space, entity: int) -> tuple[float, bytes]:
+    def _kept_in(self, entity: VectorState, space: str) -> Kept:
+        return self._kept(self._spaces[entity.tenant, space], entity.number)
+
+    def _kept(self, space: Space, entity: int) -> Kept:
         place = _place(space, entity)
-        kept: tuple[float, bytes] = self._db.execute(
-            "SELECT length, halves FROM vectors WHERE place = ?", (place,)
-        ).fetchone()
+        kept: Kept = self._db.execute("SELECT length, halves FROM vectors WHERE place = ?", (place,)).fetchone()
         return kept
 
     def vectors_of(self, tenant: str, entity_id: str) -> dict[str, Vector]:
@@ -497,6 +499,21 @@ def _give_way() -> None:
     """Let every other thread of the machine go first, where threads have a priority of their own."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _halves_of(space: Space, vectors: Sequence[Vector | Kept | None]) -> tuple[Halves, list[float]]:
+    """(n, d) halves and n lengths: of new vectors, and of those that were kept so before."""
+    halves = np.empty((len(vectors), space.dimension), np.float16)
+    lengths = [0.0] * len(vectors)
+    fresh = [place for place, vector in enumerate(vectors) if isinstance(vector, np.ndarray)]
+    if fresh:
+        halves[fresh], new_lengths = space.halve(np.stack([vectors[place] for place in fresh]))  # type: ignore[misc]
+        for place, length in zip(fresh, new_lengths.tolist(), strict=True):
+            lengths[place] = length
+    for place, vector in enumerate(vectors):
+        if isinstance(vector, list | tuple):
+            lengths[place], halves[place] = vector[0], np.frombuffer(vector[1], _HALF)
+    return halves, lengths
 
 
 def _place(space: Space, entity: int) -> int:

@@ -108,13 +108,14 @@ class SqliteStore(SqliteReader):
 
 
 def _digested(connection: sqlite3.Connection) -> Iterator[object]:
-    """All that replicas of one log agree on, in an order that owes nothing to surrogate keys.
+    """All that replicas agree on, and sites that have heard the same, in an order that owes nothing to how it came.
 
-    Not the stamps of sites nor the versions: a log that was purged of what a forget erased no longer tells them.
+    Not the stamps of sites nor the versions: a log that was purged of what a forget erased no longer tells them. Nor
+    from when on a state is exact: that depends on when a site heard of it.
     """
-    entities = "SELECT id, tenant, entity_id, alive, exact_from, type, text, doc, ledger FROM entity"
+    entities = "SELECT id, tenant, entity_id, alive, type, text, doc, ledger FROM entity"
     edges = "SELECT relation, target, removed, valid_from, stamp, site, properties FROM edge WHERE source = ?"
-    events = "SELECT event_id FROM event WHERE entity = ? ORDER BY sequence"
+    events = "SELECT event_id FROM event WHERE entity = ? ORDER BY stamp, site, event_id"
     for id, *values, doc, ledger in connection.execute(f"{entities} ORDER BY tenant, entity_id"):
         attributes, spaces = wire.decode(doc)
         keys = msgspec.msgpack.decode(ledger, type=merge.Ledger)

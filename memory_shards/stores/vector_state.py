@@ -1,24 +1,34 @@
 """What the vector store remembers of one entity, and how an event changes it.
 
-Last writer wins by the keys of `memory_shards.merge`. No history is kept here. So after a forget, a
-concurrent write that a forgotten one had hidden by a later `valid_from` does not come back, as it does in the
-store of attributes. Looks at `memory_shards.merge` and `mnemesh`.
+Last writer wins by the keys of `memory_shards.merge`. A write that lost is kept as long as a forget may bring it back:
+where it carries the later stamp, and lost by its valid time alone. So this store comes to the same state as one that
+folds the whole history. Looks at `memory_shards.merge` and `mnemesh`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from memory_shards.merge import Change, Key, Mark
 from mnemesh import wire
 from mnemesh.wire import Vector
 
+Kept: TypeAlias = tuple[float, bytes]
+"""A vector as the store keeps it: its length and its halves. (A list, once it comes back from the file.)"""
+
 _Written: TypeAlias = tuple[Key, Any]
-"""The key of the last write to a thing, and what it wrote. (Lists, once it comes back from the file.)"""
+"""The key of a write to a thing, and what it wrote. (Lists, once it comes back from the file.)"""
+
+_Thing: TypeAlias = list[_Written]
+"""The writes to one thing that count, the winner first: each of the others has a later stamp than the one before it."""
 
 
 class VectorState:
-    """One entity, and what a batch changed of it: `vectors` (`None` where removed), `changed` attributes."""
+    """One entity, and what a batch changed of it: `vectors` (`None` where removed), `changed` attributes.
+
+    Of a vector the thing written is whether it is there; one that is hidden is kept whole.
+    """
 
     __slots__ = (
         "_attributes",
@@ -35,71 +45,110 @@ class VectorState:
 
     def __init__(self, number: int, tenant: str, entity_id: str, state: bytes | None = None) -> None:
         self.number, self.tenant, self.entity_id = number, tenant, entity_id
-        self.vectors: dict[str, Vector | None] = {}
+        self.vectors: dict[str, Vector | Kept | None] = {}
         self.changed: set[str] = set()
         self.stamps: dict[str, int]
         self._tombstone: Mark | None
-        self._type: _Written | None
-        self._attributes: dict[str, _Written]
-        self._spaces: dict[str, _Written]
+        self._type: _Thing
+        self._attributes: dict[str, _Thing]
+        self._spaces: dict[str, _Thing]
         self.stamps, self._tombstone, self._type, self._attributes, self._spaces = (
-            wire.decode(state) if state else ({}, None, None, {}, {})
+            wire.decode(state) if state else ({}, None, [], {}, {})
         )
 
     @property
     def type(self) -> str | None:
-        return self._type[1] if self._type else None
+        return self._type[0][1] if self._type else None
 
     @property
     def attributes(self) -> dict[str, Any]:
         """The attributes that are there."""
-        return {name: value for name, (_, value) in self._attributes.items() if value is not None}
+        return {name: thing[0][1] for name, thing in self._attributes.items() if thing[0][1] is not None}
 
     @property
     def spaces(self) -> list[str]:
         """The spaces in which it has a vector, sorted."""
-        return sorted(name for name, (_, present) in self._spaces.items() if present)
+        return sorted(name for name, thing in self._spaces.items() if thing[0][1])
 
     def encode(self) -> bytes:
         return wire.encode((self.stamps, self._tombstone, self._type, self._attributes, self._spaces))
 
-    def merge(self, change: Change, vectors: dict[str, Vector]) -> None:
-        """Take one event in; `vectors` are those of its vectors that fit their spaces."""
+    def merge(self, change: Change, vectors: dict[str, Vector], kept: Callable[[str], Kept]) -> None:
+        """Take one event in; `vectors` are those of its vectors that fit their spaces.
+
+        `kept` tells how the store keeps the entity's vector of a space.
+        """
         if self._tombstone is not None and change.mark < tuple(self._tombstone):
             return
         if change.patch is None:
             self._forget(change.mark)
             return
         patch, key = change.patch, (change.valid_from, change.stamp, change.site)
-        if patch.type is not None and _wins(key, self._type):
-            self._type = key, patch.type
+        if patch.type is not None:
+            _put(self._type, key, patch.type)
         for name, value in patch.attributes.items():
-            if _wins(key, self._attributes.get(name)):
-                self._attributes[name] = key, value
+            if _put(self._attributes.setdefault(name, []), key, value):
                 self.changed.add(name)
         # An event that both removes and adds a vector adds it: the later wins among equal keys.
         for name in patch.remove_vectors:
-            if _wins(key, self._spaces.get(name)):
-                self._spaces[name], self.vectors[name] = (key, False), None
+            self._put_vector(name, key, None, kept)
         for name, vector in vectors.items():
-            if _wins(key, self._spaces.get(name)):
-                self._spaces[name], self.vectors[name] = (key, True), vector
+            self._put_vector(name, key, vector, kept)
+
+    def _put_vector(self, name: str, key: Key, vector: Vector | None, kept: Callable[[str], Kept]) -> None:
+        thing = self._spaces.setdefault(name, [])
+        before = thing[0] if thing else None
+        if not _put(thing, key, vector):
+            return
+        for place, written in enumerate(thing):
+            if written is before:  # it lost by its valid time alone: a forget may bring it back
+                held = self.vectors[name] if name in self.vectors else kept(name) if before[1] else None
+                thing[place] = before[0], held
+        thing[0] = key, vector is not None
+        self.vectors[name] = vector
 
     def _forget(self, mark: Mark) -> None:
-        """Erase all that was written before the mark; what another site wrote after it stays."""
+        """Erase all that was written before the mark, and bring up what it had hidden; what came after stays."""
         self._tombstone = mark
-        if self._type and _mark(self._type) < mark:
-            self._type = None
-        for name in [name for name, written in self._attributes.items() if _mark(written) < mark]:
-            del self._attributes[name]
-            self.changed.add(name)
-        for name in [name for name, written in self._spaces.items() if _mark(written) < mark]:
-            del self._spaces[name]
-            self.vectors[name] = None
+        self._type = _spared(self._type, mark)
+        for name, thing in list(self._attributes.items()):
+            rest = _spared(thing, mark)
+            if not rest or rest[0] is not thing[0]:
+                self.changed.add(name)
+            _keep(self._attributes, name, rest)
+        for name, thing in list(self._spaces.items()):
+            rest = _spared(thing, mark)
+            if not rest:
+                self.vectors[name] = None
+            elif rest[0] is not thing[0]:
+                key, self.vectors[name] = rest[0]
+                rest[0] = key, self.vectors[name] is not None
+            _keep(self._spaces, name, rest)
 
 
-def _wins(key: Key, held: _Written | None) -> bool:
-    return held is None or key >= tuple(held[0])
+def _put(thing: _Thing, key: Key, value: Any) -> bool:
+    """Add a write to a thing; whether it is now what the thing is. Writes that nothing can bring back are dropped."""
+    if not thing or (key >= tuple(thing[0][0]) and key[1:] >= _mark(thing[-1])):
+        thing[:] = [(key, value)]
+        return True
+    place = next((n for n, (held, _) in enumerate(thing) if key >= tuple(held)), len(thing))
+    writes = [*thing[:place], (key, value), *thing[place:]]
+    thing.clear()
+    for written in writes:
+        if not thing or _mark(written) > _mark(thing[-1]):
+            thing.append(written)
+    return place == 0
+
+
+def _spared(thing: _Thing, mark: Mark) -> _Thing:
+    return [written for written in thing if _mark(written) >= mark]
+
+
+def _keep(things: dict[str, _Thing], name: str, thing: _Thing) -> None:
+    if thing:
+        things[name] = thing
+    else:
+        del things[name]
 
 
 def _mark(written: _Written) -> Mark:

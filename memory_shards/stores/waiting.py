@@ -8,7 +8,7 @@ of them merge them into the row's state, which is then what it would have been a
 from __future__ import annotations
 
 from memory_shards.merge import Patch, stamped
-from memory_shards.stores.vector_state import VectorState
+from memory_shards.stores.vector_state import Kept, VectorState
 from mnemesh import wire
 from mnemesh.event import Event, Record
 
@@ -45,4 +45,8 @@ def merge_waiting(entity: VectorState, waiting: bytes) -> None:
             valid_to=valid_to,
         )
         patch = Patch(type=kind, attributes=attributes, remove_vectors=removed)
-        entity.merge(stamped(Record(0, 0, 0, event), patch, entity.stamps), {})
+        entity.merge(stamped(Record(0, 0, 0, event), patch, entity.stamps), {}, _no_vector)
+
+
+def _no_vector(space: str) -> Kept:
+    raise LookupError(f"an entity whose puts wait has a vector in {space!r}")
