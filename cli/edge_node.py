@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cli.keeping import heal, keep
 from cli.provision import provision
@@ -20,6 +20,7 @@ from memory_shards.shard import Shard
 from mnemesh.connection import Link
 from mnemesh.host import hosted, link_as
 from mnemesh.ids import PARTITIONS
+from mnemesh.messages import Interest
 from router.router import Router
 from router.shard_map import ShardEntry
 from services.gateway import Gateway
@@ -33,12 +34,16 @@ CONNECT_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeOptions:
-    """What a device runs. `uplink_bytes_per_s` bounds what it sends its hub; `metrics_port` 0 is a free one."""
+    """What a device runs. `interest` is what it holds of its hub's; `uplink_bytes_per_s` bounds what it sends.
+
+    `metrics_port` 0 is a free one.
+    """
 
     server: ServerOptions
     tenants: Sequence[str] = ("demo",)
     agents: Sequence[tuple[str, str]] = (("demo", "alice"),)
     metrics_port: int = 0
+    interest: Interest = field(default_factory=Interest)
     uplink_bytes_per_s: float | None = None
 
 
@@ -71,18 +76,26 @@ class EdgeNode:
         for work in (keep(server), heal(server)):
             task = asyncio.ensure_future(work)
             self._stack.callback(task.cancel)
+        edge = Edge(
+            await self._link("edge"),
+            site=site,
+            interest=self.options.interest,
+            uplink_bytes_per_s=self.options.uplink_bytes_per_s,
+        )
+        shard = Shard(
+            await self._link("shard"),
+            name=site,
+            site=site,
+            partitions=range(PARTITIONS),
+            folder=self.options.server.data / "shard",
+            guard=TenantGuard(),
+            hub=edge.hub,
+        )
         actors = (
-            Gateway(await self._link("gateway"), site=site, guard=TenantGuard()),
+            Gateway(await self._link("gateway"), site=site, kind="device", guard=TenantGuard()),
             Router(await self._link("router"), guard=TenantGuard()),
-            Shard(
-                await self._link("shard"),
-                name=site,
-                site=site,
-                partitions=range(PARTITIONS),
-                folder=self.options.server.data / "shard",
-                guard=TenantGuard(),
-            ),
-            Edge(await self._link("edge"), site=site, uplink_bytes_per_s=self.options.uplink_bytes_per_s),
+            shard,
+            edge,
         )
         self._host = await self._stack.enter_async_context(hosted(*actors))
         self.metrics_port = await self._stack.enter_async_context(

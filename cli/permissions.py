@@ -46,6 +46,9 @@ def allowed(contract: Contract, role: str) -> Permissions:
     for stream in contract["streams"].values():
         if role in stream["writers"]:
             publish.append(_wild(f"{root}.{stream['subjects']['event'].replace('<origin>', '<site>')}", keep=("site",)))
+        if role in stream.get("carriers", ()):
+            publish += [_wild(f"{root}.{subject}") for subject in stream["subjects"].values()]
+            publish.append(f"$JS.API.STREAM.PURGE.{stream['name']}")
         if role in stream.get("uplinkers", ()):
             publish.append(_uplink(contract, stream))
         if role in stream["readers"]:
@@ -65,11 +68,15 @@ def allowed(contract: Contract, role: str) -> Permissions:
 
 
 def _uplink(contract: Contract, stream: dict[str, Any]) -> str:
-    """All that a device sends, in one entry: nats-server 2.15 does not tell a leaf that may publish
+    return _of_site(f"{contract['root']}.{stream['uplink']['mark']}", "<origin>")
+
+
+def _of_site(subject: str, token: str) -> str:
+    """All that a device sends under its name, in one entry: nats-server 2.15 does not tell a leaf that may publish
     `uplink.<site>.*.*.*` of the hub's interest in `uplink.*.*.*.*`, and the message goes nowhere.
     """
-    before, _, _ = stream["uplink"]["mark"].partition("<origin>")
-    return f"{contract['root']}.{before}<site>.>"
+    before, _, after = subject.partition(token)
+    return f"{before}<site>.>" if after else f"{before}<site>"
 
 
 def across(contract: Contract) -> Permissions:
@@ -81,8 +88,8 @@ def across(contract: Contract) -> Permissions:
     publish: list[str] = []
     subscribe = [f"{contract['roles'][EDGE]['inbox']}.>"]
     for operation in contract["operations"].values():
-        if EDGE in operation["callers"]:
-            publish.append(_wild(f"{root}.{operation['subject']}", keep=("site",)))
+        if EDGE in operation["callers"] and contract["roles"][operation["owner"]].get("at") == "hub":
+            publish.append(_of_site(f"{root}.{operation['subject']}", "<site>"))
     for stream in contract["streams"].values():
         publish.append(_uplink(contract, stream))
     return Permissions(tuple(publish), tuple(subscribe))
@@ -116,6 +123,7 @@ def _reader(stream: str) -> list[str]:
         f"$JS.API.CONSUMER.INFO.{stream}.*",
         f"$JS.API.CONSUMER.DELETE.{stream}.*",
         f"$JS.API.STREAM.MSG.GET.{stream}",
+        f"$JS.API.DIRECT.GET.{stream}",
         f"$JS.API.DIRECT.GET.{stream}.>",
         f"$JS.FC.{stream}.>",
     ]

@@ -1,12 +1,16 @@
 """The edge: what a device does for its hub, beside serving its own agents like any site.
 
-Its uplink sends what is born here; `status` says how far that is. Looks at `uplink` and `mnemesh`.
+Its uplink sends what is born here, its downlink keeps what is wanted of the hub's; `status` says how far both are.
+Looks at its own files, `router`, `services.site_policy` and `mnemesh`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
+from edge.downlink import Downlink
+from edge.from_hub import FromHub
 from edge.uplink import Uplink
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
@@ -14,7 +18,11 @@ from mnemesh.call import Call
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
 from mnemesh.guard import Guard
+from mnemesh.messages import Interest
 from mnemesh.stats import Gauge
+from router.inventory import Inventory
+from router.shard_map import ShardMap
+from services.site_policy import SitePolicy
 
 
 class Edge(Actor):
@@ -23,11 +31,29 @@ class Edge(Actor):
     role = "edge"
 
     def __init__(
-        self, link: Link, *, site: str, guard: Guard | None = None, uplink_bytes_per_s: float | None = None
+        self,
+        link: Link,
+        *,
+        site: str,
+        interest: Interest | None = None,
+        guard: Guard | None = None,
+        uplink_bytes_per_s: float | None = None,
     ) -> None:
         super().__init__(link, guard=guard)
         self.site = site
-        self._uplink = Uplink(self.asker, site=site, bytes_per_s=uplink_bytes_per_s)
+        self._policy = SitePolicy(site)
+        self._shards = ShardMap()
+        inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
+        self._downlink = Downlink(self.asker, inventory, site=site, interest=interest or Interest())
+        self._uplink = Uplink(
+            self.asker,
+            inventory,
+            self._policy,
+            site=site,
+            bytes_per_s=uplink_bytes_per_s,
+            downlinked=lambda: self._downlink.sequence,
+        )
+        self.hub = FromHub(self.asker, site=site, is_linked=lambda: self._uplink.linked)
 
     def bindings(self, operation: AnyOperation) -> list[Mapping[str, str]]:
         return [{"site": self.site}]
@@ -36,28 +62,50 @@ class Edge(Actor):
         return {"site": self.site}
 
     def gauges(self) -> list[Gauge]:
-        uplink = self._uplink
+        uplink, downlink = self._uplink, self._downlink
         return [
             Gauge("uplink_linked", "1 while the hub answers", lambda: uplink.linked),
+            Gauge("uplink_silent_seconds", "Since when the hub does not answer", lambda: uplink.silent_s),
             Gauge("uplink_sequence", "Up to where the hub has this device's log", lambda: uplink.position.sequence),
             Gauge("uplink_waiting", "Events that the hub lacks", lambda: uplink.waiting),
             Gauge("uplink_lag_seconds", "For how long the oldest of them has waited", lambda: uplink.lag_s),
             Gauge("uplink_sent", "Events sent since the start", lambda: uplink.sent),
             Gauge("uplink_trouble", "1 while it stands still until somebody mends it", lambda: bool(uplink.trouble)),
+            Gauge("clock_offset_ms", "How far this device's clock is ahead", lambda: uplink.clock_offset_ms),
+            Gauge("downlink_sequence", "Up to where this device has its hub's log", lambda: downlink.sequence),
+            Gauge("downlink_received", "Events received since the start", lambda: downlink.received),
+            Gauge("downlink_current", "1 while all that is wanted is here", lambda: downlink.current.is_set()),
         ]
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
-        return {"uplink": self._uplink.run}
+        return {
+            "policy": partial(self._policy.follow, self.link, self.asker.inbox),
+            "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
+            "uplink": partial(self._once_ready, self._uplink.run),
+            "downlink": partial(self._once_ready, self._downlink.run),
+        }
+
+    async def ready(self) -> None:
+        await self._policy.ready()
+        await self._shards.ready.wait()
+
+    async def _once_ready(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Nothing is sent before it is known what may leave."""
+        await self.ready()
+        await work()
 
     @handles(subjects.EDGE_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.EdgeStatus:
-        uplink = self._uplink
+        uplink, downlink = self._uplink, self._downlink
         return messages.EdgeStatus(
             site=self.site,
             hub=uplink.position.hub,
             linked=uplink.linked,
+            silent_s=uplink.silent_s,
             uplinked=uplink.position.sequence,
             waiting=uplink.waiting,
             lag_s=uplink.lag_s,
+            downlinked=downlink.sequence,
+            current=downlink.current.is_set(),
             trouble=uplink.trouble,
         )

@@ -6,7 +6,10 @@ The hub's stream turns uplink subjects into those of its log. The mark that ends
 before it is the one that we know, in the same commit as the events: so a batch whose ack was lost is refused when it is
 sent again, and a hub that was restored from a backup tells what it lacks. Nothing is kept on the device.
 
-Looks at `mnemesh` only.
+What the policy keeps back is left out before anything is sent; the mark passes over it. The type that decides is the
+entity's own, and where an event brings another, both.
+
+Looks at `services.site_policy`, `router.inventory` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -14,21 +17,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from itertools import takewhile
+from typing import NamedTuple
 
 from mnemesh import subjects
 from mnemesh.asker import Asker
-from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, Outgoing, publish_batch
+from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, ROLLUP, Outgoing, publish_all, without_erased
 from mnemesh.clock import wall_ms
 from mnemesh.errors import Conflict, MnemeshError, NotFound
-from mnemesh.event import decode_event
+from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
 from mnemesh.jetstream import Stored, WrongSequence, message_at, stream_state
-from mnemesh.log_writer import EXPECTED, ROLLUP
-from mnemesh.messages import AskPosition, Position
-from mnemesh.origin import ORIGIN_SEQUENCE, Mark, place_of
+from mnemesh.log_writer import EXPECTED
+from mnemesh.messages import AskPosition, Description, Position
+from mnemesh.origin import BORN, Mark, born, hash_of, place_of
+from router.inventory import Inventory
+from services.site_policy import SitePolicy
+from services.sovereignty import Policy, reduced_event
 
 logger = logging.getLogger("mnemesh.uplink")
 
@@ -44,18 +50,43 @@ class _Moved(MnemeshError):
     """The hub's position is not the one that we knew: ask it again."""
 
 
-class Uplink:
-    """Sends the events of one device. `run` for ever; the other attributes say how far it is."""
+class _Leaving(NamedTuple):
+    """An event of ours, and its bytes as they may leave; `None`: not at all."""
 
-    def __init__(self, asker: Asker, *, site: str, bytes_per_s: float | None = None) -> None:
+    stored: Stored
+    payload: bytes | None
+
+
+class Uplink:
+    """Sends the events of one device. `run` for ever; the other attributes say how far it is.
+
+    `downlinked` tells up to where the device has its hub's log, for the hub to know.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        inventory: Inventory,
+        policy: SitePolicy,
+        *,
+        site: str,
+        bytes_per_s: float | None = None,
+        downlinked: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._asker = asker
+        self._inventory = inventory
+        self._policy = policy
         self._site = site
         self._bytes_per_s = bytes_per_s
+        self._downlinked = downlinked
         self._log = subjects.log_stream(site)
         self._position: Position | None = None
         self._waiting_since_ms: int | None = None
         self._log_bytes = 0
+        self._heard_at = 0.0
         self.linked = False
+        self.clock_offset_ms = 0
+        """How far our clock is ahead of the hub's, as far as the way there and back lets us know."""
         self.waiting = 0
         self.trouble = ""
         self.sent = 0
@@ -70,8 +101,14 @@ class Uplink:
         """For how long the oldest event that the hub lacks has waited, as far as it was read."""
         return 0.0 if self._waiting_since_ms is None else max(0.0, (wall_ms() - self._waiting_since_ms) / 1000)
 
+    @property
+    def silent_s(self) -> float:
+        """Since when the hub does not answer, in seconds; 0 while it does, and since the start if it never did."""
+        return 0.0 if self.linked else asyncio.get_running_loop().time() - self._heard_at
+
     async def run(self) -> None:
         """Send on for ever. What keeps it from that passes, or is `trouble` that somebody must mend."""
+        self._heard_at = self._heard_at or asyncio.get_running_loop().time()
         while True:
             try:
                 await self._send_on()
@@ -133,18 +170,30 @@ class Uplink:
         return position
 
     async def _asked(self) -> Position:
-        told = AskPosition(waiting=self.waiting, lag_s=self.lag_s, clock_ms=wall_ms(), log_bytes=self._log_bytes)
-        return await self._asker.ask(
+        told = AskPosition(
+            waiting=self.waiting,
+            lag_s=self.lag_s,
+            downlinked=self._downlinked(),
+            clock_ms=wall_ms(),
+            log_bytes=self._log_bytes,
+            policy=self._policy.handed.version,
+        )
+        position = await self._asker.ask(
             subjects.UPLINK_POSITION, subjects.uplink_position(self._site), told, budget_s=ASK_S
         )
+        self._heard_at = asyncio.get_running_loop().time()
+        self.clock_offset_ms = (told.clock_ms + wall_ms()) // 2 - position.clock_ms
+        if position.policy:  # before anything is sent that it may keep back
+            await self._policy.take(self._asker.inbox, position.policy)
+        return position
 
     async def _is_ours(self, position: Position) -> bool:
-        """Whether the hub's last event of ours is the one that we have there. It may have been erased since."""
+        """Whether the last of ours that the hub knows is the one that we have there. It may have been erased since."""
         try:
             held = await message_at(self._asker.inbox, self._log, position.sequence)
         except NotFound:
             return True
-        return decode_event(held.message.data).id == position.event_id
+        return hash_of(held.message) == position.last
 
     async def _send_from(self, position: Position) -> None:
         """Follow our log from a position and send all of it."""
@@ -154,60 +203,99 @@ class Uplink:
             async for batch in batches:
                 own = [stored for stored in batch if self._is_own(stored)]
                 self.waiting = len(own) + batch[-1].following
-                while own:
+                if own:
                     self._waiting_since_ms = own[0].recorded_at
-                    some = _first_of(own)
+                for some in _batches(await self._leaving(own)):
                     position = await self._send(some, position)
-                    own = own[len(some) :]
                     self.waiting -= len(some)
                 self._waiting_since_ms = None
 
     def _is_own(self, stored: Stored) -> bool:
         place = place_of(stored.message.subject)
-        return place.origin == self._site and not place.is_mark
+        return place.origin == self._site and place.is_event
 
-    async def _send(self, events: Sequence[Stored], position: Position) -> Position:
+    async def _leaving(self, own: Sequence[Stored]) -> list[_Leaving]:
+        """What may leave of each event."""
+        policy, region = self._policy.policy, self._policy.region
+        tenants = {place_of(stored.message.subject).tenant for stored in own}
+        restricted = {tenant for tenant in tenants if policy.restricts(tenant, region)}
+        if not restricted:
+            return [_Leaving(stored, stored.message.data) for stored in own]
+        events = [decode_event(stored.message.data) for stored in own]
+        known = {tenant: await self._described(tenant, events, own[-1].sequence) for tenant in restricted}
+        return [
+            _Leaving(
+                stored,
+                _reduced(stored, event, known[event.tenant][event.entity_id], policy, region)
+                if event.tenant in restricted
+                else stored.message.data,
+            )
+            for stored, event in zip(own, events, strict=True)
+        ]
+
+    async def _described(self, tenant: str, events: Sequence[Event], upto: int) -> dict[str, Description]:
+        ids = {event.entity_id for event in events if event.tenant == tenant}
+        return await self._inventory.describe(tenant, sorted(ids), upto=upto)
+
+    async def _send(self, some: Sequence[_Leaving], position: Position) -> Position:
         """One batch: events and the mark after them. Returns where the hub then stands."""
         began = asyncio.get_running_loop().time()
-        last = events[-1]
-        mark = Mark(incarnation=self._incarnation, sequence=last.sequence, event_id=decode_event(last.message.data).id)
-        batch = [*map(self._event, events), self._mark(mark, position)]
+        last = some[-1].stored
+        mark = Mark(
+            incarnation=self._incarnation,
+            sequence=last.sequence,
+            last=hash_of(last.message),
+            hlc=decode_event(last.message.data).hlc,
+        )
+        events = [self._event(stored, payload) for stored, payload in some if payload is not None]
+        batch = [*without_erased(events), self._mark(mark, position)]
         try:
-            first = await publish_batch(self._asker.link, self._asker.inbox, batch, budget_s=SEND_S)
+            place = await publish_all(self._asker.link, self._asker.inbox, batch, budget_s=SEND_S)
         except WrongSequence as error:  # a batch whose ack we did not get, or another device in our name
             raise _Moved(f"the hub has more of {self._site} than we knew") from error
         self.sent += len(events)
         self._position = position = Position(
-            hub=position.hub,
-            place=first + len(events),
-            incarnation=mark.incarnation,
-            sequence=mark.sequence,
-            event_id=mark.event_id,
+            hub=position.hub, place=place, incarnation=mark.incarnation, sequence=mark.sequence, last=mark.last
         )
         if self._bytes_per_s is not None:
             earliest = began + sum(len(message.payload) for message in batch) / self._bytes_per_s
             await asyncio.sleep(earliest - asyncio.get_running_loop().time())
         return position
 
-    def _event(self, stored: Stored) -> Outgoing:
+    def _event(self, stored: Stored, payload: bytes) -> Outgoing:
         place = place_of(stored.message.subject)
-        headers = {ORIGIN_SEQUENCE: str(stored.sequence)}
+        headers = {BORN: born(stored.sequence, self._incarnation)}
         if (rollup := stored.message.headers.get(ROLLUP)) is not None:
             headers[ROLLUP] = rollup  # a forget erases what the hub has of ours, as it did here
-        return Outgoing(subjects.uplink_event(*place), stored.message.data, headers)
+        subject = subjects.uplink_event(place.origin, place.tenant, place.partition, place.entity)
+        return Outgoing(subject, payload, headers)
 
     def _mark(self, mark: Mark, position: Position) -> Outgoing:
         headers = {ROLLUP: "sub", EXPECTED: str(position.place), COMPARED: subjects.log_mark(self._site)}
         return Outgoing(subjects.uplink_mark(self._site), mark.encode(), headers)
 
 
-def _first_of(events: Sequence[Stored]) -> Sequence[Stored]:
-    """As many as fit one batch by their bytes, at least one."""
-    size = 0
+def _reduced(stored: Stored, event: Event, entity: Description, policy: Policy, region: str) -> bytes | None:
+    """The bytes of an event as they may leave."""
+    if entity.is_gone and event.op == "put":
+        return None  # a forget that comes after it erases it, and nobody can say any more what may leave of it
+    leaves = policy.leaves(event.tenant, entity.type, region)
+    if isinstance(told := event.body.get("type"), str):
+        leaves &= policy.leaves(event.tenant, told, region)
+    reduced = reduced_event(event, leaves)
+    if reduced is None:
+        return None
+    return stored.message.data if reduced is event else reduced.encode()
 
-    def fits(stored: Stored) -> bool:
-        nonlocal size
-        size += len(stored.message.data)
-        return size <= MOST_BYTES_IN_BATCH
 
-    return events[:1] if len(events) == 1 else list(takewhile(fits, events)) or events[:1]
+def _batches(leaving: Sequence[_Leaving]) -> list[Sequence[_Leaving]]:
+    """Parts that fit one batch by their bytes, at least one event in each."""
+    parts: list[Sequence[_Leaving]] = []
+    start = size = 0
+    for end, (_, payload) in enumerate(leaving):
+        length = len(payload or b"")
+        if end > start and size + length > MOST_BYTES_IN_BATCH:
+            parts.append(leaving[start:end])
+            start, size = end, 0
+        size += length
+    return [*parts, leaving[start:]] if leaving else []

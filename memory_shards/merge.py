@@ -3,6 +3,8 @@
 * **Stamps.** Two gateways of a site may have clocks that differ; the site's log order still wins. So the
   effective stamp of an event is `max(event.hlc, last effective stamp of that entity from that site + 1)`. It
   depends only on the events of its own site, which always arrive in that site's order.
+* **Once.** An event that was carried here says where it was born. What a site has had of an origin's log it does not
+  take again, in whatever batch it comes (`is_repeated`).
 * **Last writer wins**, by the key `(valid_from, stamp, site)`, for each attribute, each edge `(relation, target)`,
   each vector space, the type and the text. A removal keeps its key, so an older write that comes late loses.
 * **`forget` wins over every event with a stamp below its own**, whatever their valid times. What a put with a
@@ -62,7 +64,10 @@ class Patch(msgspec.Struct, frozen=True):
 
 
 class Change(NamedTuple):
-    """One event, checked and stamped, ready to merge. `patch` is `None` for a forget."""
+    """One event, checked and stamped, ready to merge. `patch` is `None` for a forget.
+
+    `hub` and `saw` are places in the hub's log: the event's own, and up to where its writer had it (`suspects.py`).
+    """
 
     sequence: int
     recorded_at: int
@@ -71,6 +76,8 @@ class Change(NamedTuple):
     valid_from: int
     valid_to: int | None
     patch: Patch | None
+    hub: int | None = None
+    saw: int | None = None
 
     @property
     def mark(self) -> Mark:
@@ -110,11 +117,14 @@ class Ledger(msgspec.Struct, array_like=True):
     """What merging must remember beside the values: who wrote each last. Removed things keep their keys."""
 
     stamps: dict[str, int] = {}
+    births: dict[str, int] = {}
     tombstone: Mark | None = None
     type: Key | None = None
     text: Key | None = None
     attributes: dict[str, Key] = {}
     spaces: dict[str, tuple[bool, Key]] = {}
+    gone: str | None = None
+    """The type that it had when it was forgotten, for whoever must know what may be told of it."""
 
 
 class State(msgspec.Struct):
@@ -232,7 +242,23 @@ def stamped(record: Record, patch: Patch, stamps: dict[str, int]) -> Change:
         stamp_ms(stamp) if event.valid_from is None else event.valid_from,
         event.valid_to,
         patch if event.op == "put" else None,
+        record.hub,
+        event.saw,
     )
+
+
+def is_repeated(record: Record, births: dict[str, int]) -> bool:
+    """Whether this event was here before. `births`, the entity's last sequence of each origin's log, moves on.
+
+    Events of one log come in its order; those that were born here come once, by the store's watermark.
+    """
+    if record.birth is None:
+        return False
+    log, sequence = record.birth
+    if sequence <= births.get(log, 0):
+        return True
+    births[log] = sequence
+    return False
 
 
 def fold(changes: Iterable[Change], as_of_ms: int | None = None, valid_at_ms: int | None = None) -> State:

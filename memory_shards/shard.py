@@ -15,11 +15,16 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
+from msgspec.structs import replace
+
+from memory_shards import elsewhere
 from memory_shards import folder as folders
 from memory_shards.batcher import Batcher
+from memory_shards.elsewhere import OF_HUB, Elsewhere
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.origins import Origins
 from memory_shards.projection import Projection
@@ -29,7 +34,7 @@ from memory_shards.stores.sqlite_schema import is_corrupt
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
 from mnemesh.call import Call
-from mnemesh.clock import to_ms
+from mnemesh.clock import is_too_far_ahead, to_ms
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
@@ -37,8 +42,8 @@ from mnemesh.event import Record, decode_event
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import from_token, partition_of, to_token
-from mnemesh.jetstream import Stored, last_of_each, stream_state
-from mnemesh.origin import check_carried, decode_mark, place_of
+from mnemesh.jetstream import SiteKind, Stored, last_of_each, stream_state
+from mnemesh.origin import Place, birth_of, check_carried, decode_mark, hub_sequence_of, place_of
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
 
@@ -61,7 +66,10 @@ MOST_EDGES_ON_LOOP = 1000
 
 
 class Shard(Actor):
-    """Serves some partitions of the memory from stores that follow the log."""
+    """Serves some partitions of the memory from stores that follow the log.
+
+    That of a device has a `hub`: it holds what was written there, and of the rest what the device wants.
+    """
 
     role = "shard"
 
@@ -74,8 +82,11 @@ class Shard(Actor):
         partitions: Iterable[int],
         folder: Path,
         guard: Guard | None = None,
+        hub: Elsewhere | None = None,
     ) -> None:
         super().__init__(link, guard=guard)
+        self._elsewhere = hub
+        self._kind: SiteKind = "hub" if hub is None else "device"
         self.name = name
         self.site = site
         self.partitions = frozenset(partitions)
@@ -95,7 +106,7 @@ class Shard(Actor):
     def bindings(self, operation: AnyOperation) -> Iterable[Mapping[str, str]]:
         if "partition" in operation.positions:
             return [{"site": self.site, "partition": token} for token in self._partition_tokens]
-        return [{"shard": self.name}]
+        return [{"shard": self.name, "site": self.site}]
 
     def queue(self, operation: AnyOperation) -> str:
         """Replicas share the requests, but each tells its own status."""
@@ -192,15 +203,28 @@ class Shard(Actor):
                     self._note(stored)
                 continue
             try:
-                event = decode_event(stored.message.data)
-                if place.origin != self.site:
-                    check_carried(event, place)
+                records.append(self._record(stored, place, partition))
             except MnemeshError as error:
                 self.undecodable += 1
                 logger.error("event %d of %s cannot be taken: %s", stored.sequence, self._log, error)
-                continue
-            records.append(Record(stored.sequence, stored.recorded_at, partition, event))
         return records
+
+    def _record(self, stored: Stored, place: Place, partition: int) -> Record:
+        event = decode_event(stored.message.data)
+        if place.origin == self.site:
+            hub = stored.sequence if self._kind == "hub" else None
+            return Record(stored.sequence, stored.recorded_at, partition, event, hub=hub)
+        check_carried(event, place)
+        is_hub = self._kind == "hub"
+        return Record(
+            stored.sequence,
+            stored.recorded_at,
+            partition,
+            event,
+            birth_of(stored.message, place.origin),
+            hub=stored.sequence if is_hub else hub_sequence_of(stored.message),
+            quarantined=is_hub and is_too_far_ahead(event.hlc, stored.recorded_at),
+        )
 
     def _note(self, stored: Stored) -> None:
         try:
@@ -222,6 +246,24 @@ class Shard(Actor):
     @handles(subjects.GET_CONTEXT)
     async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
         entity_id = _entity_id(request.entity_id, call)
+        tenant = call.caller.tenant
+        here = partial(self._get_context, entity_id, request, call)
+        if self._elsewhere is None:
+            return await here()
+        own = elsewhere.of_site(request.consistency, self.site)
+        await self._freshness.wait(own, self._document_projection.watermark, call)
+        if self._documents.holds(tenant, entity_id):
+            return await here()
+        found = self._documents.get(tenant, entity_id)
+        return await elsewhere.get_context(
+            self._elsewhere,
+            replace(request, entity_id=entity_id),
+            call,
+            own=None if found is None else (self.site, found.version),
+            here=here,
+        )
+
+    async def _get_context(self, entity_id: str, request: messages.GetContext, call: Call) -> messages.Context:
         seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
         document = self._documents.get(
             call.caller.tenant,
@@ -235,6 +277,9 @@ class Shard(Actor):
         if request.include_vectors:
             await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
             vectors = await self._vector_projection.on_worker(self._vectors.vectors_of, call.caller.tenant, entity_id)
+        suspects = None
+        if request.include_suspects:
+            suspects = await self._scan(self._scanned.suspects, call.caller.tenant, entity_id)
         return messages.Context(
             entity_id=document.entity_id,
             type=document.type,
@@ -245,14 +290,20 @@ class Shard(Actor):
             version=document.version,
             watermark=seen,
             vectors=vectors,
+            suspects=suspects,
         )
 
     @handles(subjects.TIMELINE)
     async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
         entity_id = _entity_id(request.entity_id, call)
+        tenant = call.caller.tenant
+        lacks = self._elsewhere is not None and not self._documents.holds(tenant, entity_id)
+        of_hub = request.after >= OF_HUB or (lacks and not self._documents.timeline(tenant, entity_id, 0, 1))
+        if of_hub and self._elsewhere is not None:
+            return await elsewhere.timeline(self._elsewhere, replace(request, entity_id=entity_id), call)
         seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        events = self._documents.timeline(call.caller.tenant, entity_id, request.after, request.limit)
-        return _page(events, request.limit, seen)
+        events = self._documents.timeline(tenant, entity_id, request.after, request.limit)
+        return replace(_page(events, request.limit, seen), complete=not lacks)
 
     # ── parts of questions that span shards ─────────────────────────────────────────────────────────────────
 
@@ -329,10 +380,36 @@ class Shard(Actor):
             known.update(frontier)
         return ahead
 
+    # ── what others exchange about what is here ─────────────────────────────────────────────────────────────
+
+    @handles(subjects.SHARD_LIST)
+    async def list_entities(self, request: messages.ListEntities, call: Call) -> messages.Entities:
+        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
+        found = await self._scan(
+            partial(
+                self._scanned.list_entities,
+                call.caller.tenant,
+                request.after,
+                request.limit,
+                types=request.types,
+                held=request.held,
+                with_sites=request.with_sites,
+            )
+        )
+        return messages.Entities(entities=found, more=len(found) == request.limit, watermark=seen)
+
+    @handles(subjects.SHARD_DESCRIBE)
+    async def describe(self, request: messages.Describe, call: Call) -> messages.Descriptions:
+        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
+        found = await self._scan(self._scanned.describe, call.caller.tenant, request.entity_ids)
+        return messages.Descriptions(entities=found, watermark=seen)
+
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
         documents, vectors = self._document_projection, self._vector_projection
+        quarantined = await self._scan(self._scanned.quarantined)
+        held, held_bytes = await self._scan(self._scanned.held)
         counted = (
             documents.on_worker(_told, documents, lambda: _counts(self._documents), True)
             if request.digest
@@ -349,6 +426,9 @@ class Shard(Actor):
             edges=edges,
             vectors=count,
             skipped=self.undecodable + self._documents.rejected,
+            quarantined=quarantined,
+            held=held,
+            held_bytes=held_bytes,
             digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )
 

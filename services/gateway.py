@@ -8,6 +8,8 @@ It holds no state but its clock, so any number of gateways serve one site.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,17 +20,21 @@ from mnemesh import messages, subjects, wire
 from mnemesh.actor import Actor, handles
 from mnemesh.atomic_batch import MOST_IN_BATCH
 from mnemesh.call import MESSAGE_ID, Call, check_message_id
-from mnemesh.clock import HybridClock, to_ms
+from mnemesh.clock import HybridClock, is_too_far_ahead, to_ms
 from mnemesh.connection import Link
 from mnemesh.errors import BY_CODE, BadRequest, Conflict, MnemeshError, NotFound, TooLarge
 from mnemesh.event import Event, decode_event
+from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
-from mnemesh.jetstream import WrongSequence, last_of
+from mnemesh.jetstream import SiteKind, Stored, WrongSequence, last_of, last_of_each, stream_state
 from mnemesh.log_writer import Append, LogWriter, Position
+from mnemesh.origin import decode_mark
 from mnemesh.stats import Gauge
 from services.documents import body_of
 from services.spaces import Spaces
+
+logger = logging.getLogger("mnemesh.gateway")
 
 MOST_ENTITIES = 10_000
 DOCUMENTS_A_SLICE = 64
@@ -40,9 +46,18 @@ class Gateway(Actor):
 
     role = "gateway"
 
-    def __init__(self, link: Link, *, site: str, guard: Guard | None = None, clock: HybridClock | None = None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        *,
+        site: str,
+        kind: SiteKind = "hub",
+        guard: Guard | None = None,
+        clock: HybridClock | None = None,
+    ) -> None:
         super().__init__(link, guard=guard)
         self.site = site
+        self._saw = None if kind == "hub" else 0
         self._clock = clock or HybridClock()
         self._spaces = Spaces()
         self._log = LogWriter(link, self.asker.inbox)
@@ -62,17 +77,39 @@ class Gateway(Actor):
         return {
             "log": self._log.run,
             "spaces": partial(self._spaces.follow, self.link, self.asker.inbox),
+            "marks": self._follow_marks,
         }
 
     async def prepare(self) -> None:
         """Start the clock no earlier than the newest stamp in the log, whatever the machine's clock says."""
+        log = subjects.log_stream(self.site)
+        for stored in await last_of_each(self.asker.inbox, log, subjects.log_mark("*")):
+            self._note(stored)
+        with contextlib.suppress(NotFound):
+            newest = await last_of(self.asker.inbox, log, subjects.log_event(self.site, "*", "*", "*"))
+            self._clock.observe(decode_event(newest.message.data).hlc)
+
+    async def _follow_marks(self) -> None:
+        """Never stamp a write earlier than what has come here from other sites."""
+        log = subjects.log_stream(self.site)
+        state = await stream_state(self.asker.inbox, log)
+        follower = Follower(
+            self.link, self.asker.inbox, log, incarnation=state.incarnation, subject=subjects.log_mark("*")
+        )
+        async for batch in follower.batches(1000):
+            for stored in batch:
+                self._note(stored)
+
+    def _note(self, stored: Stored) -> None:
         try:
-            newest = await last_of(
-                self.asker.inbox, subjects.log_stream(self.site), subjects.log_event(self.site, "*", "*", "*")
-            )
-        except NotFound:
+            mark = decode_mark(stored.message.data)
+        except MnemeshError as error:
+            logger.error("mark %d of %s cannot be read: %s", stored.sequence, self.site, error)
             return
-        self._clock.observe(decode_event(newest.message.data).hlc)
+        if self._saw is not None and not mark.by:
+            self._saw = mark.sequence
+        if self._saw is not None or not is_too_far_ahead(mark.hlc, stored.recorded_at):
+            self._clock.observe(mark.hlc)
 
     async def ready(self) -> None:
         await self._spaces.ready.wait()
@@ -238,6 +275,7 @@ class Gateway(Actor):
             body=body,
             valid_from=valid_from,
             valid_to=valid_to,
+            saw=self._saw,
         )
         place = tenant, partition_of_tokens(tenant, token), token
         subject, of_any_site = subjects.log_event(self.site, *place), subjects.log_event("*", *place)

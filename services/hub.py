@@ -1,12 +1,16 @@
-"""The hub: what a site that has devices does for them. It tells each up to where it has the device's log.
+"""The hub: what a site that has devices does for them.
 
-Of a device it keeps nothing but what the device last said of itself, for operators; the rest is the log's marks. Looks
-at `mnemesh` only.
+It tells each up to where it has the device's log, feeds it what it wants to hold, and answers for what it does not. Of
+a device it keeps what the device last said of itself, and its feed as long as it asks on; the rest is the log's marks.
+Looks at `feed`, `site_policy`, `sovereignty`, `router` and `mnemesh`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial, reduce
+from operator import and_
 from typing import NamedTuple
 
 from mnemesh import messages, subjects
@@ -14,15 +18,47 @@ from mnemesh.actor import Actor, handles
 from mnemesh.call import Call
 from mnemesh.clock import wall_ms
 from mnemesh.connection import Link
-from mnemesh.errors import NotFound
+from mnemesh.errors import BadRequest, Conflict, Denied, NotFound
+from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
-from mnemesh.jetstream import last_of, last_of_each
+from mnemesh.ids import to_token
+from mnemesh.jetstream import last_of, last_of_each, stream_state
 from mnemesh.messages import DeviceSeen
 from mnemesh.origin import decode_mark, place_of
 from mnemesh.stats import Gauge
+from router.inventory import Inventory
+from router.shard_map import ShardMap
+from services.feed import Feed
+from services.roster import Key
+from services.site_policy import SitePolicy
+from services.sovereignty import ALL, Leaves, reduced_context
 
 LINKED_S = 15.0
 """A device that was heard of since is linked; it speaks every 5 s."""
+
+
+FEED_WAIT_S = 4.0
+FEED_MARGIN_S = 1.0
+FORGOTTEN_S = 60.0
+"""How long a feed is kept that its device does not ask for. It can open another, which costs a listing."""
+
+
+class _Opening:
+    """A feed on its way: what the device said that it holds, so far."""
+
+    def __init__(self, session: str) -> None:
+        self.session = session
+        self.held: dict[Key, int] = {}
+
+
+class _Feeding:
+    """A device's feed, one request at a time."""
+
+    def __init__(self, session: str, feed: Feed) -> None:
+        self.session = session
+        self.feed = feed
+        self.turn = asyncio.Lock()
+        self.asked_at = asyncio.get_running_loop().time()
 
 
 class _Heard(NamedTuple):
@@ -42,6 +78,11 @@ class Hub(Actor):
         self.site = site
         self._log = subjects.log_stream(site)
         self._heard: dict[str, _Heard] = {}
+        self._policy = SitePolicy(site)
+        self._shards = ShardMap()
+        self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
+        self._openings: dict[str, _Opening] = {}
+        self._feeds: dict[str, _Feeding] = {}
 
     def metadata(self) -> dict[str, str]:
         return {"site": self.site}
@@ -63,22 +104,151 @@ class Hub(Actor):
             for site, heard in self._heard.items()
         ]
 
+    def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        return {
+            "policy": partial(self._policy.follow, self.link, self.asker.inbox),
+            "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
+            "feeds": self._forget_feeds,
+        }
+
+    async def ready(self) -> None:
+        await self._policy.ready()
+        await self._shards.ready.wait()
+
+    async def release(self) -> None:
+        for feeding in self._feeds.values():
+            await feeding.feed.close()
+
     @handles(subjects.UPLINK_POSITION)
     async def uplink_position(self, request: messages.AskPosition, call: Call) -> messages.Position:
         device = call.tokens["site"]
         self._heard[device] = _Heard(wall_ms(), request)
+        policy = self._policy.text if self._policy.policy.version > request.policy else ""
         try:
             stored = await last_of(self.asker.inbox, self._log, subjects.log_mark(device))
         except NotFound:
-            return messages.Position(hub=self.site)
+            return messages.Position(hub=self.site, clock_ms=wall_ms(), policy=policy)
         mark = decode_mark(stored.message.data)
         return messages.Position(
             hub=self.site,
             place=stored.sequence,
             incarnation=mark.incarnation,
             sequence=mark.sequence,
-            event_id=mark.event_id,
+            last=mark.last,
+            clock_ms=wall_ms(),
+            policy=policy,
         )
+
+    # ── what a device is to hold ────────────────────────────────────────────────────────────────────────────
+
+    @handles(subjects.OPEN_FEED)
+    async def open_feed(self, request: messages.OpenFeed, call: Call) -> messages.FeedOpened:
+        device = call.tokens["site"]
+        opening = self._openings.get(device)
+        if opening is None or opening.session != request.session:
+            opening = self._openings[device] = _Opening(request.session)
+        opening.held |= {(tenant, entity_id): size for tenant, entity_id, size in request.held}
+        state = await stream_state(self.asker.inbox, self._log)
+        opened = messages.FeedOpened(hub=self.site, incarnation=state.incarnation)
+        if request.more:
+            return opened
+        del self._openings[device]
+        for want in request.interest.wants:
+            self._check_tenant(device, want.tenant)
+            if want.hops and not want.entities:
+                raise BadRequest("a want with hops must name the entities that they are counted from")
+        after = request.after if request.incarnation == state.incarnation else 0
+        feed = Feed(
+            self.asker,
+            self._inventory,
+            site=self.site,
+            device=device,
+            interest=request.interest,
+            held=opening.held,
+            leaves=self._policy.leaves,
+            region_of=self._policy.region_of,
+        )
+        try:
+            await feed.open(after, state)
+        except BaseException:
+            await feed.close()
+            raise
+        await self._close_feed(device)
+        self._feeds[device] = _Feeding(request.session, feed)
+        return opened
+
+    @handles(subjects.NEXT_FEED)
+    async def next_feed(self, request: messages.NextFeed, call: Call) -> messages.FeedBatch:
+        device = call.tokens["site"]
+        feeding = self._feeds.get(device)
+        if feeding is None or feeding.session != request.session:
+            raise Conflict(f"there is no such feed of {device}; open another")
+        async with feeding.turn:
+            wait_s = min(FEED_WAIT_S, call.remaining_s() - FEED_MARGIN_S)
+            try:
+                batch = await feeding.feed.next(request.turn, request.most_bytes, wait_s)
+            except StreamShrank as error:
+                await self._close_feed(device)
+                raise Conflict(f"the feed of {device} ended; open another") from error
+            feeding.asked_at = asyncio.get_running_loop().time()
+        return batch
+
+    async def _forget_feeds(self) -> None:
+        while True:
+            await asyncio.sleep(FORGOTTEN_S / 4)
+            now = asyncio.get_running_loop().time()
+            for device, feeding in list(self._feeds.items()):
+                if not feeding.turn.locked() and now - feeding.asked_at > FORGOTTEN_S:
+                    await self._close_feed(device)
+
+    async def _close_feed(self, device: str) -> None:
+        if (feeding := self._feeds.pop(device, None)) is not None:
+            await feeding.feed.close()
+
+    # ── what a device does not hold ─────────────────────────────────────────────────────────────────────────
+
+    @handles(subjects.HUB_GET_CONTEXT)
+    async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
+        entity_id = self._asked_entity(request.entity_id, call)
+        subject = subjects.get_context(call.caller.tenant, call.caller.agent, to_token(entity_id))
+        context = await self.asker.ask(subjects.GET_CONTEXT, subject, request)
+        leaves = await self._leaves(call.caller.tenant, entity_id, context.version)
+        may_leave = reduced_context(context, leaves)
+        if may_leave is None:
+            raise Denied("the policy of the hub keeps this entity back")
+        return may_leave
+
+    @handles(subjects.HUB_TIMELINE)
+    async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
+        entity_id = self._asked_entity(request.entity_id, call)
+        subject = subjects.timeline(call.caller.tenant, call.caller.agent, to_token(entity_id))
+        page = await self.asker.ask(subjects.TIMELINE, subject, request)
+        leaves = await self._leaves(call.caller.tenant, entity_id, max(page.watermark.values()))
+        if not leaves.is_all:
+            raise Denied("the policy of the hub keeps part of this entity back, and so its timeline")
+        return page
+
+    def _asked_entity(self, entity_id: str | None, call: Call) -> str:
+        self._check_tenant(call.tokens["site"], call.caller.tenant)
+        if entity_id is None:
+            raise BadRequest("a device names the entity that it asks for")
+        return entity_id
+
+    def _check_tenant(self, device: str, tenant: str) -> None:
+        allowed = self._policy.entry(device).tenants
+        if allowed and tenant not in allowed:
+            raise Denied(f"{device} was not enrolled for tenant {tenant!r}")
+
+    async def _leaves(self, tenant: str, entity_id: str, upto: int) -> Leaves:
+        """What may leave of an entity, wherever it was written."""
+        if not any(self._policy.policy.restricts(tenant, region) for region in self._policy.regions):
+            return ALL
+        described = await self._inventory.describe(tenant, [entity_id], upto=upto)
+        entity = described[entity_id]
+        regions = {self._policy.region_of(site) for site in (*entity.sites, self.site)}
+        return reduce(and_, (self._policy.leaves(tenant, entity.type, region) for region in regions))
+
+    # ── what operators see ──────────────────────────────────────────────────────────────────────────────────
 
     @handles(subjects.DEVICES)
     async def devices(self, request: messages.AskDevices, call: Call) -> messages.DevicesSeen:

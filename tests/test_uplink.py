@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from sites import TENANT, Cable, HubSite, alice_at, device_options, since, status_of
+from sites import TENANT, Cable, HubSite, alice_at, device, device_options, since, status_of
 
 from cli.devices import Devices, public_of, seed_of
 from cli.edge import shut_out
@@ -38,16 +38,6 @@ ONCE: dict[str, Any] = {"max_reconnect_attempts": 1, "allow_reconnect": False}
 async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
     async with HubSite(tmp_path / "hub").up() as hub:
         yield hub
-
-
-@contextlib.asynccontextmanager
-async def device(hub: HubSite, data: Path, *, name: str = "sub7", line: str = "") -> AsyncIterator[EdgeNode]:
-    """An enrolled device with a direct line to its hub, or by way of `line`."""
-    if name not in [known.name for known in Devices(hub.options.data).list()]:
-        await hub.enrol(name, data)
-    options = device_options(name, data, line or f"nats://127.0.0.1:{hub.options.leaf_port}")
-    async with EdgeNode(options) as node:
-        yield node
 
 
 async def counted(memory: Memory, entity_id: str) -> list[int]:

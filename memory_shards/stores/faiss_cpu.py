@@ -29,7 +29,7 @@ import faiss
 import msgspec
 import numpy as np
 
-from memory_shards.merge import Patch, patch_of, stamped
+from memory_shards.merge import Patch, is_repeated, patch_of, stamped
 from memory_shards.stores.bulk import execute_all, select_all
 from memory_shards.stores.columns import Rows, parse_filter
 from memory_shards.stores.provenance import keep_or_clear
@@ -61,7 +61,7 @@ CREATE INDEX IF NOT EXISTS crowded ON entities (number) WHERE length(waiting) > 
 -- place = space number << 40 | entity number: one B-tree, in which each space is one contiguous range.
 CREATE TABLE IF NOT EXISTS vectors (place INTEGER PRIMARY KEY, length REAL NOT NULL, halves BLOB NOT NULL);
 """
-_LAYOUT = 3
+_LAYOUT = 4
 _STORED = """
 WITH wanted (tenant, entity_id) AS (VALUES {rows})
 SELECT number, tenant, entity_id, state, waiting FROM wanted CROSS JOIN entities USING (tenant, entity_id)
@@ -129,6 +129,7 @@ class FaissStore:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rejected = 0
+        self._site = site
         self._partitions = frozenset(range(PARTITIONS) if partitions is None else partitions)
         self._spaces: dict[tuple[str, str], Space] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="faiss-build", initializer=_give_way)
@@ -161,7 +162,7 @@ class FaissStore:
         """Those that bring a vector or may take one away, and those about an entity that has one."""
         event = record.event
         return (
-            event.op == "forget"
+            event.op in ("forget", "release")
             or bool(event.body.get("vectors"))
             or any(
                 tenant == event.tenant and event.entity_id in space.rows for (tenant, _), space in self._spaces.items()
@@ -192,13 +193,17 @@ class FaissStore:
 
     def _merged(self, records: Iterable[Record]) -> tuple[list[VectorState], _Waiting]:
         """The entities that the records change, as they are after all of them, and the puts that are left to wait."""
-        fresh = [each for each in records if each.sequence > self._watermark and each.partition in self._partitions]
+        fresh = [each for each in records if each.sequence > self._watermark and self._concerns(each)]
         known = self._known(fresh)
         entities: dict[tuple[str, str], VectorState] = {}
         waiting: dict[tuple[str, str], list[bytes]] = defaultdict(list)
         for record in fresh:
             event = record.event
             name = event.tenant, event.entity_id
+            if event.op == "release":
+                entities[name] = known[name]
+                known[name].release(self._site)
+                continue
             try:
                 patch = patch_of(event)
             except BadRequest as error:
@@ -207,12 +212,15 @@ class FaissStore:
                 continue
             entity = known.get(name)
             if entity is None:
-                waiting[name].append(waiting_put(event, patch))
-            else:
+                waiting[name].append(waiting_put(record, patch))
+            elif not is_repeated(record, entity.births):
                 entities[name] = entity
                 kept = partial(self._kept_in, entity)
                 entity.merge(stamped(record, patch, entity.stamps), self._accepted(record, patch), kept)
         return list(entities.values()), [(*name, b"", b"".join(puts)) for name, puts in waiting.items()]
+
+    def _concerns(self, record: Record) -> bool:
+        return record.partition in self._partitions and record.event.op != "hold" and not record.quarantined
 
     def _known(self, records: Iterable[Record]) -> dict[tuple[str, str], VectorState]:
         """The entities whose records cannot wait: those that have a vector, get one, or are forgotten."""
@@ -288,7 +296,9 @@ class FaissStore:
                 space = self._spaces[tenant, name]
                 settings = space.dimension, space.metric, space.index, space.model
                 db.execute("INSERT INTO spaces VALUES (?, ?, ?, ?, ?, ?, ?)", (space.number, tenant, name, *settings))
-            self._put_states(entities)
+            self._put_states([entity for entity in entities if entity.stamps])
+            released = [(entity.number,) for entity in entities if not entity.stamps]
+            db.executemany("DELETE FROM entities WHERE number = ?", released)
             if waiting:
                 execute_all(db, _LET_WAIT, waiting)
                 crowded = [(VectorState(*row), puts) for *row, puts in db.execute(_CROWDED).fetchall()]

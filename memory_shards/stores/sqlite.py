@@ -43,6 +43,7 @@ class SqliteStore(SqliteReader):
         keep_or_clear(self._writer, site=site, partitions=partitions, incarnation=incarnation, layout=LAYOUT)
         self._writer.executescript(SCHEMA)
         meta = dict(self._writer.execute("SELECT name, value FROM meta"))
+        self._site = site
         self._watermark: int = meta.get("watermark", 0)
         self._rejected: int = meta.get("rejected", 0)
         super().__init__(self._file)
@@ -71,7 +72,8 @@ class SqliteStore(SqliteReader):
             return
         self._writer.execute("BEGIN IMMEDIATE")
         try:
-            batch = Batch(self._writer, [record for record in records if record.sequence > self._watermark])
+            fresh = [record for record in records if record.sequence > self._watermark]
+            batch = Batch(self._writer, fresh, site=self._site)
             batch.write()
             rejected = self._rejected + batch.rejected
             self._writer.executemany(

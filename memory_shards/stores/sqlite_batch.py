@@ -25,15 +25,16 @@ log = logging.getLogger(__name__)
 
 _LOAD = """
 WITH wanted (tenant, entity_id) AS (VALUES {rows})
-SELECT tenant, entity_id, id, ledger, alive, type, text, doc, exact_from
+SELECT tenant, entity_id, id, ledger, alive, type, text, doc, exact_from, version, partition, held
 FROM wanted CROSS JOIN entity USING (tenant, entity_id)
 """
 _UPSERT_ENTITY = """
-INSERT OR FAIL INTO entity (id, tenant, entity_id, partition, version, alive, exact_from, type, text, doc, ledger)
+INSERT OR FAIL INTO entity
+    (id, tenant, entity_id, partition, version, alive, exact_from, type, text, doc, ledger, held)
 VALUES {rows}
 ON CONFLICT (id) DO UPDATE SET partition = excluded.partition, version = excluded.version, alive = excluded.alive,
     exact_from = excluded.exact_from, type = excluded.type, text = excluded.text, doc = excluded.doc,
-    ledger = excluded.ledger
+    ledger = excluded.ledger, held = excluded.held
 """
 _UPSERT_EDGE = """
 INSERT OR FAIL INTO edge (source, relation, target, tenant, removed, valid_from, stamp, site, properties)
@@ -45,6 +46,8 @@ WHERE (excluded.valid_from, excluded.stamp, excluded.site) >= (edge.valid_from, 
 _INSERT_EVENT = "INSERT OR FAIL INTO event VALUES {rows}"
 _FORGET_EVENTS = "DELETE FROM event WHERE entity = ? AND (stamp, site) < (?, ?)"
 _FORGET_EDGES = "DELETE FROM edge WHERE source = ?"
+_RELEASE = [f"DELETE FROM {table} = ?" for table in ("event WHERE entity", "edge WHERE source", "entity WHERE id")]
+_QUARANTINE = "INSERT INTO quarantine VALUES (?, ?, ?, ?, ?, ?)"
 _UNINDEX_TEXT = "INSERT INTO entity_text (entity_text, rowid, text) VALUES ('delete', ?, ?)"
 _INDEX_TEXT = "INSERT INTO entity_text (rowid, text) VALUES (?, ?)"
 
@@ -55,20 +58,26 @@ _ledger_encoder = msgspec.msgpack.Encoder()
 class _Touched:
     """An entity that the batch has touched. `state.edges` holds only what is not yet written."""
 
-    __slots__ = ("id", "indexed_text", "partition", "state", "version")
+    __slots__ = ("held", "id", "indexed_text", "partition", "state", "version")
 
-    def __init__(self, id: int, state: State) -> None:
+    def __init__(self, id: int, state: State, version: int = 0, partition: int = 0, held: int | None = None) -> None:
         self.id = id
         self.state = state
         self.indexed_text = state.text
-        self.version = self.partition = 0
+        self.version = version
+        self.partition = partition
+        self.held = held
 
 
 class Batch:
-    """Takes records in log order; `flush` writes them. Used once, in a transaction that its maker owns."""
+    """Takes records in log order; `write` writes them. Used once, in a transaction that its maker owns.
 
-    def __init__(self, connection: sqlite3.Connection, records: Sequence[Record]) -> None:
+    `site` is where the log is.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, records: Sequence[Record], *, site: str) -> None:
         self.rejected = 0
+        self._site = site
         self._connection = connection
         self._records = records
         self._loaded: dict[tuple[str, str], _Touched] = {}
@@ -84,10 +93,11 @@ class Batch:
 
     def _load(self, names: Iterable[tuple[str, str]]) -> None:
         missing = sorted(names)
-        for *name, id, ledger, alive, type, text, doc, exact_from in select_all(self._connection, _LOAD, missing):
+        for row in select_all(self._connection, _LOAD, missing):
+            *name, id, ledger, alive, type, text, doc, exact_from, version, partition, held = row
             attributes, _ = wire.decode(doc)
             state = State(_ledger_decoder.decode(ledger), bool(alive), type, text, attributes, {}, exact_from)
-            self._loaded[name[0], name[1]] = _Touched(id, state)
+            self._loaded[name[0], name[1]] = _Touched(id, state, version, partition, held)
         last: int = self._connection.execute("SELECT ifnull(max(id), 0) FROM entity").fetchone()[0]
         for id, new in enumerate((name for name in missing if name not in self._loaded), last + 1):
             self._loaded[new] = _Touched(id, State())
@@ -97,14 +107,26 @@ class Batch:
         event = record.event
         name = event.tenant, event.entity_id
         entity = self._dirty[name] = self._loaded[name]
-        entity.version = record.sequence
         entity.partition = record.partition
+        if event.op == "hold":
+            entity.held = event.body.get("bytes", 0)
+            return
+        if event.op == "release":
+            self._release(name, entity)
+            return
+        entity.version = record.sequence
+        if record.quarantined:
+            told = record.sequence, event.tenant, event.entity_id, event.id, event.site, event.hlc
+            self._connection.execute(_QUARANTINE, told)
+            return
         try:
             patch = merge.patch_of(event)
             body = body_blob(event, patch)
         except (ValueError, OverflowError, RecursionError) as error:
             self.rejected += 1
             log.warning("event %d of the log is skipped: %s", record.sequence, error)
+            return
+        if merge.is_repeated(record, entity.state.ledger.births):
             return
         change = merge.stamped(record, patch, entity.state.ledger.stamps)
         if entity.state.is_forgotten(change):
@@ -128,17 +150,32 @@ class Batch:
                 change.valid_from,
                 change.valid_to,
                 body,
+                change.hub,
+                change.saw,
             )
         )
+
+    def _release(self, name: tuple[str, str], entity: _Touched) -> None:
+        """Hold it no more: all of it goes, but what this site wrote itself, and what that was merged with."""
+        if self._site in entity.state.ledger.stamps:
+            entity.held = None
+            return
+        self._flush()
+        if entity.indexed_text is not None:
+            self._connection.execute(_UNINDEX_TEXT, (entity.id, entity.indexed_text))
+        for statement in _RELEASE:
+            self._connection.execute(statement, (entity.id,))
+        self._loaded[name] = _Touched(entity.id, State())
 
     def _forget(self, entity: _Touched, change: Change) -> None:
         """Erase what the forget wins over, and bring up what is left."""
         self._flush()
         self._connection.execute(_FORGET_EVENTS, (entity.id, *change.mark))
         self._connection.execute(_FORGET_EDGES, (entity.id,))
-        stamps = entity.state.ledger.stamps
+        before, kind = entity.state.ledger, entity.state.type
         entity.state = merge.fold([*history(self._connection, entity.id), change])
-        entity.state.ledger.stamps = stamps
+        ledger = entity.state.ledger
+        ledger.stamps, ledger.births, ledger.gone = before.stamps, before.births, kind or before.gone
 
     def _flush(self) -> None:
         """Write all that was taken since the last flush."""
@@ -162,6 +199,7 @@ class Batch:
                     state.text,
                     wire.encode(doc),
                     _ledger_encoder.encode(state.ledger),
+                    entity.held,
                 )
             )
             for (relation, target), edge in state.edges.items():

@@ -16,12 +16,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from memory_shards import merge
 from memory_shards.merge import Document, State, edge_view
 from memory_shards.stores.sqlite_schema import connect, history
+from memory_shards.suspects import suspects
 from mnemesh import wire
 from mnemesh.clock import from_ms, wall_ms
-from mnemesh.messages import Direction, Hit, TimelineEvent
+from mnemesh.messages import Description, Direction, Hit, ListedEntity, Suspect, TimelineEvent
 
 # One statement sees one commit, and costs a third of a transaction around two: first the entity, then its edges.
 _GET = """
@@ -55,7 +58,15 @@ _SEARCH = """
 SELECT entity_id, -rank FROM entity_text JOIN entity ON entity.id = entity_text.rowid
 WHERE entity_text MATCH ? AND tenant = ?{type} ORDER BY rank, entity_id LIMIT ?
 """
+_HOLDS = "SELECT held IS NOT NULL FROM entity WHERE tenant = ? AND entity_id = ?"
+_LIST = """
+SELECT entity_id, type, version, ifnull(held, (SELECT sum(length(body)) FROM event WHERE entity = entity.id)), ledger
+FROM entity WHERE tenant = ? AND entity_id > ? AND {which}{types} ORDER BY entity_id LIMIT ?
+"""
+_DESCRIBE = "SELECT entity_id, type, alive, ledger FROM entity WHERE tenant = ? AND entity_id IN ({ids})"
 _IDS_A_STATEMENT = 500
+
+_ledger_decoder = msgspec.msgpack.Decoder(merge.Ledger)
 
 # A word is what ASCII punctuation and blanks leave; the tokenizer makes a phrase of whatever else is in it.
 _WORD = re.compile(r"[0-9A-Za-z\u0080-\U0010ffff]+")
@@ -110,6 +121,44 @@ class SqliteReader:
             changes = [change for change in changes if change.recorded_at <= as_of_ms]
             version = max((change.sequence for change in changes), default=0)
         return merge.fold(changes, valid_at_ms=valid_at_ms).document(entity_id, version)
+
+    def suspects(self, tenant: str, entity_id: str) -> list[Suspect]:
+        """What lost to a write that did not know of it."""
+        with self._snapshot:
+            found = self._connection.execute(_GET, (tenant, entity_id)).fetchone()
+            changes = history(self._connection, found[0]) if found else []
+        return suspects(changes)
+
+    def holds(self, tenant: str, entity_id: str) -> bool:
+        """Whether this device was given all that its hub has of an entity, and is told what comes."""
+        held: tuple[int] | None = self._connection.execute(_HOLDS, (tenant, entity_id)).fetchone()
+        return held == (1,)
+
+    def list_entities(
+        self, tenant: str, after: str, limit: int, *, types: Sequence[str] = (), held: bool, with_sites: bool
+    ) -> list[ListedEntity]:
+        """Entities in the order of their ids: those that are remembered (of `types`, if any), or those `held`."""
+        which = "held IS NOT NULL" if held else "alive"
+        chosen = f" AND type IN ({_places(types)})" if types else ""
+        rows = self._connection.execute(_LIST.format(which=which, types=chosen), (tenant, after, *types, limit))
+        return [
+            ListedEntity(
+                entity_id, type, version, size or 0, list(_ledger_decoder.decode(ledger).stamps) if with_sites else []
+            )
+            for entity_id, type, version, size, ledger in rows
+        ]
+
+    def describe(self, tenant: str, entity_ids: Sequence[str]) -> list[Description]:
+        """The types of these entities and who wrote them, in their order."""
+        found: dict[str, Description] = {}
+        for start in range(0, len(entity_ids), _IDS_A_STATEMENT):
+            ids = entity_ids[start : start + _IDS_A_STATEMENT]
+            rows = self._connection.execute(_DESCRIBE.format(ids=_places(ids)), (tenant, *ids))
+            for entity_id, type, alive, raw in rows:
+                ledger = _ledger_decoder.decode(raw)
+                is_gone = not alive and ledger.tombstone is not None
+                found[entity_id] = Description(ledger.gone if is_gone else type, list(ledger.stamps), is_gone)
+        return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
     def timeline(self, tenant: str, entity_id: str, after: int = 0, limit: int = 100) -> list[TimelineEvent]:
         """The entity's events after sequence `after`, in log order. A forget has erased those before it."""
@@ -183,6 +232,20 @@ class SqliteReader:
         values = [expression, tenant, k] if type is None else [expression, tenant, type, k]
         rows = self._connection.execute(_SEARCH.format(type="" if type is None else " AND type = ?"), values)
         return [Hit(entity_id=entity_id, score=score) for entity_id, score in rows]
+
+    def held(self) -> tuple[int, int]:
+        """How many entities are held for this device, and the bytes that its hub sent of them."""
+        with self._snapshot:
+            counted: tuple[int, int] = self._connection.execute(
+                "SELECT count(held), ifnull(sum(held), 0) FROM entity WHERE held IS NOT NULL"
+            ).fetchone()
+        return counted
+
+    def quarantined(self) -> dict[str, int]:
+        """How many events of each site were put aside."""
+        with self._snapshot:
+            rows = self._connection.execute("SELECT site, count(*) FROM quarantine GROUP BY site").fetchall()
+        return dict(rows)
 
     def counts(self) -> tuple[int, int]:
         """How many entities and edges are remembered. Walks an index of each: milliseconds a million."""

@@ -1,9 +1,11 @@
 """The tables of `memory.db`, how its connections are set up, and the history that both its sides read.
 
 * `entity`: one row for each entity ever written, forgotten ones too (their tombstone is in `ledger`). `doc`
-  holds `[attributes, spaces]`, which readers need; `ledger` the keys, which only merging needs.
+  holds `[attributes, spaces]`, which readers need; `ledger` the keys, which only merging needs. On a device, `held` is
+  there (the bytes that its hub sent then) where it holds all that the hub has of the entity.
 * `edge`: the last write to each (source, relation, target), removals too. A target need not exist: it is a text.
 * `event`: the history that forgets have left, with effective stamps; of a vector only its dimension.
+* `quarantine`: events that are in the log and have no effect, for their stamps are too far ahead.
 * `entity_text`: the full-text index over `entity.text`; the text itself is kept once, in `entity`.
 
 Looks at `memory_shards.merge` and `mnemesh`.
@@ -21,7 +23,7 @@ from memory_shards.merge import Change, Patch
 from mnemesh import wire
 from mnemesh.event import Event
 
-LAYOUT = 1
+LAYOUT = 2
 """Goes up with every change of the tables or of what is in them; a file of another layout is rebuilt."""
 
 SCHEMA = """
@@ -31,7 +33,7 @@ CREATE TABLE IF NOT EXISTS entity (
     version INTEGER NOT NULL,     -- the log sequence of its last event, also of one without effect
     alive INTEGER NOT NULL,
     exact_from INTEGER NOT NULL,  -- ms; before that only the history tells what is true now
-    type TEXT, doc BLOB NOT NULL, ledger BLOB NOT NULL, text TEXT,
+    type TEXT, doc BLOB NOT NULL, ledger BLOB NOT NULL, text TEXT, held INTEGER,
     UNIQUE (tenant, entity_id));
 CREATE TABLE IF NOT EXISTS edge (
     source INTEGER NOT NULL, relation TEXT NOT NULL, target TEXT NOT NULL, tenant TEXT NOT NULL,
@@ -42,15 +44,19 @@ CREATE INDEX IF NOT EXISTS edge_in ON edge (tenant, target, relation);
 CREATE TABLE IF NOT EXISTS event (
     sequence INTEGER PRIMARY KEY, entity INTEGER NOT NULL, tenant TEXT NOT NULL, event_id TEXT NOT NULL,
     op TEXT NOT NULL, agent TEXT NOT NULL, site TEXT NOT NULL, stamp INTEGER NOT NULL,
-    recorded_at INTEGER NOT NULL, valid_from INTEGER NOT NULL, valid_to INTEGER, body BLOB NOT NULL);
+    recorded_at INTEGER NOT NULL, valid_from INTEGER NOT NULL, valid_to INTEGER, body BLOB NOT NULL,
+    hub INTEGER, saw INTEGER);    -- places in the hub's log: its own, and what its writer had seen
 CREATE INDEX IF NOT EXISTS event_of_entity ON event (entity);
 CREATE INDEX IF NOT EXISTS event_by_validity ON event (tenant, valid_from);
+CREATE TABLE IF NOT EXISTS quarantine (
+    sequence INTEGER PRIMARY KEY, tenant TEXT NOT NULL, entity_id TEXT NOT NULL, event_id TEXT NOT NULL,
+    site TEXT NOT NULL, hlc INTEGER NOT NULL);
 CREATE VIRTUAL TABLE IF NOT EXISTS entity_text USING fts5 (
     text, content='entity', content_rowid='id', tokenize='unicode61');
 """
 
 HISTORY = """
-SELECT sequence, recorded_at, site, stamp, valid_from, valid_to, op, body FROM event
+SELECT sequence, recorded_at, site, stamp, valid_from, valid_to, op, body, hub, saw FROM event
 WHERE entity = ? ORDER BY sequence
 """
 
@@ -83,9 +89,9 @@ def history(connection: sqlite3.Connection, entity: int) -> list[Change]:
     """What is left of an entity's events, in log order."""
     changes = []
     for row in connection.execute(HISTORY, (entity,)):
-        sequence, recorded_at, site, stamp, valid_from, valid_to, op, body = row
+        sequence, recorded_at, site, stamp, valid_from, valid_to, op, body, hub, saw = row
         patch = msgspec.convert(wire.decode(body), Patch) if op == "put" else None
-        changes.append(Change(sequence, recorded_at, site, stamp, valid_from, valid_to, patch))
+        changes.append(Change(sequence, recorded_at, site, stamp, valid_from, valid_to, patch, hub, saw))
     return changes
 
 

@@ -35,6 +35,7 @@ class VectorState:
         "_spaces",
         "_tombstone",
         "_type",
+        "births",
         "changed",
         "entity_id",
         "number",
@@ -48,12 +49,13 @@ class VectorState:
         self.vectors: dict[str, Vector | Kept | None] = {}
         self.changed: set[str] = set()
         self.stamps: dict[str, int]
+        self.births: dict[str, int]
         self._tombstone: Mark | None
         self._type: _Thing
         self._attributes: dict[str, _Thing]
         self._spaces: dict[str, _Thing]
-        self.stamps, self._tombstone, self._type, self._attributes, self._spaces = (
-            wire.decode(state) if state else ({}, None, [], {}, {})
+        self.stamps, self.births, self._tombstone, self._type, self._attributes, self._spaces = (
+            wire.decode(state) if state else ({}, {}, None, [], {}, {})
         )
 
     @property
@@ -71,7 +73,7 @@ class VectorState:
         return sorted(name for name, thing in self._spaces.items() if thing[0][1])
 
     def encode(self) -> bytes:
-        return wire.encode((self.stamps, self._tombstone, self._type, self._attributes, self._spaces))
+        return wire.encode((self.stamps, self.births, self._tombstone, self._type, self._attributes, self._spaces))
 
     def merge(self, change: Change, vectors: dict[str, Vector], kept: Callable[[str], Kept]) -> None:
         """Take one event in; `vectors` are those of its vectors that fit their spaces.
@@ -106,6 +108,13 @@ class VectorState:
                 thing[place] = before[0], held
         thing[0] = key, vector is not None
         self.vectors[name] = vector
+
+    def release(self, site: str) -> None:
+        """Drop all of it, unless this site wrote some of it itself. What has no stamps any more is dropped."""
+        if site in self.stamps:
+            return
+        self.vectors |= dict.fromkeys(self.spaces)
+        self.stamps, self.births, self._tombstone, self._type, self._attributes, self._spaces = {}, {}, None, [], {}, {}
 
     def _forget(self, mark: Mark) -> None:
         """Erase all that was written before the mark, and bring up what it had hidden; what came after stays."""

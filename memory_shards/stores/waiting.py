@@ -7,10 +7,10 @@ of them merge them into the row's state, which is then what it would have been a
 
 from __future__ import annotations
 
-from memory_shards.merge import Patch, stamped
+from memory_shards.merge import Patch, is_repeated, stamped
 from memory_shards.stores.vector_state import Kept, VectorState
 from mnemesh import wire
-from mnemesh.event import Event, Record
+from mnemesh.event import Birth, Event, Record
 
 MOST_WAITING = 4_096
 """Bytes of puts that one entity may have waiting (some 40 to 60 puts): what a row of SQLite holds in one page."""
@@ -18,11 +18,11 @@ MOST_WAITING = 4_096
 _LENGTH_BYTES = 4
 
 
-def waiting_put(event: Event, patch: Patch) -> bytes:
+def waiting_put(record: Record, patch: Patch) -> bytes:
     """What of a put without vectors can matter to a vector that comes later, with its length before it."""
-    kept = wire.encode(
-        (event.site, event.hlc, event.valid_from, event.valid_to, patch.type, patch.attributes, patch.remove_vectors)
-    )
+    event = record.event
+    times = event.hlc, event.valid_from, event.valid_to
+    kept = wire.encode((record.birth, event.site, *times, patch.type, patch.attributes, patch.remove_vectors))
     return len(kept).to_bytes(_LENGTH_BYTES, "little") + kept
 
 
@@ -31,7 +31,9 @@ def merge_waiting(entity: VectorState, waiting: bytes) -> None:
     start = 0
     while start < len(waiting):
         end = start + _LENGTH_BYTES + int.from_bytes(waiting[start : start + _LENGTH_BYTES], "little")
-        site, hlc, valid_from, valid_to, kind, attributes, removed = wire.decode(waiting[start + _LENGTH_BYTES : end])
+        birth, site, hlc, valid_from, valid_to, kind, attributes, removed = wire.decode(
+            waiting[start + _LENGTH_BYTES : end]
+        )
         start = end
         event = Event(
             id="",
@@ -45,7 +47,9 @@ def merge_waiting(entity: VectorState, waiting: bytes) -> None:
             valid_to=valid_to,
         )
         patch = Patch(type=kind, attributes=attributes, remove_vectors=removed)
-        entity.merge(stamped(Record(0, 0, 0, event), patch, entity.stamps), {}, _no_vector)
+        record = Record(0, 0, 0, event, Birth(*birth) if birth else None)
+        if not is_repeated(record, entity.births):
+            entity.merge(stamped(record, patch, entity.stamps), {}, _no_vector)
 
 
 def _no_vector(space: str) -> Kept:

@@ -35,6 +35,15 @@ class HybridClock:
         self._last = max(self._last, stamp)
 
 
+MOST_AHEAD_MS = 60_000
+"""How far a device's stamps may be ahead of the hub's clock. Beyond that they would win for as long as it is wrong."""
+
+
+def is_too_far_ahead(stamp: int, recorded_at: int) -> bool:
+    """Whether a stamp is further ahead of when a hub recorded it than may be: such an event is put aside."""
+    return stamp_ms(stamp) > recorded_at + MOST_AHEAD_MS
+
+
 def stamp_ms(stamp: int) -> int:
     """The physical part of a stamp, in milliseconds since 1970."""
     return stamp >> COUNTER_BITS

@@ -73,6 +73,10 @@ class Message:
         self._raw_headers = raw_headers
         self._headers: Mapping[str, str] | None = None if raw_headers else _NO_HEADERS
 
+    def under(self, subject: str) -> Message:
+        """The same message under the subject that it was stored under."""
+        return Message(subject, "", self.data, self._raw_headers)
+
     @property
     def headers(self) -> Mapping[str, str]:
         """By name; a status line (ADR-4) as `Status` and `Description`. Bytes that are not UTF-8 become U+FFFD."""

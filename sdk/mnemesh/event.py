@@ -1,6 +1,7 @@
 """The event: one write as the log holds it, with every part that any store needs.
 
-A `put` is a patch, a `forget` a tombstone. The body of a put may hold
+A `put` is a patch, a `forget` a tombstone. A device's log also notes of entities that its hub feeds it that it will
+`hold` all there is of one from now on, or that it will `release` it; these stay in that log. The body of a put may hold
 
     type: text                          attributes: {name: value}, null removes
     edges: [{relation, target_id, properties?}]   remove_edges: [{relation, target_id}]
@@ -23,25 +24,29 @@ SCHEMA = 1
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """One write. Times are milliseconds since 1970; `hlc` is a stamp of `mnemesh.clock`."""
+    """One write. Times are milliseconds since 1970; `hlc` is a stamp of `mnemesh.clock`.
+
+    `saw` is up to where a device had its hub's log when it wrote this; a hub has seen all of its own.
+    """
 
     id: str
     tenant: str
     entity_id: str
-    op: Literal["put", "forget"]
+    op: Literal["put", "forget", "hold", "release"]
     agent: str
     site: str
     hlc: int
     body: dict[str, Any] = {}
     valid_from: int | None = None
     valid_to: int | None = None
+    saw: int | None = None
     schema: int = SCHEMA
     extra: dict[str, Any] = {}
 
     def encode(self) -> bytes:
         """MessagePack, unknown fields included."""
         fields = {name: getattr(self, name) for name in _FIELDS}
-        for name in ("valid_from", "valid_to"):
+        for name in ("valid_from", "valid_to", "saw"):
             if fields[name] is None:
                 del fields[name]
         return wire.encode(fields | self.extra if self.extra else fields)
@@ -52,13 +57,27 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         return stamp_ms(self.hlc) if self.valid_from is None else self.valid_from
 
 
+class Birth(NamedTuple):
+    """Where an event was born: the log (its site and incarnation, as one text), and the event's sequence there."""
+
+    log: str
+    sequence: int
+
+
 class Record(NamedTuple):
-    """An event at its place in a site's log. `recorded_at` is the log's time, in milliseconds since 1970."""
+    """An event at its place in a site's log. `recorded_at` is the log's time, in milliseconds since 1970.
+
+    `birth` is there where the event was carried here; `hub` is its sequence in the hub's log, as far as that is known.
+    One that is `quarantined` has no effect: it is stamped too far ahead of the hub's clock.
+    """
 
     sequence: int
     recorded_at: int
     partition: int
     event: Event
+    birth: Birth | None = None
+    hub: int | None = None
+    quarantined: bool = False
 
 
 _FIELDS = tuple(name for name in Event.__struct_fields__ if name != "extra")

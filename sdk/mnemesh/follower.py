@@ -39,15 +39,19 @@ class StreamShrank(Exception):
 class Follower:
     """Reads a stream from sequence `after + 1` on.
 
-    `incarnation` is the stream that the reader knows; if it is another now, `batches` raises `StreamShrank`.
+    `incarnation` is the stream that the reader knows; if it is another now, `batches` raises `StreamShrank`. With a
+    `subject`, by wildcards, only its messages are read, and the reader cannot know up to where it has seen all of them.
     """
 
-    def __init__(self, link: Link, inbox: Inbox, stream: str, *, after: int = 0, incarnation: str) -> None:
+    def __init__(
+        self, link: Link, inbox: Inbox, stream: str, *, after: int = 0, incarnation: str, subject: str = ""
+    ) -> None:
         self._link = link
         self._inbox = inbox
         self._stream = stream
         self._incarnation = incarnation
         self._last = after
+        self._subject = subject
         self._deliver = ""
         self._subscription: Subscription | None = None
         self._buffer: deque[Stored | str] = deque()
@@ -112,7 +116,7 @@ class Follower:
                 self._broken = False
                 await api(
                     self._inbox,
-                    f"CONSUMER.CREATE.{self._stream}.{self._name}",
+                    ".".join(filter(None, ("CONSUMER.CREATE", self._stream, self._name, self._subject))),
                     {
                         "stream_name": self._stream,
                         "config": {
@@ -127,6 +131,7 @@ class Follower:
                             "inactive_threshold": int(INACTIVE_S * _NS),
                             "mem_storage": True,
                             "num_replicas": 1,
+                            **({"filter_subject": self._subject} if self._subject else {}),
                         },
                     },
                 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import nats.nuid
@@ -80,15 +80,23 @@ class Inbox:
             return [await self._settled(asks[0], budget_s, headers)]
         return await asyncio.gather(*(self._settled(ask, budget_s, headers) for ask in asks))
 
-    async def gather(self, subject: str, payload: bytes, *, most: int, wait_s: float) -> list[Message]:
-        """Send one request and collect the replies of all who answer, until there are `most` or `wait_s` is over."""
+    async def gather(
+        self,
+        subject: str,
+        payload: bytes,
+        *,
+        most: int,
+        wait_s: float,
+        is_last: Callable[[Message], bool] = lambda message: False,
+    ) -> list[Message]:
+        """Send one request and collect all replies, until there are `most`, the last one, or `wait_s` is over."""
         replies: list[Message] = []
         enough = asyncio.Event()
 
         def collect(message: Message) -> None:
             if not _is_no_responders(message):
                 replies.append(message)
-            if len(replies) >= most:
+            if len(replies) >= most or is_last(message):
                 enough.set()
 
         inbox = f"{self._link.options.inbox_prefix}.{nats.nuid.NUID().next().decode()}"

@@ -51,6 +51,7 @@ class BucketView:
         self.entries: dict[str, bytes] = {}
         self.version = 0
         self.ready = asyncio.Event()
+        self._revision = 0
         self._bucket = bucket
         self._changed = asyncio.Condition()
 
@@ -73,6 +74,7 @@ class BucketView:
                     entries[key] = message.data
             complete = complete or not batch[-1].following or batch[-1].sequence >= state.last_sequence
             if complete:
+                self._revision = batch[-1].sequence
                 await self._show(entries)
 
     async def wait_for(self, key: str) -> bytes:
@@ -80,6 +82,11 @@ class BucketView:
         async with self._changed:
             await self._changed.wait_for(lambda: key in self.entries)
             return self.entries[key]
+
+    async def reached(self, revision: int) -> None:
+        """Return once the view is as of this revision or later."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._revision >= revision)
 
     async def _show(self, entries: dict[str, bytes]) -> None:
         async with self._changed:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import nats.nuid
 
-from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, Outgoing, publish_batch
+from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, ROLLUP, Outgoing, publish_batch
 from mnemesh.connection import Link
 from mnemesh.errors import Busy, Conflict, MnemeshError, TooLarge, Unavailable
 from mnemesh.inbox import Inbox
@@ -25,7 +25,6 @@ MESSAGE_ID = "Nats-Msg-Id"
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 COMPARED = "Nats-Expected-Last-Subject-Sequence-Subject"
 EXPECTED_ID = "Nats-Expected-Last-Msg-Id"
-ROLLUP = "Nats-Rollup"
 MOST_WAITING = 65_536
 COMMIT_S = 5.0
 SMALL_BATCH = 32

@@ -184,11 +184,30 @@ class GetContext(Request, frozen=True, kw_only=True):
     as_of: Time | None = None
     valid_at: Time | None = None
     include_vectors: bool = False
+    include_suspects: bool = False
     consistency: Consistency | None = None
 
 
+class Suspect(Reply, frozen=True, kw_only=True):
+    """What a site wrote of one part of an entity, and lost to a write that did not know of it.
+
+    `part` is `type`, `text`, `attribute`, `edge` or `vector`; `name` which attribute or space, or `relation target_id`.
+    `value` is `None` where it was removed, and for a vector.
+    """
+
+    part: str
+    name: str = ""
+    value: Any = None
+    site: str
+    written_at: datetime
+
+
 class Context(Reply, frozen=True, kw_only=True):
-    """What is remembered of one entity. `version` is the log sequence of its last event."""
+    """What is remembered of one entity. `version` is the log sequence of its last event.
+
+    Not `complete`: this device has what it wrote itself, and its hub, out of reach now, may have more. `suspects` are
+    there if asked for.
+    """
 
     entity_id: str
     type: str | None = None
@@ -199,6 +218,8 @@ class Context(Reply, frozen=True, kw_only=True):
     version: int
     watermark: Token
     vectors: dict[str, Vector] | None = None
+    complete: bool = True
+    suspects: list[Suspect] | None = None
 
 
 class Timeline(Request, frozen=True, kw_only=True):
@@ -239,11 +260,15 @@ class TimelineEvent(Reply, frozen=True, kw_only=True):
 
 
 class TimelinePage(Reply, frozen=True, kw_only=True):
-    """Events in log order. `next_after` resumes; `None` when there is no more up to the watermark."""
+    """Events in log order. `next_after` resumes; `None` when there is no more up to the watermark.
+
+    Not `complete`: this device has what it wrote itself, and its hub may have more.
+    """
 
     events: list[TimelineEvent]
     next_after: int | None = None
     watermark: Token
+    complete: bool = True
     coverage: Coverage | None = None
 
 
@@ -357,6 +382,66 @@ class Expanded(Reply, frozen=True, kw_only=True):
     watermark: Token
 
 
+class ListEntities(Request, frozen=True, kw_only=True):
+    """Request of `shard_list`: a tenant's entities in the order of their ids, after the id `after`.
+
+    Only those of `types`, if there are any; only those that are `held` for this device; `with_sites` tells who wrote.
+    """
+
+    types: list[str] = []
+    held: bool = False
+    with_sites: bool = False
+    after: str = ""
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 5_000
+    consistency: Consistency | None = None
+
+
+class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
+    """One entity: its type, the log sequence of its last event, and the bytes of its events, vectors left out.
+
+    Of one that is held, `bytes` are those that the hub sent when that began.
+    """
+
+    entity_id: str
+    type: str | None
+    version: int
+    bytes: int
+    sites: list[str] = []
+
+
+class Entities(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_list`. `more`: ask again, after the last of these."""
+
+    entities: list[ListedEntity]
+    more: bool
+    watermark: Token
+
+
+class Describe(Request, frozen=True, kw_only=True):
+    """Request of `shard_describe`."""
+
+    entity_ids: Annotated[list[str], Meta(max_length=10_000)]
+    consistency: Consistency | None = None
+
+
+class Description(msgspec.Struct, frozen=True, array_like=True):
+    """The type of an entity, and the sites that ever wrote it, forgotten writes too.
+
+    One that `is_gone` was forgotten, and its type is that of then.
+    """
+
+    type: str | None = None
+    sites: list[str] = []
+    is_gone: bool = False
+
+
+class Descriptions(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_describe`, in the order of the request."""
+
+    entities: list[Description]
+    watermark: Token
+
+
 class Status(Request, frozen=True, kw_only=True):
     """Request of `shard_status`."""
 
@@ -366,7 +451,8 @@ class Status(Request, frozen=True, kw_only=True):
 class ShardStatus(Reply, frozen=True, kw_only=True):
     """Where a replica stands. `digest` is a hash over all that it holds, to compare replicas with.
 
-    `skipped` events of the log have no effect: they could not be read, or broke a rule.
+    `skipped` events of the log have no effect: they could not be read, or broke a rule. Nor have those `quarantined`,
+    by the site that they came from: they are stamped further ahead of the hub's clock than may be.
     """
 
     shard: str
@@ -376,6 +462,9 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     edges: int
     vectors: int
     skipped: int = 0
+    quarantined: dict[str, int] = {}
+    held: int = 0
+    held_bytes: int = 0
     digest: str | None = None
 
 
@@ -385,42 +474,143 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
 class AskPosition(Request, frozen=True, kw_only=True):
     """Request of `uplink_position`, with what a device says of itself every few seconds.
 
-    `waiting` events are still to be sent, the oldest for `lag_s`; `clock_ms` is the device's time, in milliseconds
-    since 1970, and `log_bytes` the size of its log.
+    `waiting` events are still to be sent, the oldest for `lag_s`; it has the hub's log up to `downlinked`, of what it
+    wants. `clock_ms` is the device's time, in milliseconds since 1970, and `log_bytes` the size of its log. `policy` is
+    the version of the policy that it was handed.
     """
 
     waiting: Annotated[int, Meta(ge=0)] = 0
     lag_s: Annotated[float, Meta(ge=0)] = 0.0
+    downlinked: Annotated[int, Meta(ge=0)] = 0
     clock_ms: int = 0
     log_bytes: Annotated[int, Meta(ge=0)] = 0
+    policy: int = 0
 
 
 class Position(Reply, frozen=True, kw_only=True):
     """Up to where a hub has a device's log, from the device's last mark, at `place` of the hub's log; 0: there is none.
 
-    `incarnation` tells the device's log from another of the same name made later; `event_id` is that of the last event.
+    `incarnation` tells the device's log from another of the same name made later; `last` is a hash of the last message.
+    `clock_ms` is the hub's time, in milliseconds since 1970. `policy` is there where the device has an older one.
     """
 
     hub: str
     place: int = 0
     incarnation: str = ""
     sequence: int = 0
-    event_id: str = ""
+    last: str = ""
+    clock_ms: int = 0
+    policy: str = ""
+
+
+class Want(Request, frozen=True, kw_only=True):
+    """Entities of one tenant that a device is to hold: those of all that is named here.
+
+    Of `types`, with an event born in one of `regions`, one of `entities` or up to `hops` edges away from one. What is
+    empty does not matter.
+    """
+
+    tenant: Annotated[str, Meta(min_length=1)]
+    types: list[Kind] = []
+    regions: list[str] = []
+    entities: list[Annotated[str, Meta(min_length=1)]] = []
+    hops: Annotated[int, Meta(ge=0, le=8)] = 0
+
+
+class Interest(Request, frozen=True, kw_only=True):
+    """What a device wants to hold of what was written elsewhere, and how much of that it may.
+
+    Wants come in the order of their weight. Where not all fits, what is evicted is of the last want, and in it the
+    entity that has not changed for longest. What was written on the device itself is always held, and does not count.
+    """
+
+    wants: list[Want] = []
+    most_entities: Annotated[int, Meta(ge=0)] = 100_000
+    most_bytes: Annotated[int, Meta(ge=0)] = 256 * 1024 * 1024
+
+
+class OpenFeed(Request, frozen=True, kw_only=True):
+    """Request of `open_feed`. `held` are the (tenant, entity, bytes) that the device holds, in as many requests as it
+    takes, all but the last with `more`. It has the hub's log `incarnation` up to `after`.
+    """
+
+    session: Annotated[str, Meta(min_length=1, max_length=64)]
+    interest: Interest
+    region: str = ""
+    held: list[tuple[str, str, int]] = []
+    more: bool = False
+    incarnation: str = ""
+    after: Sequence = 0
+
+
+class FeedOpened(Reply, frozen=True, kw_only=True):
+    """Reply of `open_feed`: the hub's name and the incarnation of its log."""
+
+    hub: str
+    incarnation: str
+
+
+class NextFeed(Request, frozen=True, kw_only=True):
+    """Request of `next_feed`. The same `turn` again gives the same again; the next one says that the last was kept."""
+
+    session: str
+    turn: Annotated[int, Meta(ge=1)]
+    most_bytes: Annotated[int, Meta(ge=1_024, le=4_194_304)] = 524_288
+
+
+class Carried(msgspec.Struct, frozen=True, array_like=True, tag="event"):
+    """One event on its way to a device: where it stands in the log of its origin, its bytes, and its headers."""
+
+    origin: str
+    tenant: str
+    partition: str
+    entity: str
+    payload: bytes
+    born: str
+    hub: int
+    rollup: bool
+
+
+class Holding(msgspec.Struct, frozen=True, array_like=True, tag="holding"):
+    """From here on the device has all that the hub has of an entity, by so many `bytes`; `None`: it is to drop it."""
+
+    tenant: str
+    entity_id: str
+    bytes: int | None
+
+
+class FeedBatch(Reply, frozen=True, kw_only=True):
+    """What a device appends to its log, all at once and in this order: events and holdings, then the marks.
+
+    `place` is up to where the hub's log then is in the device's; `marks` of other origins as they are in the hub's log.
+    `hlc` is the newest stamp among the events. `current`: there was no more.
+    """
+
+    turn: int
+    place: int
+    items: list[Carried | Holding] = []
+    marks: dict[str, bytes] = {}
+    hlc: int = 0
+    current: bool = False
 
 
 class EdgeStatus(Reply, frozen=True, kw_only=True):
     """Where a device stands with its hub.
 
-    `linked` while its hub answers. `waiting` is how many of its events the hub lacks, and `lag_s` for how long the
-    oldest of them has waited. `trouble` says, in words, what an operator must mend before it sends on.
+    `linked` while its hub answers; `silent_s` is since when it does not. `waiting` is how many of its events the hub
+    lacks, and `lag_s` for how long the oldest of them has waited. `downlinked` is up to where it has the hub's log of
+    what it wants, and `current` whether there was no more. `trouble` says, in words, what an operator must mend.
     """
 
     site: str
     hub: str
     linked: bool
+    silent_s: float
     uplinked: int
     waiting: int
     lag_s: float
+    downlinked: int = 0
+    current: bool = False
     trouble: str = ""
 
 

@@ -1,13 +1,14 @@
 """Where the messages of a log come from: an event's origin, and the mark after each batch of an origin.
 
-An event keeps the subject of the site where it was born, wherever it is carried, and its sequence there in a header.
+An event keeps the subject of the site where it was born, wherever it is carried, and its birth in a header.
 A mark says up to where the origin's log is in this one, filtered events included. It is the last message of each batch
 that a carrier appends, in the same commit, compared with the mark before: so whatever is sent twice is stored once.
-Looks at `subjects`, `wire` and `connection`.
+Looks at `subjects`, `wire`, `event` and `connection`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import msgspec
@@ -15,11 +16,14 @@ import msgspec
 from mnemesh import subjects, wire
 from mnemesh.connection import Message
 from mnemesh.errors import BadRequest
-from mnemesh.event import Event
+from mnemesh.event import Birth, Event
 from mnemesh.ids import partition_of_tokens, to_token
 
-ORIGIN_SEQUENCE = "Mnemesh-Origin-Sequence"
-"""Header: the event's sequence in the log of its origin. Absent in that log itself."""
+BORN = "Mnemesh-Born"
+"""Header: the event's sequence in the log of its origin, and that log's incarnation. Absent in that log itself."""
+
+HUB_SEQUENCE = "Mnemesh-Hub-Sequence"
+"""Header: the event's sequence in the hub's log, on what a hub sends its devices."""
 
 
 class Place(NamedTuple):
@@ -29,39 +33,57 @@ class Place(NamedTuple):
     tenant: str = ""
     partition: str = ""
     entity: str = ""
+    is_holding: bool = False
 
     @property
     def is_mark(self) -> bool:
         return not self.partition
 
+    @property
+    def is_event(self) -> bool:
+        return not (self.is_mark or self.is_holding)
+
 
 def place_of(subject: str) -> Place:
     """The place of a message of any log."""
     parts = subject.split(".")
-    return Place(parts[-2]) if len(parts) == _MARK_TOKENS else Place(*parts[-4:])
+    if len(parts) == _MARK_TOKENS:
+        return Place(parts[-2])
+    return Place(parts[_ORIGIN], parts[-3], parts[-2], parts[-1], len(parts) == _HOLDING_TOKENS)
 
 
 _MARK_TOKENS = subjects.log_mark("").count(".") + 1
+_HOLDING_TOKENS = subjects.log_holding("", "", "", "").count(".") + 1
+_ORIGIN = subjects.log_mark("*").split(".").index("*")
 
 
 def check_carried(event: Event, place: Place) -> None:
-    """Raise `BadRequest` where an event says another place than its subject, which is what the broker checked."""
+    """Raise `BadRequest` where an event says another place than its subject, which is what the broker checked.
+
+    Notes of what a device holds are for its own log alone.
+    """
     token = to_token(event.entity_id)
-    told = Place(event.site, event.tenant, str(partition_of_tokens(event.tenant, token)), token)
+    is_note = event.op in ("hold", "release")
+    told = Place(event.site, event.tenant, str(partition_of_tokens(event.tenant, token)), token, is_note)
+    if is_note and place.is_event:
+        raise BadRequest(f"a note of what is held came as an event of {place.origin}")
     if told != place:
-        raise BadRequest(f"it says to be of {'.'.join(told)[:300]}, and came as {'.'.join(place)[:300]}")
+        raise BadRequest(f"it says to be of {'.'.join(told[:4])[:300]}, and came as {'.'.join(place[:4])[:300]}")
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """Up to where the log of an origin is in this one.
 
-    `incarnation` tells that log from another of the same name made later (its stream's creation time); `event_id` is
-    that of the last event, by which a copy of a log that went its own way is known.
+    `incarnation` tells that log from another of the same name made later (its stream's creation time); `last` is a hash
+    of the last message, by which a copy of a log that went its own way is known. `hlc` is the newest stamp that came.
+    `by` is the site by way of which this came here, where that is not the origin.
     """
 
     incarnation: str
     sequence: int
-    event_id: str = ""
+    last: str = ""
+    hlc: int = 0
+    by: str = ""
 
     def encode(self) -> bytes:
         return wire.encode(self)
@@ -72,7 +94,31 @@ def decode_mark(payload: bytes) -> Mark:
     return wire.decode_as(payload, Mark)
 
 
-def origin_sequence_of(message: Message) -> int | None:
-    """The event's sequence at its origin, where it was carried here."""
-    text = message.headers.get(ORIGIN_SEQUENCE, "")
+def hash_of(message: Message) -> str:
+    """What a mark says of a message, whose content may not be for others to read."""
+    return hashlib.blake2b(message.data, digest_size=8).hexdigest()
+
+
+def born(sequence: int, incarnation: str) -> str:
+    """The value of the header `BORN`."""
+    return f"{sequence} {incarnation}"
+
+
+def birth_of(message: Message, origin: str) -> Birth | None:
+    """Where an event was born, if it says so. Raises `BadRequest` where it says nonsense."""
+    text = message.headers.get(BORN)
+    if text is None:
+        return None
+    sequence, _, incarnation = text.partition(" ")
+    if not sequence.isdecimal() or len(text) > _LONGEST_BORN:
+        raise BadRequest(f"{BORN} must be a sequence and an incarnation, not {text[:80]!r}")
+    return Birth(f"{origin} {incarnation}", int(sequence))
+
+
+def hub_sequence_of(message: Message) -> int | None:
+    """The event's place in the hub's log, if it says so."""
+    text = message.headers.get(HUB_SEQUENCE, "")
     return int(text) if text.isdecimal() else None
+
+
+_LONGEST_BORN = 80

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "37d94c07a8ab"
+CONTRACT = "ca8763213f0e"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -72,8 +72,8 @@ INGEST = Operation(
 GET_CONTEXT = Operation(
     name="get_context",
     owner="shard",
-    callers=("agent",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>",),
+    callers=("agent", "hub",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0",),
     subject="mnemesh.v1.memory.get_context.<tenant>.<agent>.<entity>",
     served="mnemesh.v1.shard.get.<site>.<partition>.<tenant>.<agent>.<entity>",
     request=messages.GetContext,
@@ -87,8 +87,8 @@ GET_CONTEXT = Operation(
 TIMELINE = Operation(
     name="timeline",
     owner="shard",
-    callers=("agent",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>",),
+    callers=("agent", "hub",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0",),
     subject="mnemesh.v1.memory.timeline.<tenant>.<agent>.<entity>",
     served="mnemesh.v1.shard.timeline.<site>.<partition>.<tenant>.<agent>.<entity>",
     request=messages.Timeline,
@@ -132,8 +132,8 @@ SEARCH_TEXT = Operation(
 TRAVERSE = Operation(
     name="traverse",
     owner="router",
-    callers=("agent",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>",),
+    callers=("agent", "hub",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0",),
     subject="mnemesh.v1.memory.traverse.<tenant>.<agent>",
     served="mnemesh.v1.memory.traverse.<tenant>.<agent>",
     request=messages.Traverse,
@@ -234,6 +234,36 @@ SHARD_STATUS = Operation(
     concurrency=2,
     mailbox=64,
 )
+SHARD_LIST = Operation(
+    name="shard_list",
+    owner="shard",
+    callers=("hub", "edge",),
+    inboxes=("_INBOX_hub_0", "_INBOX_edge.<site>",),
+    subject="mnemesh.v1.shard.list.<site>.<shard>.<tenant>.<agent>",
+    served="mnemesh.v1.shard.list.<site>.<shard>.<tenant>.<agent>",
+    request=messages.ListEntities,
+    reply=messages.Entities,
+    budget_ms=30000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=4,
+    mailbox=256,
+)
+SHARD_DESCRIBE = Operation(
+    name="shard_describe",
+    owner="shard",
+    callers=("hub", "edge",),
+    inboxes=("_INBOX_hub_0", "_INBOX_edge.<site>",),
+    subject="mnemesh.v1.shard.describe.<site>.<shard>.<tenant>.<agent>",
+    served="mnemesh.v1.shard.describe.<site>.<shard>.<tenant>.<agent>",
+    request=messages.Describe,
+    reply=messages.Descriptions,
+    budget_ms=5000,
+    max_bytes=1048576,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
 UPLINK_POSITION = Operation(
     name="uplink_position",
     owner="hub",
@@ -243,6 +273,66 @@ UPLINK_POSITION = Operation(
     served="mnemesh.v1.edge.position.<site>",
     request=messages.AskPosition,
     reply=messages.Position,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+OPEN_FEED = Operation(
+    name="open_feed",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.open_feed.<site>",
+    served="mnemesh.v1.edge.open_feed.<site>",
+    request=messages.OpenFeed,
+    reply=messages.FeedOpened,
+    budget_ms=60000,
+    max_bytes=8388608,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+NEXT_FEED = Operation(
+    name="next_feed",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.next_feed.<site>",
+    served="mnemesh.v1.edge.next_feed.<site>",
+    request=messages.NextFeed,
+    reply=messages.FeedBatch,
+    budget_ms=10000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=1024,
+    mailbox=1024,
+)
+HUB_GET_CONTEXT = Operation(
+    name="hub_get_context",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.get_context.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.edge.get_context.<site>.<tenant>.<agent>",
+    request=messages.GetContext,
+    reply=messages.Context,
+    budget_ms=2000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=256,
+    mailbox=4096,
+)
+HUB_TIMELINE = Operation(
+    name="hub_timeline",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.timeline.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.edge.timeline.<site>.<tenant>.<agent>",
+    request=messages.Timeline,
+    reply=messages.TimelinePage,
     budget_ms=5000,
     max_bytes=65536,
     idempotent="always",
@@ -296,7 +386,13 @@ OPERATIONS: dict[str, AnyOperation] = {
     "shard_expand": SHARD_EXPAND,
     "shard_timeline_range": SHARD_TIMELINE_RANGE,
     "shard_status": SHARD_STATUS,
+    "shard_list": SHARD_LIST,
+    "shard_describe": SHARD_DESCRIBE,
     "uplink_position": UPLINK_POSITION,
+    "open_feed": OPEN_FEED,
+    "next_feed": NEXT_FEED,
+    "hub_get_context": HUB_GET_CONTEXT,
+    "hub_timeline": HUB_TIMELINE,
     "devices": DEVICES,
     "edge_status": EDGE_STATUS,
 }
@@ -304,8 +400,10 @@ OPERATIONS: dict[str, AnyOperation] = {
 TENANTS = Bucket(name="mnemesh_tenants", about="the tenants that exist")
 SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves which partitions")
 SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
+POLICIES = Bucket(name="mnemesh_policies", about="what may leave this site, as set here or handed by its hub")
+SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of the devices that may connect")
 
-BUCKETS = (TENANTS, SHARDS, SPACES)
+BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES)
 
 
 LOG_DUPLICATE_WINDOW_S = 120
@@ -327,6 +425,11 @@ def log_event(origin: str, tenant: str, partition: int | str, entity: str) -> st
 def log_mark(origin: str) -> str:
     """Subject of marks in the log."""
     return f"mnemesh.v1.log.{origin}.mark"
+
+
+def log_holding(origin: str, tenant: str, partition: int | str, entity: str) -> str:
+    """Subject of holdings in the log."""
+    return f"mnemesh.v1.log.{origin}.holding.{tenant}.{partition}.{entity}"
 
 
 def uplink_event(origin: str, tenant: str, partition: int | str, entity: str) -> str:
@@ -484,9 +587,39 @@ def shard_status(shard: str) -> str:
     return f"mnemesh.v1.shard.status.{shard}"
 
 
+def shard_list(site: str, shard: str, tenant: str, agent: str) -> str:
+    """The entities of one shard, by type or only those that are held for a device, in pages."""
+    return f"mnemesh.v1.shard.list.{site}.{shard}.{tenant}.{agent}"
+
+
+def shard_describe(site: str, shard: str, tenant: str, agent: str) -> str:
+    """The types of some entities of one shard, and the sites that wrote them."""
+    return f"mnemesh.v1.shard.describe.{site}.{shard}.{tenant}.{agent}"
+
+
 def uplink_position(site: str) -> str:
     """Up to where the hub has a device's log."""
     return f"mnemesh.v1.edge.position.{site}"
+
+
+def open_feed(site: str) -> str:
+    """A device says what it wants to hold, and what it holds by now."""
+    return f"mnemesh.v1.edge.open_feed.{site}"
+
+
+def next_feed(site: str) -> str:
+    """What comes next of all that a device wants; waits for it."""
+    return f"mnemesh.v1.edge.next_feed.{site}"
+
+
+def hub_get_context(site: str, tenant: str, agent: str) -> str:
+    """Get_context at the hub, for a device that does not hold the entity."""
+    return f"mnemesh.v1.edge.get_context.{site}.{tenant}.{agent}"
+
+
+def hub_timeline(site: str, tenant: str, agent: str) -> str:
+    """Timeline at the hub, for a device that does not hold the entity."""
+    return f"mnemesh.v1.edge.timeline.{site}.{tenant}.{agent}"
 
 
 def devices() -> str:

@@ -1,0 +1,168 @@
+"""The downlink: what a device wants of its hub's log comes into its own, once and whole.
+
+    say what we want and what we hold → get a batch → append it with a mark of the hub's log, all or nothing → the next
+
+The hub chooses (`services/feed.py`); here a batch is only kept. Its mark is stored only if the mark before it is the
+one that we know, so a batch whose ack was lost is not kept twice. What the hub has us release goes from the log, too,
+unless this device wrote some of it itself.
+
+Looks at `router.inventory` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+import nats.nuid
+
+from mnemesh import kv, subjects
+from mnemesh.asker import Asker
+from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all, without_erased
+from mnemesh.errors import Conflict, MnemeshError, NotFound
+from mnemesh.event import Event
+from mnemesh.ids import partition_of_tokens, to_token
+from mnemesh.jetstream import api, last_of, stream_state
+from mnemesh.log_writer import EXPECTED
+from mnemesh.messages import Carried, FeedBatch, Holding, Interest, NextFeed, OpenFeed
+from mnemesh.origin import BORN, HUB_SEQUENCE, Mark, decode_mark
+from router.inventory import Inventory
+
+logger = logging.getLogger("mnemesh.downlink")
+
+RETRY_S = 0.5
+APPEND_S = 5.0
+HELD_A_PAGE = 20_000
+
+
+class Downlink:
+    """Keeps what one device wants. `run` for ever; the other attributes say how far it is."""
+
+    def __init__(self, asker: Asker, inventory: Inventory, *, site: str, interest: Interest) -> None:
+        self._asker = asker
+        self._inventory = inventory
+        self._site = site
+        self._interest = interest
+        self._log = subjects.log_stream(site)
+        self._hub = ""
+        self._incarnation = ""
+        self._place = 0
+        """Where in our log the hub's last mark is; 0: there is none."""
+        self.sequence = 0
+        self.received = 0
+        self.current = asyncio.Event()
+        """Set while all that the hub has for us is here."""
+
+    async def run(self) -> None:
+        """Keep on for ever. What keeps it from that passes."""
+        while True:
+            try:
+                await self._keep_on()
+            except Conflict as error:
+                logger.info("the downlink begins anew: %s", error)
+            except MnemeshError as error:
+                if self.current.is_set():
+                    logger.warning("the downlink is interrupted: %s", error)
+            self.current.clear()
+            await asyncio.sleep(random.uniform(RETRY_S / 2, RETRY_S))
+
+    async def _keep_on(self) -> None:
+        session = await self._open()
+        turn = 0
+        while True:
+            turn += 1
+            wanted = NextFeed(session=session, turn=turn)
+            batch = await self._asker.ask(subjects.NEXT_FEED, subjects.next_feed(self._site), wanted)
+            await self._keep(batch)
+            if batch.current:
+                self.current.set()
+
+    # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _open(self) -> str:
+        """Have the hub feed us from where we stand; returns the session."""
+        position = await self._asker.ask(
+            subjects.UPLINK_POSITION, subjects.uplink_position(self._site), {}, budget_s=RETRY_S * 4
+        )
+        self._hub = position.hub
+        mark = await self._mark()
+        session = nats.nuid.NUID().next().decode()
+        held = await self._held()
+        for start in range(0, len(held) + 1, HELD_A_PAGE):
+            opening = OpenFeed(
+                session=session,
+                interest=self._interest,
+                held=held[start : start + HELD_A_PAGE],
+                more=start + HELD_A_PAGE < len(held),
+                incarnation=mark.incarnation,
+                after=mark.sequence,
+            )
+            opened = await self._asker.ask(subjects.OPEN_FEED, subjects.open_feed(self._site), opening)
+        self._incarnation = opened.incarnation
+        self.sequence = mark.sequence if mark.incarnation == opened.incarnation else 0
+        return session
+
+    async def _mark(self) -> Mark:
+        """Up to where the hub's log is in ours."""
+        try:
+            stored = await last_of(self._asker.inbox, self._log, subjects.log_mark(self._hub))
+        except NotFound:
+            self._place = 0
+            return Mark(incarnation="", sequence=0)
+        self._place = stored.sequence
+        return decode_mark(stored.message.data)
+
+    async def _held(self) -> list[tuple[str, str, int]]:
+        head = (await stream_state(self._asker.inbox, self._log)).last_sequence
+        return [
+            (tenant, entity.entity_id, entity.bytes)
+            for tenant in await kv.keys(self._asker.inbox, subjects.TENANTS.name)
+            async for entity in self._inventory.entities(tenant, upto=head, held=True)
+        ]
+
+    # ── keeping ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _keep(self, batch: FeedBatch) -> None:
+        if not batch.items and batch.place == self.sequence:
+            return
+        mark = Mark(incarnation=self._incarnation, sequence=batch.place, hlc=batch.hlc)
+        messages = without_erased([*map(self._message, batch.items)])
+        messages += [Outgoing(subjects.log_mark(origin), data, {ROLLUP: "sub"}) for origin, data in batch.marks.items()]
+        headers = {ROLLUP: "sub", EXPECTED: str(self._place)}
+        messages.append(Outgoing(subjects.log_mark(self._hub), mark.encode(), headers))
+        self._place = await publish_all(self._asker.link, self._asker.inbox, messages, budget_s=APPEND_S)
+        self.sequence = batch.place
+        self.received += sum(isinstance(item, Carried) for item in batch.items)
+        for item in batch.items:
+            if isinstance(item, Holding) and item.bytes is None:
+                await self._purge(item)
+
+    def _message(self, item: Carried | Holding) -> Outgoing:
+        if isinstance(item, Carried):
+            headers = {BORN: item.born, HUB_SEQUENCE: str(item.hub)} | ({ROLLUP: "sub"} if item.rollup else {})
+            subject = subjects.log_event(item.origin, item.tenant, item.partition, item.entity)
+            return Outgoing(subject, item.payload, headers)
+        note = Event(
+            id="",
+            tenant=item.tenant,
+            entity_id=item.entity_id,
+            op="release" if item.bytes is None else "hold",
+            agent="",
+            site=self._site,
+            hlc=0,
+            body={} if item.bytes is None else {"bytes": item.bytes},
+        )
+        token = to_token(item.entity_id)
+        subject = subjects.log_holding(self._site, item.tenant, partition_of_tokens(item.tenant, token), token)
+        return Outgoing(subject, note.encode(), {ROLLUP: "sub"})
+
+    async def _purge(self, released: Holding) -> None:
+        """Take an entity's events out of our log, as the stores do: all, unless some were born here."""
+        token = to_token(released.entity_id)
+        place = released.tenant, partition_of_tokens(released.tenant, token), token
+        anywhere = subjects.log_event("*", *place)
+        info = await api(self._asker.inbox, f"STREAM.INFO.{self._log}", {"subjects_filter": anywhere})
+        held = info["state"].get("subjects") or {}
+        if held and subjects.log_event(self._site, *place) not in held:
+            await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": anywhere, "seq": self._place})

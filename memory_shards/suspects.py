@@ -1,0 +1,94 @@
+"""Suspects: what lost to a concurrent write, kept for whoever asks.
+
+Last writer wins, by clocks. Where the winner's site had not heard of the other write, nobody has decided between the
+two, so the other is a suspect. Who had heard of what follows from the hub, through which all sites hear of each other:
+an event has a place in the hub's log (`Change.hub`), and one that was born on a device says up to which place the
+device had that log (`Change.saw`). Within a site the log's order tells.
+
+A pure function over an entity's history. Looks at `merge` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from memory_shards.merge import Change
+from mnemesh.clock import from_ms, stamp_ms
+from mnemesh.messages import Suspect
+
+
+class _Write(NamedTuple):
+    """One write to one thing. Later ones of one event win over earlier ones (`turn`)."""
+
+    change: Change
+    turn: int
+    value: Any
+
+    @property
+    def key(self) -> tuple[int, int, str, int]:
+        return self.change.valid_from, self.change.stamp, self.change.site, self.turn
+
+
+def suspects(history: Iterable[Change]) -> list[Suspect]:
+    """The writes to each part of an entity that lost, though no later write knew of them; in the order of the parts."""
+    things: dict[tuple[str, str], list[_Write]] = defaultdict(list)
+    for change in history:
+        for turn, (thing, value) in enumerate(_writes(change)):
+            things[thing].append(_Write(change, turn, value))
+    return [
+        Suspect(
+            part=part,
+            name=name,
+            value=loser.value,
+            site=loser.change.site,
+            written_at=from_ms(stamp_ms(loser.change.stamp)),
+        )
+        for (part, name), writes in sorted(things.items())
+        for loser in _losers(writes)
+    ]
+
+
+def _losers(writes: Sequence[_Write]) -> Iterator[_Write]:
+    winner = max(writes, key=lambda write: write.key)
+    for write in writes:
+        if write.value == winner.value != {} or knew(winner.change, write.change) or knew(write.change, winner.change):
+            continue
+        if not any(knew(other.change, write.change) or _is_later_turn(other, write) for other in writes):
+            yield write
+
+
+def knew(one: Change, other: Change) -> bool:
+    """Whether the site of `one` had `other` when it wrote `one`."""
+    if one.site == other.site:
+        return other.stamp < one.stamp
+    if other.hub is None:  # it has not been at the hub, so nobody else has heard of it
+        return False
+    seen = one.hub if one.saw is None else one.saw + 1
+    return seen is not None and other.hub < seen
+
+
+def _is_later_turn(other: _Write, write: _Write) -> bool:
+    return other.change is write.change and other.turn > write.turn
+
+
+def _writes(change: Change) -> Iterator[tuple[tuple[str, str], Any]]:
+    """What a put wrote: ((part, name), value), in the order in which it did; nothing for a forget."""
+    patch = change.patch
+    if patch is None:
+        return
+    if patch.type is not None:
+        yield ("type", ""), patch.type
+    if patch.text is not None:
+        yield ("text", ""), patch.text or None
+    for name, value in patch.attributes.items():
+        yield ("attribute", name), value
+    for gone in patch.remove_edges:
+        yield ("edge", f"{gone.relation} {gone.target_id}"), None
+    for edge in patch.edges:
+        yield ("edge", f"{edge.relation} {edge.target_id}"), edge.properties
+    for space in patch.remove_vectors:
+        yield ("vector", space), None
+    for space in patch.vectors:
+        yield ("vector", space), {}

@@ -1,0 +1,387 @@
+"""The feed of a device: what it wants of its hub's log, in order and whole.
+
+    open    which entities does it want → of those that it lacks comes the history, up to where it stands
+    next    follow the log from there → events of what it wants; whose turn it becomes brings its history along
+
+The device only appends what it is given. An entity counts as held there once all that the hub has of it has come; what
+does not fit any more, or is not wanted any more, it is told to release. What comes twice has no effect there, for
+each event says where it was born. Forgets go also to a device that wrote the entity, whatever it holds.
+
+The feed is kept in memory, as long as its device asks on; a device that finds it gone opens another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import reduce
+from operator import and_
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+
+from mnemesh import subjects
+from mnemesh.asker import Asker
+from mnemesh.atomic_batch import ROLLUP
+from mnemesh.clock import is_too_far_ahead
+from mnemesh.errors import Conflict, MnemeshError
+from mnemesh.event import Event, decode_event
+from mnemesh.follower import Follower
+from mnemesh.ids import partition_of_tokens, to_token
+from mnemesh.jetstream import Stored, StreamState, history_of
+from mnemesh.messages import Carried, FeedBatch, Holding, Interest
+from mnemesh.origin import BORN, Place, born, check_carried, decode_mark, place_of
+from router.inventory import Inventory
+from services.roster import Candidate, Key, Roster
+from services.sovereignty import Leaves, reduced_event
+
+MOST_READ = 500
+MOST_ITEMS = 900
+"""Messages in one batch: with its marks it is one atomic batch in the device's log."""
+
+PROGRESS_S = 1.0
+"""How often a device is told how far the log is, where nothing in it is for the device."""
+
+LeavesOf: TypeAlias = Callable[[str, str | None, str], Leaves]
+"""What may leave of (tenant, type, region where it was born)."""
+
+
+class Reached(NamedTuple):
+    """Up to here the log has been gone through: the marks of other origins on the way, and the newest stamp."""
+
+    place: int
+    marks: Mapping[str, bytes]
+    hlc: int = 0
+
+
+Item: TypeAlias = Carried | Holding | Reached
+
+
+class Feed:
+    """What one device is sent. `open` it first; `close` gives back what it has."""
+
+    def __init__(
+        self,
+        asker: Asker,
+        inventory: Inventory,
+        *,
+        site: str,
+        device: str,
+        interest: Interest,
+        held: Mapping[Key, int],
+        leaves: LeavesOf,
+        region_of: Callable[[str], str],
+    ) -> None:
+        self.roster = Roster(interest)
+        self._asker = asker
+        self._inventory = inventory
+        self._site = site
+        self._device = device
+        self._held = held
+        self._leaves = leaves
+        self._region_of = region_of
+        self._log = subjects.log_stream(site)
+        self._items: deque[Item] = deque()
+        self._types: dict[Key, str | None] = {}
+        self._to_hold: set[Key] = set()
+        self._unwanted: set[Key] = set()
+        self._wrote: set[Key] = set()
+        """Entities of the batch at hand that the device wrote itself."""
+        self._last = FeedBatch(turn=0, place=0)
+        self._batches: AsyncGenerator[list[Stored], None] | None = None
+        self._reading: asyncio.Task[list[Stored]] | None = None
+        self._at_hand: list[Stored] = []
+        """What was read and could not be taken in yet: a shard that is asked about it may be away."""
+
+    @property
+    def place(self) -> int:
+        """Up to where the device has the log, as far as it said."""
+        return self._last.place
+
+    async def open(self, after: int, state: StreamState) -> None:
+        """Settle what the device is to hold, and begin after this place of the log."""
+        self._incarnation = state.incarnation
+        self._last = FeedBatch(turn=0, place=after)
+        self._current_at = state.last_sequence
+        for want, candidate in await self._fitting(state.last_sequence):
+            key = candidate.key
+            self._types[key] = candidate.type
+            if key in self._held:
+                size = self._held[key]
+            else:
+                size = self._send_history(await self._history(key, after)) if after else 0
+                self._to_hold.add(key)
+            self._evict(self.roster.admit(key, want, size))
+        self._unwanted |= {key for key in self._held if key not in self.roster}
+        follower = Follower(self._asker.link, self._asker.inbox, self._log, after=after, incarnation=state.incarnation)
+        self._batches = follower.batches(MOST_READ)
+        self._settle_if_current(after)
+
+    async def next(self, turn: int, most_bytes: int, wait_s: float) -> FeedBatch:
+        """The batch of this turn. Raises `Conflict` where the device and this feed are not at the same turn."""
+        if turn == self._last.turn and turn:
+            return self._last
+        if turn != self._last.turn + 1:
+            raise Conflict(f"turn {turn} does not follow {self._last.turn}")
+        now = asyncio.get_running_loop().time
+        began = now()
+        while not any(not isinstance(item, Reached) for item in self._items):
+            left = began + (PROGRESS_S if self._items else wait_s) - now()
+            if left <= 0:
+                break
+            await self._read(left)
+        self._last = self._batch(turn, most_bytes)
+        return self._last
+
+    async def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError, MnemeshError):
+                await self._reading
+        if self._batches is not None:
+            await self._batches.aclose()
+
+    # ── what is wanted ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def _fitting(self, head: int) -> list[tuple[int, Candidate]]:
+        """(want, entity) of what is wanted and likely fits, in the order in which it is admitted.
+
+        By the bytes of events, vectors left out: what is too much after all is evicted when it comes.
+        """
+        entities, size = 0, 0
+        fitting = []
+        for want, _, candidate, bytes in sorted(await self._wanted(head), key=lambda entry: (entry[0], -entry[1])):
+            entities, size = entities + 1, size + self._held.get(candidate.key, bytes)
+            if entities > self.roster.interest.most_entities or size > self.roster.interest.most_bytes:
+                break
+            fitting.append((want, candidate))
+        return fitting[::-1]
+
+    async def _wanted(self, head: int) -> list[tuple[int, int, Candidate, int]]:
+        """(want, last change, entity, bytes) of all that is wanted."""
+        found: dict[Key, tuple[int, Candidate, int]] = {}
+        for want in self.roster.interest.wants:
+            if want.entities:
+                continue
+            with_sites = bool(want.regions)
+            async for entity in self._inventory.entities(
+                want.tenant, upto=head, types=want.types, with_sites=with_sites
+            ):
+                candidate = Candidate((want.tenant, entity.entity_id), entity.type, self._regions(entity.sites))
+                found[candidate.key] = entity.version, candidate, entity.bytes
+        await self._surround(head)
+        for key, candidate in (await self._described(set(self.roster.named()) - found.keys(), head)).items():
+            found[key] = head, candidate, 0
+        return [
+            (number, changed, candidate, size)
+            for changed, candidate, size in found.values()
+            if (number := self.roster.want_of(candidate)) is not None and self._may_have(candidate)
+        ]
+
+    async def _surround(self, upto: int) -> set[Key]:
+        """Bring the neighbourhoods up to date; returns who is new in one."""
+        new: set[Key] = set()
+        for number, want in self.roster.hoods():
+            near = await self._inventory.neighbourhood(want.tenant, want.entities, want.hops, upto=upto)
+            new.update(self.roster.surround(number, near))
+        return new
+
+    async def _described(self, keys: set[Key], upto: int) -> dict[Key, Candidate]:
+        found = {}
+        for tenant in sorted({tenant for tenant, _ in keys}):
+            ids = sorted(entity_id for owner, entity_id in keys if owner == tenant)
+            described = await self._inventory.describe(tenant, ids, upto=upto)
+            for entity_id, told in described.items():
+                key = tenant, entity_id
+                found[key] = Candidate(key, told.type, self._regions(told.sites))
+                if self._device in told.sites:
+                    self._wrote.add(key)
+        return found
+
+    def _regions(self, sites: Sequence[str]) -> frozenset[str]:
+        return frozenset(map(self._region_of, sites))
+
+    def _may_have(self, candidate: Candidate) -> bool:
+        """Whether anything of an entity may go to the device."""
+        tenant = candidate.key[0]
+        regions = candidate.regions or {self._region_of(self._site)}
+        return any(self._leaves(tenant, candidate.type, region).tells_fields for region in regions)
+
+    # ── reading the log ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def _read(self, wait_s: float) -> None:
+        """Take in what the log has next, if it has something in time."""
+        assert self._batches is not None, "a feed is opened first"
+        if not self._at_hand:
+            if self._reading is None:
+                self._reading = asyncio.ensure_future(anext(self._batches))
+            await asyncio.wait([self._reading], timeout=wait_s)
+            if not self._reading.done():
+                return
+            reading, self._reading = self._reading, None
+            self._at_hand = reading.result()
+        await self._take(self._at_hand)
+        self._at_hand = []
+
+    async def _take(self, batch: Sequence[Stored]) -> None:
+        upto = batch[-1].sequence
+        marks: dict[str, bytes] = {}
+        events: list[tuple[Stored, Place, Event]] = []
+        for stored in batch:
+            place = place_of(stored.message.subject)
+            if place.is_mark:
+                self._take_mark(stored, place, marks)
+            elif place.is_event and (event := self._event(stored, place)) is not None:
+                events.append((stored, place, event))
+        joined = await self._join(events, upto)
+        for stored, place, event in events:
+            key = event.tenant, event.entity_id
+            if key in joined:
+                continue
+            if key in self.roster:
+                if isinstance(told := event.body.get("type"), str):
+                    self._types[key] = told
+                self._evict(self.roster.grow(key, self._send(stored, place, event)))
+            elif event.op == "forget" and (key in self._unwanted or key in self._wrote):
+                self._send(stored, place, event)
+        newest = max((event.hlc for *_, event in events), default=0)
+        if self._items and isinstance(last := self._items[-1], Reached):
+            self._items.pop()
+            marks, newest = {**last.marks, **marks}, max(last.hlc, newest)
+        self._items.append(Reached(upto, marks, newest))
+        self._settle_if_current(upto)
+
+    def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
+        if place.origin != self._device:
+            mark = decode_mark(stored.message.data)
+            marks[place.origin] = msgspec.structs.replace(mark, by=self._site).encode()
+
+    def _event(self, stored: Stored, place: Place) -> Event | None:
+        """The event in a message, where it may concern the device."""
+        if place.tenant not in self.roster.tenants and ROLLUP not in stored.message.headers:
+            return None
+        try:
+            event = decode_event(stored.message.data)
+            if place.origin != self._site:
+                check_carried(event, place)
+        except MnemeshError:
+            return None  # the shards count it
+        if place.origin != self._site and is_too_far_ahead(event.hlc, stored.recorded_at):
+            return None
+        return event
+
+    async def _join(self, events: Sequence[tuple[Stored, Place, Event]], upto: int) -> set[Key]:
+        """Take in the entities that these events make wanted, with their history; returns them."""
+        self._wrote.clear()
+        doubtful = {
+            (event.tenant, event.entity_id)
+            for _, _, event in events
+            if (event.tenant, event.entity_id) not in self.roster
+        }
+        if any(self._moves_a_hood(event) for _, _, event in events):
+            doubtful |= await self._surround(upto)
+        joined = set()
+        for key, candidate in (await self._described(doubtful, upto)).items() if doubtful else ():
+            want = self.roster.want_of(candidate)
+            if want is None or key in self.roster or not self._may_have(candidate):
+                continue
+            self._types[key] = candidate.type
+            history = await self._history(key, upto)
+            size = sum(len(stored.message.data) for stored in history)
+            evicted = self.roster.admit(key, want, size)
+            if key not in evicted:
+                self._send_history(history)
+                self._items.append(Holding(*key, size))
+                joined.add(key)
+            self._unwanted.discard(key)
+            self._evict([other for other in evicted if other != key])
+        return joined
+
+    def _moves_a_hood(self, event: Event) -> bool:
+        edges = event.body.get("edges")
+        if not edges:
+            return False
+        ends = {event.entity_id, *(edge["target_id"] for edge in edges)}
+        return any(
+            want.tenant == event.tenant and any(self.roster.is_near(number, (event.tenant, end)) for end in ends)
+            for number, want in self.roster.hoods()
+        )
+
+    def _settle_if_current(self, place: int) -> None:
+        """Once the device has all that there was when it opened: what it lacked it holds now, the unwanted goes."""
+        if place < self._current_at:
+            return
+        for key in self._to_hold:
+            if key in self.roster:
+                self._items.append(Holding(*key, self.roster.size_of(key)))
+        self._items.extend(Holding(*key, None) for key in self._unwanted)
+        self._to_hold.clear()
+        self._unwanted.clear()
+
+    def _evict(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._to_hold.discard(key)
+            self._types.pop(key, None)
+            self._items.append(Holding(*key, None))
+
+    # ── sending ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _history(self, key: Key, upto: int) -> list[Stored]:
+        """All events of an entity, but those that the device wrote itself."""
+        tenant, entity_id = key
+        token = to_token(entity_id)
+        subject = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
+        found = await history_of(self._asker.inbox, self._log, subject, upto=upto)
+        return [stored for stored in found if place_of(stored.message.subject).origin != self._device]
+
+    def _send_history(self, history: Sequence[Stored]) -> int:
+        size = 0
+        for stored in history:
+            place = place_of(stored.message.subject)
+            if (event := self._event(stored, place)) is not None:
+                size += self._send(stored, place, event)
+        return size
+
+    def _send(self, stored: Stored, place: Place, event: Event) -> int:
+        """Put an event among what is to be sent, as far as it may leave; returns its bytes."""
+        if place.origin == self._device:
+            return 0
+        kinds = {self._types.get((event.tenant, event.entity_id)), event.body.get("type")}
+        region = self._region_of(place.origin)
+        leaves = reduce(and_, (self._leaves(event.tenant, kind, region) for kind in kinds))
+        may_leave = reduced_event(event, leaves)
+        if may_leave is None:
+            return 0
+        payload = stored.message.data if may_leave is event else may_leave.encode()
+        headers = stored.message.headers
+        carried = Carried(
+            place.origin,
+            place.tenant,
+            place.partition,
+            place.entity,
+            payload,
+            headers.get(BORN) or born(stored.sequence, self._incarnation),
+            stored.sequence,
+            ROLLUP in headers,
+        )
+        self._items.append(carried)
+        return len(payload)
+
+    def _batch(self, turn: int, most_bytes: int) -> FeedBatch:
+        """As many of the items as fit one batch of the device's log, at least one."""
+        place, hlc = self._last.place, self._last.hlc
+        items: list[Carried | Holding] = []
+        marks: dict[str, bytes] = {}
+        size = 0
+        while self._items and size < most_bytes and len(items) + len(marks) < MOST_ITEMS:
+            item = self._items.popleft()
+            if isinstance(item, Reached):
+                place, hlc = item.place, max(hlc, item.hlc)
+                marks |= item.marks
+            else:
+                items.append(item)
+                size += len(item.payload) if isinstance(item, Carried) else len(item.entity_id)
+        current = not self._items and place >= self._current_at
+        return FeedBatch(turn=turn, place=place, items=items, marks=marks, hlc=hlc, current=current)

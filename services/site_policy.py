@@ -1,0 +1,110 @@
+"""A site's policy on what may leave it, and the regions of sites: kept in KV buckets, current everywhere in the site.
+
+A policy is handed from a hub to its devices. For its own data a site's own copy wins, whatever the other's version.
+Looks at `sovereignty` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Literal
+
+import msgspec
+
+from mnemesh import kv, subjects
+from mnemesh.connection import Link
+from mnemesh.errors import MnemeshError
+from mnemesh.inbox import Inbox
+from mnemesh.kv import BucketView
+from services.sovereignty import NOTHING, OPEN, Leaves, Policy
+from services.sovereignty_text import parse
+
+logger = logging.getLogger("mnemesh.policy")
+
+Copy = Literal["own", "handed"]
+
+CLOSED = Policy(version=0, otherwise=NOTHING)
+"""What holds where a site has a policy that it cannot read."""
+
+
+class SiteEntry(msgspec.Struct, frozen=True):
+    """What an operator says of a site. A device of no `tenants` deals with all of them."""
+
+    region: str = ""
+    tenants: list[str] = []
+
+
+class SitePolicy:
+    """What may leave one site. `follow` keeps it current."""
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+        self._texts = BucketView(subjects.POLICIES.name)
+        self._sites = BucketView(subjects.SITES.name)
+        self._parsed: dict[bytes, Policy] = {}
+
+    async def follow(self, link: Link, inbox: Inbox) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._texts.follow(link, inbox))
+            tasks.create_task(self._sites.follow(link, inbox))
+
+    async def ready(self) -> None:
+        await self._texts.ready.wait()
+        await self._sites.ready.wait()
+
+    @property
+    def policy(self) -> Policy:
+        """What holds for the site's own data."""
+        entries = self._texts.entries
+        text = entries.get("own") or entries.get("handed")
+        return OPEN if text is None else self._read(text)
+
+    @property
+    def text(self) -> str:
+        """The text of what holds here; empty where all may leave."""
+        entries = self._texts.entries
+        return (entries.get("own") or entries.get("handed") or b"").decode()
+
+    @property
+    def handed(self) -> Policy:
+        """What the hub handed here last."""
+        text = self._texts.entries.get("handed")
+        return OPEN if text is None else self._read(text)
+
+    async def take(self, inbox: Inbox, text: str) -> None:
+        """Keep what the hub hands; returns once it holds here. Raises `BadRequest` if it is no policy."""
+        parse(text)
+        revision = await kv.put(inbox, subjects.POLICIES.name, "handed", text.encode())
+        await self._texts.reached(revision)
+
+    def leaves(self, tenant: str, kind: str | None, region: str) -> Leaves:
+        return self.policy.leaves(tenant, kind, region)
+
+    def region_of(self, site: str) -> str:
+        return self.entry(site).region
+
+    @property
+    def region(self) -> str:
+        return self.region_of(self.site)
+
+    @property
+    def regions(self) -> set[str]:
+        """The regions of all sites that are known, and of those that are not."""
+        return {self.entry(site).region for site in self._sites.entries} | {""}
+
+    def entry(self, site: str) -> SiteEntry:
+        """What is said of a site; nothing of a stranger."""
+        held = self._sites.entries.get(site)
+        return SiteEntry() if held is None else msgspec.json.decode(held, type=SiteEntry)
+
+    def _read(self, text: bytes) -> Policy:
+        policy = self._parsed.get(text)
+        if policy is None:
+            try:
+                policy = parse(text.decode())
+            except (MnemeshError, UnicodeDecodeError) as error:
+                logger.error("the policy of %s cannot be read, so nothing leaves: %s", self.site, error)
+                policy = CLOSED
+            self._parsed = {**self._parsed, text: policy} if len(self._parsed) < 8 else {text: policy}
+        return policy

@@ -1,0 +1,239 @@
+"""What a device wants of its hub's memory comes to it, whole and once; what it lacks it never calls nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from sites import TENANT, Cable, HubSite, alice_at, device, since, status_of
+
+from cli.edge_node import EdgeNode
+from mnemesh import Memory, messages, subjects
+from mnemesh.connection import Link
+from mnemesh.errors import NotFound, Unavailable
+from mnemesh.inbox import Inbox
+from mnemesh.jetstream import api
+from mnemesh.messages import Interest, Want
+
+LONG_MS = 30_000
+
+
+@pytest_asyncio.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
+    async with HubSite(tmp_path / "hub").up() as hub:
+        yield hub
+
+
+def wants(*wanted: dict[str, Any], **limits: int) -> Interest:
+    return Interest(wants=[Want(tenant=TENANT, **want) for want in wanted], **limits)
+
+
+async def current(node: EdgeNode) -> messages.EdgeStatus:
+    """Once the device has all that its hub has for it."""
+    while not (status := await status_of(node)).current:
+        pass
+    return status
+
+
+async def held(memory: Memory, node: EdgeNode, entity_ids: list[str]) -> list[str]:
+    """Which of these the device holds itself: its hub is out of reach."""
+    found = []
+    for entity_id in entity_ids:
+        with contextlib.suppress(Unavailable):
+            await memory.get_context(entity_id, budget_ms=3000)
+            found.append(entity_id)
+    return found
+
+
+async def test_what_is_wanted_by_type_is_there_with_the_hub_out_of_reach(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up(), alice_at(hub.server) as there:
+            await there.set_context("w:1", type="weather", attributes={"t": 1}, text="rain", vectors={"v": [1.0, 0.0]})
+            await there.set_context("x:1", type="other", attributes={"t": 1})
+            node = await stack.enter_async_context(device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})))
+            here = await stack.enter_async_context(alice_at(node.server))
+            await current(node)
+            written = await there.set_context("w:2", type="weather", attributes={"t": 2})
+            later = await there.set_context("w:1", attributes={"t": 3})
+            assert (await here.get_context("w:2", consistency=since(written), budget_ms=LONG_MS)).attributes == {"t": 2}
+            found = await here.get_context("w:1", consistency=since(later), budget_ms=LONG_MS)
+            assert (found.attributes, found.text, found.complete) == ({"t": 3}, "rain", True)
+            assert (await here.get_context("x:1")).attributes == {"t": 1}  # of the hub
+        while (await status_of(node)).linked:
+            pass
+        assert (await here.get_context("w:1")).attributes == {"t": 3}
+        hits = await here.search_embedding([1.0, 0.0], space="v")
+        assert [hit.entity_id for hit in hits.hits] == ["w:1"]
+        with pytest.raises(Unavailable, match="not held here"):
+            await here.get_context("x:1")
+        with pytest.raises(Unavailable, match="not held here"):
+            await here.get_context("nobody")
+
+
+async def test_a_neighbourhood_grows_with_its_edges_and_brings_the_history_of_whoever_joins(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with alice_at(hub.server) as there:
+        for n in range(3):
+            await there.set_context("far", attributes={"n": n})
+        await there.set_context("near", attributes={"n": 1})
+        await there.set_context("sub:7", type="substation", edges=[{"relation": "feeds", "target_id": "near"}])
+        interest = wants({"entities": ["sub:7"], "hops": 2})
+        async with device(hub, tmp_path / "d", interest=interest) as node, alice_at(node.server) as here:
+            await current(node)
+            assert len((await here.timeline("near")).events) == 1
+            written = await there.set_context("near", edges=[{"relation": "feeds", "target_id": "far"}])
+            await here.get_context("near", consistency=since(written), budget_ms=LONG_MS)
+            written = await there.set_context("far", attributes={"n": 3})
+            found = await here.get_context("far", consistency=since(written), budget_ms=LONG_MS)
+            assert found.attributes == {"n": 3}
+            assert [event.body["attributes"]["n"] for event in (await here.timeline("far")).events] == [0, 1, 2, 3]
+            walked = await here.traverse("sub:7", depth=2)
+            assert [node.entity_id for node in walked.nodes] == ["sub:7", "near", "far"]
+
+
+async def test_what_a_device_wrote_itself_comes_back_neither_twice_nor_at_all(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "d", interest=wants({})) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        for n in range(5):
+            written = await here.set_context("t:1", attributes={"here": n})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        written = await there.set_context("t:1", attributes={"there": 1})
+        found = await here.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        assert found.attributes == {"here": 4, "there": 1}
+        assert len((await here.timeline("t:1")).events) == 6
+        assert len((await there.timeline("t:1")).events) == 6
+
+
+async def test_two_devices_hear_of_each_other_by_way_of_the_hub(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "a", name="a", interest=wants({})) as one,
+        device(hub, tmp_path / "b", name="b", interest=wants({})) as other,
+        alice_at(one.server) as at_one,
+        alice_at(other.server) as at_other,
+    ):
+        written = await at_one.set_context("t:1", attributes={"n": 1}, vectors={"v": [1.0, 2.0]})
+        found = await at_other.get_context("t:1", consistency=since(written), budget_ms=LONG_MS, include_vectors=True)
+        assert found.attributes == {"n": 1}
+        assert found.watermark["a"] >= written.token["a"]
+        assert np.allclose((found.vectors or {})["v"], [1.0, 2.0], atol=1e-2)
+        written = await at_other.set_context("t:1", attributes={"n": 2})
+        found = await at_one.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        assert found.attributes == {"n": 2}  # its clock never falls behind what it has heard
+
+
+@pytest.mark.parametrize("limits", [{"most_entities": 3}, {"most_bytes": 3 * 1400}])
+async def test_what_does_not_fit_is_evicted_the_one_that_has_not_changed_for_longest_first(
+    tmp_path: Path, limits: dict[str, int]
+) -> None:
+    hub = HubSite(tmp_path / "hub")
+    filler = "x" * 1000
+    names = [f"w:{n}" for n in range(6)]
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up(), alice_at(hub.server) as there:
+            for name in names[:4]:
+                await there.set_context(name, type="weather", attributes={"filler": filler})
+            node = await stack.enter_async_context(
+                device(hub, tmp_path / "d", interest=wants({"entities": ["w:0"]}, {"types": ["weather"]}, **limits))
+            )
+            here = await stack.enter_async_context(alice_at(node.server))
+            await current(node)
+            for name in names[4:]:
+                written = await there.set_context(name, type="weather", attributes={"filler": filler})
+                await here.get_context(name, consistency=since(written), budget_ms=LONG_MS)
+            await here.set_context("own", attributes={"filler": filler})
+            operator = await Link.open(node.server.credentials.load("operator").link_options())
+            inbox = Inbox(operator)
+            await inbox.open()
+        while (await status_of(node)).linked:
+            pass
+        assert await held(here, node, [*names, "own"]) == ["w:0", "w:4", "w:5", "own"]
+        kept = await api(inbox, f"STREAM.INFO.{subjects.log_stream('sub7')}", {"subjects_filter": ">"})
+        of_weather = [name for name in kept["state"]["subjects"] if ".holding." not in name and ".w=3A" in name]
+        assert sorted(name[-1] for name in of_weather) == ["0", "4", "5"]
+        await operator.close()
+
+
+async def test_an_entity_that_only_this_device_wrote_is_answered_and_said_to_be_maybe_not_all(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up(), alice_at(hub.server) as there:
+            node = await stack.enter_async_context(device(hub, tmp_path / "d"))
+            here = await stack.enter_async_context(alice_at(node.server))
+            written = await here.set_context("t:1", attributes={"here": 1})
+            await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+            await there.set_context("t:1", attributes={"there": 1})
+            found = await here.get_context("t:1")
+            assert (found.attributes, found.complete) == ({"here": 1, "there": 1}, True)
+        while (await status_of(node)).linked:
+            pass
+        found = await here.get_context("t:1")
+        assert (found.attributes, found.complete) == ({"here": 1}, False)
+
+
+async def test_other_wants_let_go_of_what_was_held_and_bring_what_was_not(hub: HubSite, tmp_path: Path) -> None:
+    async with alice_at(hub.server) as there:
+        for n in range(3):
+            await there.set_context("w:1", type="weather", attributes={"n": n})
+            await there.set_context("p:1", type="price", attributes={"n": n})
+        for kind, name, other in (("weather", "w:1", "p:1"), ("price", "p:1", "w:1"), ("weather", "w:1", "p:1")):
+            cable = Cable(hub.options.leaf_port)
+            async with (
+                cable.laid() as port,
+                device(hub, tmp_path / "d", interest=wants({"types": [kind]}), line=f"nats://127.0.0.1:{port}") as node,
+                alice_at(node.server) as here,
+            ):
+                await current(node)
+                assert len((await here.timeline(name)).events) == 3
+                cable.cut()
+                cable.drop()
+                while (await status_of(node)).linked:
+                    pass
+                assert await held(here, node, [name, other]) == [name]
+
+
+async def test_what_the_hub_forgets_a_device_forgets_that_held_it_or_wrote_it(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        held = await there.set_context("w:1", type="weather", attributes={"n": 1}, vectors={"v": [1.0]})
+        await here.get_context("w:1", consistency=since(held), budget_ms=LONG_MS)
+        wrote = await here.set_context("own", attributes={"n": 1}, vectors={"v": [1.0]})
+        await there.get_context("own", consistency=since(wrote), budget_ms=LONG_MS)
+        for name in ("w:1", "own"):
+            forgotten = await there.forget(name)
+            with pytest.raises(NotFound):
+                await here.get_context(name, consistency=since(forgotten), budget_ms=LONG_MS)
+        await current(node)
+        assert (await here.search_embedding([1.0], space="v")).hits == []
+
+
+async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:
+    async with alice_at(hub.server) as there:
+        documents = [{"entity_id": "long", "type": "weather", "attributes": {"n": n}} for n in range(2500)]
+        await there.ingest(documents)
+        await there.set_context("before", attributes={"n": 1})
+        async with device(hub, tmp_path / "d", interest=wants({"entities": ["before"]})) as node:
+            await current(node)
+        interest = wants({"entities": ["before"]}, {"types": ["weather"]})
+        async with device(hub, tmp_path / "d", interest=interest) as node, alice_at(node.server) as here:
+            await current(node)
+            count, after = 0, 0
+            while True:
+                page = await here.timeline("long", after=after, limit=1000)
+                count += len(page.events)
+                if page.next_after is None:
+                    break
+                after = page.next_after
+            assert count == 2500
