@@ -16,7 +16,7 @@ import logging
 import random
 from collections.abc import Sequence
 from contextlib import aclosing
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 from mnemesh import subjects
 from mnemesh.asker import Asker
@@ -37,6 +37,10 @@ SEND_S = 5.0
 RETRY_S = 0.5
 TROUBLE_S = 5.0
 CHECK_S = 5.0
+BATCH_S = 1.0
+"""For how long a batch may keep a line whose rate is known. A hub that hears nothing else for 10 s drops the line."""
+FRAMING = 120
+"""Bytes on the line for each event, beside its subject and itself: the headers of batch and origin, and NATS's own."""
 COMPARED = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 
@@ -51,6 +55,9 @@ class Uplink:
         self._asker = asker
         self._site = site
         self._bytes_per_s = bytes_per_s
+        self._most_bytes = (
+            MOST_BYTES_IN_BATCH if bytes_per_s is None else min(MOST_BYTES_IN_BATCH, bytes_per_s * BATCH_S)
+        )
         self._log = subjects.log_stream(site)
         self._position: Position | None = None
         self._waiting_since_ms: int | None = None
@@ -156,7 +163,7 @@ class Uplink:
                 self.waiting = len(own) + batch[-1].following
                 while own:
                     self._waiting_since_ms = own[0].recorded_at
-                    some = _first_of(own)
+                    some = _first_of(own, self._most_bytes)
                     position = await self._send(some, position)
                     own = own[len(some) :]
                     self.waiting -= len(some)
@@ -185,7 +192,7 @@ class Uplink:
             event_id=mark.event_id,
         )
         if self._bytes_per_s is not None:
-            earliest = began + sum(len(message.payload) for message in batch) / self._bytes_per_s
+            earliest = began + sum(map(_size, events)) / self._bytes_per_s
             await asyncio.sleep(earliest - asyncio.get_running_loop().time())
         return position
 
@@ -201,13 +208,12 @@ class Uplink:
         return Outgoing(subjects.uplink_mark(self._site), mark.encode(), headers)
 
 
-def _first_of(events: Sequence[Stored]) -> Sequence[Stored]:
+def _first_of(events: Sequence[Stored], most_bytes: float) -> Sequence[Stored]:
     """As many as fit one batch by their bytes, at least one."""
-    size = 0
+    sizes = accumulate(map(_size, events))
+    return events[: max(1, sum(1 for _ in takewhile(lambda size: size <= most_bytes, sizes)))]
 
-    def fits(stored: Stored) -> bool:
-        nonlocal size
-        size += len(stored.message.data)
-        return size <= MOST_BYTES_IN_BATCH
 
-    return events[:1] if len(events) == 1 else list(takewhile(fits, events)) or events[:1]
+def _size(stored: Stored) -> int:
+    """About what an event takes on the line."""
+    return len(stored.message.subject) + len(stored.message.data) + FRAMING

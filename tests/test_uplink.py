@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,14 @@ async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
 
 
 @contextlib.asynccontextmanager
-async def device(hub: HubSite, data: Path, *, name: str = "sub7", line: str = "") -> AsyncIterator[EdgeNode]:
+async def device(
+    hub: HubSite, data: Path, *, name: str = "sub7", line: str = "", bytes_per_s: float | None = None
+) -> AsyncIterator[EdgeNode]:
     """An enrolled device with a direct line to its hub, or by way of `line`."""
     if name not in [known.name for known in Devices(hub.options.data).list()]:
         await hub.enrol(name, data)
     options = device_options(name, data, line or f"nats://127.0.0.1:{hub.options.leaf_port}")
-    async with EdgeNode(options) as node:
+    async with EdgeNode(replace(options, uplink_bytes_per_s=bytes_per_s)) as node:
         yield node
 
 
@@ -113,6 +116,23 @@ async def test_what_was_written_while_the_line_was_cut_comes_once_and_in_order(h
             written = await here.set_context("t:1", attributes={"n": n})
         await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
         assert await counted(there, "t:1") == list(range(400))
+
+
+async def test_no_batch_is_more_than_a_slow_line_takes_in_a_second(hub: HubSite, tmp_path: Path) -> None:
+    """Else it is not acknowledged in time, and keeps pings from the line until the hub drops it."""
+    apart = device_options("sub7", tmp_path / "d", "nats://127.0.0.1:1")
+    async with EdgeNode(apart) as node, alice_at(node.server) as here:
+        for n in range(6):
+            written = await here.set_context("t:1", attributes={"n": n}, text="x" * 20_000)
+    async with device(hub, tmp_path / "d", bytes_per_s=50_000), alice_at(hub.server) as there:
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        assert await counted(there, "t:1") == list(range(6))
+    operator = await Link.open(hub.server.credentials.load("operator").link_options())
+    inbox = Inbox(operator)
+    await inbox.open()
+    batches = 3
+    assert (await stream_state(inbox, subjects.log_stream("hub"))).last_sequence == 6 + batches  # a mark ends each
+    await operator.close()
 
 
 async def test_a_hub_that_was_restored_from_a_backup_gets_what_it_lacks(tmp_path: Path) -> None:
