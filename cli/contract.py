@@ -18,7 +18,7 @@ from cli.permissions import mappings_conf, permissions_conf
 from mnemesh import messages
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "subjects.yaml"
+SOURCE = Path(__file__).with_name("subjects.yaml")  # the one at the root, by a link; a wheel holds a copy
 Contract = dict[str, Any]
 
 

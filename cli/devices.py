@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nacl.signing import SigningKey
-
 from cli.private import write_private
 from mnemesh.errors import BadRequest, Conflict, NotFound
 from mnemesh.ids import check_name
@@ -94,7 +92,11 @@ def new_seed() -> str:
 
 
 def public_of(seed: str) -> str:
-    """The public key of a seed."""
+    """The public key of a seed. Raises `BadRequest` where the extra `edge` is not installed: nobody else needs it."""
+    try:
+        from nacl.signing import SigningKey
+    except ImportError as error:
+        raise BadRequest("a device's key needs PyNaCl: `pip install 'mnemesh-server[edge]'` brings it") from error
     raw = _decoded(seed)[2:]
     return _encoded(bytes((_USER,)) + bytes(SigningKey(raw).verify_key))
 

@@ -101,15 +101,16 @@ async def _up(options: EdgeOptions, stop: asyncio.Event) -> int:
 
 
 async def _serve(options: EdgeOptions) -> None:
+    key = public_of(seed_of(options.server.data))
     async with EdgeNode(options) as node:
-        print(_greeting(node), flush=True)
+        print(_greeting(node, key), flush=True)
         try:
             await node.ended()
         finally:
             print("draining …", flush=True)
 
 
-def _greeting(node: EdgeNode) -> str:
+def _greeting(node: EdgeNode, key: str) -> str:
     options = node.options
     server = options.server
     lines = [
@@ -118,7 +119,7 @@ def _greeting(node: EdgeNode) -> str:
         *(f"  credentials  {node.server.credentials.load('.'.join(agent)).path}" for agent in options.agents),
         f"  monitoring   {server.monitoring_url}",
         f"  metrics      http://127.0.0.1:{node.metrics_port}/metrics",
-        f"  key          {public_of(seed_of(server.data))}",
+        f"  key          {key}",
         f"At the hub, once: mnemesh edge enrol {server.site} --key and this key. Ctrl-C drains and stops.",
     ]
     return "\n".join(lines)

@@ -94,7 +94,7 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         # The logs of both sides take the same subjects: what crosses the leaf as such would be stored twice.
         closed = f"deny_exports: [{_quoted(subjects.LOG)}], deny_imports: [{_quoted(subjects.LOG)}]"
         remote = f"url: {_quoted(options.hub)}, account: MESH, nkey: {_quoted(seed_of(data))}, {closed}"
-        leaves = ["leafnodes {", "    reconnect: 1", f"    remotes: [ {{ {remote} }} ]", "}"]
+        leaves = ["leafnodes {", '    reconnect: "1s"', f"    remotes: [ {{ {remote} }} ]", "}"]
     lines = [
         "# Written by Mnemesh at each start and reload; changes are lost. Private: it holds passwords.",
         f"server_name: {_quoted(f'mnemesh-{options.site}')}",

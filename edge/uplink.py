@@ -43,6 +43,10 @@ SEND_S = 5.0
 RETRY_S = 0.5
 TROUBLE_S = 5.0
 CHECK_S = 5.0
+BATCH_S = 1.0
+"""For how long a batch may keep a line whose rate is known. A hub that hears nothing else for 10 s drops the line."""
+FRAMING = 120
+"""Bytes on the line for each event, beside its subject and itself: the headers of batch and origin, and NATS's own."""
 COMPARED = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 
@@ -79,6 +83,9 @@ class Uplink:
         self._site = site
         self._bytes_per_s = bytes_per_s
         self._downlinked = downlinked
+        self._most_bytes = (
+            MOST_BYTES_IN_BATCH if bytes_per_s is None else min(MOST_BYTES_IN_BATCH, bytes_per_s * BATCH_S)
+        )
         self._log = subjects.log_stream(site)
         self._position: Position | None = None
         self._waiting_since_ms: int | None = None
@@ -205,7 +212,7 @@ class Uplink:
                 self.waiting = len(own) + batch[-1].following
                 if own:
                     self._waiting_since_ms = own[0].recorded_at
-                for some in _batches(await self._leaving(own)):
+                for some in _batches(await self._leaving(own), self._most_bytes):
                     position = await self._send(some, position)
                     self.waiting -= len(some)
                 self._waiting_since_ms = None
@@ -258,7 +265,7 @@ class Uplink:
             hub=position.hub, place=place, incarnation=mark.incarnation, sequence=mark.sequence, last=mark.last
         )
         if self._bytes_per_s is not None:
-            earliest = began + sum(len(message.payload) for message in batch) / self._bytes_per_s
+            earliest = began + sum(map(_size, some)) / self._bytes_per_s
             await asyncio.sleep(earliest - asyncio.get_running_loop().time())
         return position
 
@@ -288,14 +295,21 @@ def _reduced(stored: Stored, event: Event, entity: Description, policy: Policy, 
     return stored.message.data if reduced is event else reduced.encode()
 
 
-def _batches(leaving: Sequence[_Leaving]) -> list[Sequence[_Leaving]]:
+def _batches(leaving: Sequence[_Leaving], most_bytes: float) -> list[Sequence[_Leaving]]:
     """Parts that fit one batch by their bytes, at least one event in each."""
     parts: list[Sequence[_Leaving]] = []
     start = size = 0
-    for end, (_, payload) in enumerate(leaving):
-        length = len(payload or b"")
-        if end > start and size + length > MOST_BYTES_IN_BATCH:
+    for end, each in enumerate(leaving):
+        length = _size(each)
+        if end > start and size + length > most_bytes:
             parts.append(leaving[start:end])
             start, size = end, 0
         size += length
     return [*parts, leaving[start:]] if leaving else []
+
+
+def _size(leaving: _Leaving) -> int:
+    """About what an event takes on the line."""
+    if leaving.payload is None:
+        return 0
+    return len(leaving.stored.message.subject) + len(leaving.payload) + FRAMING

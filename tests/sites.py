@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import mnemesh
 from cli.devices import Devices, public_of, seed_of
@@ -20,7 +21,6 @@ from mnemesh.asker import Asker
 from mnemesh.connection import Link
 from mnemesh.host import hosted
 from mnemesh.ids import PARTITIONS
-from mnemesh.messages import Interest
 from router.router import Router
 from services.gateway import Gateway
 from services.hub import Hub
@@ -129,22 +129,24 @@ class HubSite:
         await self.server.reload()
 
 
-def device_options(name: str, data: Path, hub: str, interest: Interest | None = None) -> EdgeOptions:
+def device_options(name: str, data: Path, hub: str, **options: Any) -> EdgeOptions:
+    """`options` are those of `EdgeOptions`."""
     server = ServerOptions(
         data=data, site=name, port=free_port(), monitoring_port=free_port(), durability="interval", hub=hub
     )
-    return EdgeOptions(server=server, tenants=[TENANT], agents=[AGENT], interest=interest or Interest())
+    return EdgeOptions(server=server, tenants=[TENANT], agents=[AGENT], **options)
 
 
 @contextlib.asynccontextmanager
 async def device(
-    hub: HubSite, data: Path, *, name: str = "sub7", line: str = "", interest: Interest | None = None
+    hub: HubSite, data: Path, *, name: str = "sub7", line: str = "", **options: Any
 ) -> AsyncIterator[EdgeNode]:
     """An enrolled device with a direct line to its hub, or by way of `line`."""
     if name not in [known.name for known in Devices(hub.options.data).list()]:
         await hub.enrol(name, data)
-    options = device_options(name, data, line or f"nats://127.0.0.1:{hub.options.leaf_port}", interest)
-    async with EdgeNode(options) as node:
+    async with EdgeNode(
+        device_options(name, data, line or f"nats://127.0.0.1:{hub.options.leaf_port}", **options)
+    ) as node:
         yield node
 
 

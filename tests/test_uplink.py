@@ -105,6 +105,23 @@ async def test_what_was_written_while_the_line_was_cut_comes_once_and_in_order(h
         assert await counted(there, "t:1") == list(range(400))
 
 
+async def test_no_batch_is_more_than_a_slow_line_takes_in_a_second(hub: HubSite, tmp_path: Path) -> None:
+    """Else it is not acknowledged in time, and keeps pings from the line until the hub drops it."""
+    apart = device_options("sub7", tmp_path / "d", "nats://127.0.0.1:1")
+    async with EdgeNode(apart) as node, alice_at(node.server) as here:
+        for n in range(6):
+            written = await here.set_context("t:1", attributes={"n": n}, text="x" * 20_000)
+    async with device(hub, tmp_path / "d", uplink_bytes_per_s=50_000), alice_at(hub.server) as there:
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        assert await counted(there, "t:1") == list(range(6))
+    operator = await Link.open(hub.server.credentials.load("operator").link_options())
+    inbox = Inbox(operator)
+    await inbox.open()
+    batches = 3
+    assert (await stream_state(inbox, subjects.log_stream("hub"))).last_sequence == 6 + batches  # a mark ends each
+    await operator.close()
+
+
 async def test_a_hub_that_was_restored_from_a_backup_gets_what_it_lacks(tmp_path: Path) -> None:
     hub = HubSite(tmp_path / "hub")
     async with contextlib.AsyncExitStack() as stack:
