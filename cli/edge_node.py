@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from cli.keeping import heal, keep
-from cli.provision import provision
+from cli.provision import provision, sites_of
 from cli.server import NatsServer
 from cli.server_config import ServerOptions
 from edge.node import Edge
@@ -36,7 +36,7 @@ CONNECT_S = 30.0
 class EdgeOptions:
     """What a device runs. `interest` is what it holds of its hub's; `uplink_bytes_per_s` bounds what it sends.
 
-    `metrics_port` 0 is a free one.
+    `policy` is the text of its own one (`None`: it stays as it is); `metrics_port` 0 is a free port.
     """
 
     server: ServerOptions
@@ -44,6 +44,7 @@ class EdgeOptions:
     agents: Sequence[tuple[str, str]] = (("demo", "alice"),)
     metrics_port: int = 0
     interest: Interest = field(default_factory=Interest)
+    policy: str | None = None
     uplink_bytes_per_s: float | None = None
 
 
@@ -72,7 +73,15 @@ class EdgeNode:
         await self._stack.enter_async_context(server)
         operator = server.credentials.load("operator").link_options("provision")
         shards = [ShardEntry(site, frozenset(range(PARTITIONS)))]
-        await provision(operator, site=site, tenants=self.options.tenants, shards=shards, kind="device")
+        await provision(
+            operator,
+            site=site,
+            tenants=self.options.tenants,
+            shards=shards,
+            sites=sites_of(self.options.server),
+            policy=self.options.policy,
+            kind="device",
+        )
         for work in (keep(server), heal(server)):
             task = asyncio.ensure_future(work)
             self._stack.callback(task.cancel)
@@ -93,7 +102,7 @@ class EdgeNode:
         )
         actors = (
             Gateway(await self._link("gateway"), site=site, kind="device", guard=TenantGuard()),
-            Router(await self._link("router"), guard=TenantGuard()),
+            Router(await self._link("router"), guard=TenantGuard(), peers=edge.hub),
             shard,
             edge,
         )

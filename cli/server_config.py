@@ -33,7 +33,7 @@ class ServerOptions:
     disk), `interval` a crash of the process (nats-server's default: a sync every 2 minutes).
 
     A hub takes devices on `leaf_port` (0: none). A device names its `hub` (`nats://host:7422`), and has its key in the
-    data folder.
+    data folder. `region` is where the site is.
     """
 
     data: Path
@@ -44,6 +44,7 @@ class ServerOptions:
     durability: Literal["synced", "interval"] = "synced"
     leaf_port: int = 0
     hub: str = ""
+    region: str = ""
 
     @property
     def kind(self) -> SiteKind:

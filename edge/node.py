@@ -1,7 +1,8 @@
 """The edge: what a device does for its hub, beside serving its own agents like any site.
 
 Its uplink sends what is born here, its downlink keeps what is wanted of the hub's; `status` says how far both are.
-Looks at its own files, `router`, `services.site_policy` and `mnemesh`.
+It answers the hub's router with what the device's policy lets out. Looks at its own files, `router`, `mnemesh`, and at
+`services.disclosure` and `services.site_policy`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from mnemesh.actor import Actor, handles
 from mnemesh.call import Call
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
+from mnemesh.errors import Unavailable
 from mnemesh.guard import Guard
 from mnemesh.messages import Interest
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
+from services.disclosure import Disclosure
 from services.site_policy import SitePolicy
 
 
@@ -53,7 +56,8 @@ class Edge(Actor):
             bytes_per_s=uplink_bytes_per_s,
             downlinked=lambda: self._downlink.sequence,
         )
-        self.hub = FromHub(self.asker, site=site, is_linked=lambda: self._uplink.linked)
+        self.hub = FromHub(self.asker, site=site, line=self._uplink)
+        self._disclosure = Disclosure(self.asker, inventory, self._policy)
 
     def bindings(self, operation: AnyOperation) -> list[Mapping[str, str]]:
         return [{"site": self.site}]
@@ -93,6 +97,28 @@ class Edge(Actor):
         """Nothing is sent before it is known what may leave."""
         await self.ready()
         await work()
+
+    # ── what the hub's router asks ──────────────────────────────────────────────────────────────────────────
+
+    @handles(subjects.DEVICE_SEARCH)
+    async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
+        self._require_current()
+        return await self._disclosure.search(request, call)
+
+    @handles(subjects.DEVICE_SEARCH_TEXT)
+    async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
+        self._require_current()
+        return await self._disclosure.search_text(request, call)
+
+    @handles(subjects.DEVICE_TRAVERSE)
+    async def traverse(self, request: messages.Traverse, call: Call) -> messages.Traversal:
+        self._require_current()
+        return await self._disclosure.traverse(request, call)
+
+    def _require_current(self) -> None:
+        """What was forgotten elsewhere while the line was down is erased before others are told of it."""
+        if not self._downlink.current.is_set():
+            raise Unavailable(f"{self.site} has still to hear what was forgotten", retry_after_ms=1000)
 
     @handles(subjects.EDGE_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.EdgeStatus:

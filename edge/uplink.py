@@ -104,6 +104,11 @@ class Uplink:
         return self._position or Position(hub="")
 
     @property
+    def hub(self) -> str:
+        """The hub's name; empty until it was heard of."""
+        return self.position.hub
+
+    @property
     def lag_s(self) -> float:
         """For how long the oldest event that the hub lacks has waited, as far as it was read."""
         return 0.0 if self._waiting_since_ms is None else max(0.0, (wall_ms() - self._waiting_since_ms) / 1000)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mnemesh
 from cli.devices import Devices, public_of, seed_of
 from cli.edge_node import EdgeNode, EdgeOptions
-from cli.provision import even_shards, provision
+from cli.provision import even_shards, provision, put_sites, sites_of
 from cli.server import NatsServer, free_port
 from cli.server_config import ServerOptions
 from memory_shards.shard import Shard
@@ -123,10 +123,12 @@ class HubSite:
     async def _link(self, role: str) -> Link:
         return await Link.open(self.server.credentials.load(role).link_options(role))
 
-    async def enrol(self, name: str, data: Path) -> None:
+    async def enrol(self, name: str, data: Path, *, region: str = "", tenants: Sequence[str] = ()) -> None:
         """Let the device whose data folder this is connect as `name`."""
-        Devices(self.options.data).enrol(name, public_of(seed_of(data)))
+        Devices(self.options.data).enrol(name, public_of(seed_of(data)), region=region, tenants=tenants)
         await self.server.reload()
+        operator = self.server.credentials.load("operator").link_options()
+        await put_sites(operator, sites_of(self.options))
 
 
 def device_options(name: str, data: Path, hub: str, **options: Any) -> EdgeOptions:

@@ -23,6 +23,8 @@ Level = Literal["eventual", "session", "bounded", "strong"]
 Metric = Literal["cosine", "ip", "l2"]
 IndexKind = Literal["auto", "flat", "hnsw"]
 Direction = Literal["out", "in", "both"]
+Scope = Literal["all", "here"]
+"""Which sites a question goes to: also a hub's devices, or a device's hub; or this one alone."""
 Count = Annotated[int, Meta(ge=1, le=1000)]
 Sequence = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Kind = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -50,6 +52,13 @@ class Consistency(Request, frozen=True, kw_only=True):
     level: Level = "eventual"
     token: Token = {}
     max_lag_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+
+    def of_site(self, site: str) -> Consistency:
+        """What this demands of one site's own log."""
+        if self.level != "session":
+            return self
+        token = {site: self.token[site]} if site in self.token else {}
+        return msgspec.structs.replace(self, token=token)
 
 
 class Edge(Request, frozen=True, kw_only=True):
@@ -97,16 +106,34 @@ class Missing(Reply, frozen=True, kw_only=True):
     message: str
 
 
+class SiteCoverage(Reply, frozen=True, kw_only=True):
+    """Whether another site speaks in a federated reply: it `answered`, as of its `watermark`; it has been `unreachable`
+    for `silent_s`; or its policy `refused`. One that is `restricted` told only what its policy lets out, which it says
+    by its rules, whether or not there was more. `complete`: all of its own partitions answered.
+    """
+
+    site: str
+    state: Literal["answered", "unreachable", "refused"]
+    watermark: Token = {}
+    silent_s: float | None = None
+    restricted: bool = False
+    complete: bool = True
+
+
 class Coverage(Reply, frozen=True, kw_only=True):
-    """Which share of the partitions a federated reply speaks for. `complete` only if all of them answered."""
+    """Which share of the partitions a federated reply speaks for, and which other sites.
+
+    `complete` only if all partitions answered, and all sites that were asked.
+    """
 
     answered: int
     total: int
     missing: list[Missing] = []
+    sites: list[SiteCoverage] = []
 
     @property
     def complete(self) -> bool:
-        return self.answered == self.total
+        return self.answered == self.total and all(site.state == "answered" and site.complete for site in self.sites)
 
 
 # ── writes ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,6 +318,7 @@ class SearchEmbedding(Request, frozen=True, kw_only=True):
     filter: dict[str, Any] = {}
     output_fields: list[str] = []
     include_vectors: bool = False
+    scope: Scope = "all"
     consistency: Consistency | None = None
 
 
@@ -300,6 +328,7 @@ class SearchText(Request, frozen=True, kw_only=True):
     query: Annotated[str, Meta(min_length=1, max_length=4096)]
     k: Count = 10
     type: str | None = None
+    scope: Scope = "all"
     consistency: Consistency | None = None
 
 
@@ -313,11 +342,15 @@ class Hit(Reply, frozen=True, kw_only=True):
 
 
 class Hits(Reply, frozen=True, kw_only=True):
-    """Best first. `coverage` is there on a federated reply."""
+    """Best first. `coverage` is there on a federated reply.
+
+    To another site it says that it is `restricted`, if its policy may have kept something back.
+    """
 
     hits: list[Hit]
     watermark: Token
     coverage: Coverage | None = None
+    restricted: bool = False
 
 
 class Traverse(Request, frozen=True, kw_only=True):
@@ -331,6 +364,7 @@ class Traverse(Request, frozen=True, kw_only=True):
     direction: Direction = "out"
     depth: Annotated[int, Meta(ge=1, le=64)] = 1
     limit: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    scope: Scope = "all"
     consistency: Consistency | None = None
 
 
@@ -350,6 +384,7 @@ class Traversal(Reply, frozen=True, kw_only=True):
     truncated: bool
     watermark: Token
     coverage: Coverage
+    restricted: bool = False
 
 
 # ── between the router and the shards ───────────────────────────────────────────────────────────────────────
@@ -373,12 +408,14 @@ class Expand(Request, frozen=True, kw_only=True):
 class Expanded(Reply, frozen=True, kw_only=True):
     """Edges as (from, relation, to) in the direction walked. `truncated` if there were more than `limit`.
 
-    `ahead` are the entities beyond those asked for whose edges are all there too, also where there are none.
+    `ahead` are the entities beyond those asked for whose edges are all there too, also where there are none. Of those
+    that are `lacking` a device's hub may know more.
     """
 
     edges: list[tuple[str, str, str]]
     truncated: bool
     ahead: list[str] = []
+    lacking: list[str] = []
     watermark: Token
 
 
@@ -622,13 +659,17 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
     """What a hub knows of one device: up to where it has its log, and what the device last said of itself.
 
     `silent_s` is how long ago that was, in seconds; after a restart of the hub it is when the last events came, and the
-    rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's.
+    rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` is up to where it
+    has the hub's log, of what it wants. Of no `tenants`: it may have the memory of all.
     """
 
     site: str
     linked: bool
     silent_s: float
     uplinked: int
+    region: str = ""
+    tenants: list[str] = []
+    downlinked: int | None = None
     waiting: int | None = None
     lag_s: float | None = None
     clock_offset_ms: int | None = None

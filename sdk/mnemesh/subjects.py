@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "ca8763213f0e"
+CONTRACT = "92b125d2f9ff"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -102,8 +102,8 @@ TIMELINE = Operation(
 SEARCH_EMBEDDING = Operation(
     name="search_embedding",
     owner="router",
-    callers=("agent",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>",),
+    callers=("agent", "hub", "edge",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0", "_INBOX_edge.<site>",),
     subject="mnemesh.v1.memory.search_embedding.<tenant>.<agent>",
     served="mnemesh.v1.memory.search_embedding.<tenant>.<agent>",
     request=messages.SearchEmbedding,
@@ -117,8 +117,8 @@ SEARCH_EMBEDDING = Operation(
 SEARCH_TEXT = Operation(
     name="search_text",
     owner="router",
-    callers=("agent",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>",),
+    callers=("agent", "hub", "edge",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0", "_INBOX_edge.<site>",),
     subject="mnemesh.v1.memory.search_text.<tenant>.<agent>",
     served="mnemesh.v1.memory.search_text.<tenant>.<agent>",
     request=messages.SearchText,
@@ -132,8 +132,8 @@ SEARCH_TEXT = Operation(
 TRAVERSE = Operation(
     name="traverse",
     owner="router",
-    callers=("agent", "hub",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0",),
+    callers=("agent", "hub", "edge",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0", "_INBOX_edge.<site>",),
     subject="mnemesh.v1.memory.traverse.<tenant>.<agent>",
     served="mnemesh.v1.memory.traverse.<tenant>.<agent>",
     request=messages.Traverse,
@@ -339,11 +339,101 @@ HUB_TIMELINE = Operation(
     concurrency=64,
     mailbox=1024,
 )
+HUB_SEARCH = Operation(
+    name="hub_search",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.search.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.edge.search.<site>.<tenant>.<agent>",
+    request=messages.SearchEmbedding,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=256,
+    mailbox=4096,
+)
+HUB_SEARCH_TEXT = Operation(
+    name="hub_search_text",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.search_text.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.edge.search_text.<site>.<tenant>.<agent>",
+    request=messages.SearchText,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=256,
+    mailbox=4096,
+)
+HUB_TRAVERSE = Operation(
+    name="hub_traverse",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.traverse.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.edge.traverse.<site>.<tenant>.<agent>",
+    request=messages.Traverse,
+    reply=messages.Traversal,
+    budget_ms=5000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=256,
+    mailbox=4096,
+)
+DEVICE_SEARCH = Operation(
+    name="device_search",
+    owner="edge",
+    callers=("router",),
+    inboxes=("_INBOX_router_0",),
+    subject="mnemesh.v1.device.search.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.device.search.<site>.<tenant>.<agent>",
+    request=messages.SearchEmbedding,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+DEVICE_SEARCH_TEXT = Operation(
+    name="device_search_text",
+    owner="edge",
+    callers=("router",),
+    inboxes=("_INBOX_router_0",),
+    subject="mnemesh.v1.device.search_text.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.device.search_text.<site>.<tenant>.<agent>",
+    request=messages.SearchText,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+DEVICE_TRAVERSE = Operation(
+    name="device_traverse",
+    owner="edge",
+    callers=("router",),
+    inboxes=("_INBOX_router_0",),
+    subject="mnemesh.v1.device.traverse.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.device.traverse.<site>.<tenant>.<agent>",
+    request=messages.Traverse,
+    reply=messages.Traversal,
+    budget_ms=5000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
 DEVICES = Operation(
     name="devices",
     owner="hub",
-    callers=("operator",),
-    inboxes=("_INBOX_operator_0",),
+    callers=("operator", "router",),
+    inboxes=("_INBOX_operator_0", "_INBOX_router_0",),
     subject="mnemesh.v1.hub.devices",
     served="mnemesh.v1.hub.devices",
     request=messages.AskDevices,
@@ -393,6 +483,12 @@ OPERATIONS: dict[str, AnyOperation] = {
     "next_feed": NEXT_FEED,
     "hub_get_context": HUB_GET_CONTEXT,
     "hub_timeline": HUB_TIMELINE,
+    "hub_search": HUB_SEARCH,
+    "hub_search_text": HUB_SEARCH_TEXT,
+    "hub_traverse": HUB_TRAVERSE,
+    "device_search": DEVICE_SEARCH,
+    "device_search_text": DEVICE_SEARCH_TEXT,
+    "device_traverse": DEVICE_TRAVERSE,
     "devices": DEVICES,
     "edge_status": EDGE_STATUS,
 }
@@ -620,6 +716,36 @@ def hub_get_context(site: str, tenant: str, agent: str) -> str:
 def hub_timeline(site: str, tenant: str, agent: str) -> str:
     """Timeline at the hub, for a device that does not hold the entity."""
     return f"mnemesh.v1.edge.timeline.{site}.{tenant}.{agent}"
+
+
+def hub_search(site: str, tenant: str, agent: str) -> str:
+    """Search_embedding over the hub's own shards, for a device."""
+    return f"mnemesh.v1.edge.search.{site}.{tenant}.{agent}"
+
+
+def hub_search_text(site: str, tenant: str, agent: str) -> str:
+    """Search_text over the hub's own shards, for a device."""
+    return f"mnemesh.v1.edge.search_text.{site}.{tenant}.{agent}"
+
+
+def hub_traverse(site: str, tenant: str, agent: str) -> str:
+    """Traverse over the hub's own shards, for a device."""
+    return f"mnemesh.v1.edge.traverse.{site}.{tenant}.{agent}"
+
+
+def device_search(site: str, tenant: str, agent: str) -> str:
+    """Search_embedding over what a device has, as far as its policy lets it out."""
+    return f"mnemesh.v1.device.search.{site}.{tenant}.{agent}"
+
+
+def device_search_text(site: str, tenant: str, agent: str) -> str:
+    """Search_text over what a device has, as far as its policy lets it out."""
+    return f"mnemesh.v1.device.search_text.{site}.{tenant}.{agent}"
+
+
+def device_traverse(site: str, tenant: str, agent: str) -> str:
+    """Traverse over what a device has, as far as its policy lets it out."""
+    return f"mnemesh.v1.device.traverse.{site}.{tenant}.{agent}"
 
 
 def devices() -> str:
