@@ -28,6 +28,7 @@ from bench.sampling import latencies, latency
 from bench.sites import DEVICE, Device, agent_of, running_mesh
 from bench.suite import Group, measured
 from bench.vectors import made, write_to_recall
+from cli.allocator import TRIM_S
 from cli.mesh import Mesh
 from cli.server import free_port
 from mnemesh import Consistency, Memory, subjects, wire
@@ -39,6 +40,8 @@ from mnemesh.jetstream import stream_state
 from mnemesh.messages import GetContext, Token
 
 LONG_MS = 300_000
+GRAPH_STEPS = 3
+"""A search takes over the graph that was built so far, and has another built of what came meanwhile."""
 
 
 class Sizes:
@@ -51,6 +54,7 @@ class Sizes:
         self.backlog = 5_000 if quick else 50_000
         self.calls = 50 if quick else 400
         self.memories = 2_000 if quick else 50_000
+        self.idle_s = 1.0 if quick else 1.2 * TRIM_S
         self.starts = 1 if quick else 5
 
 
@@ -181,10 +185,10 @@ async def holding(sizes: Sizes) -> list[Row]:
         async with device.up() as here:
             written = await write_all(here, memories(vectors), senders=4)
             await there.search_embedding(vectors[0], space="s", consistency=since(written), budget_ms=LONG_MS)
-            server, node = await held(device, here, vectors)
+            server, node = await held(device, here, vectors, sizes.idle_s)
         starts = [await device.started_s("memory:7") for _ in range(sizes.starts)]
         async with device.up() as here:
-            afresh = sum(await held(device, here, vectors))
+            afresh = sum(await held(device, here, vectors, sizes.idle_s))
     return [
         Row(name="edge_memory_mib", value=server + node, unit="MiB", goal=value("at most", 200)),
         Row(name="edge_memory_server_mib", value=server, unit="MiB"),
@@ -199,12 +203,13 @@ async def holding(sizes: Sizes) -> list[Row]:
     ]
 
 
-async def held(device: Device, here: Memory, vectors: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """MiB of a device's nats-server and of the rest of it, once it is idle and searches with its graph."""
+async def held(device: Device, here: Memory, vectors: np.ndarray[Any, Any], idle_s: float) -> tuple[float, float]:
+    """MiB of a device's nats-server and of the rest of it, idle for so long, searching with its whole graph."""
     await here.search_embedding(vectors[0], space="s", consistency=Consistency(level="strong"), budget_ms=LONG_MS)
-    await idle(*device.pids)
-    await here.search_embedding(vectors[0], space="s")
-    await idle(*device.pids)
+    for _ in range(GRAPH_STEPS):
+        await idle(*device.pids)
+        await here.search_embedding(vectors[0], space="s")
+    await asyncio.sleep(idle_s)
     server, node = map(pss_mib, device.pids)
     return server, node
 

@@ -28,7 +28,6 @@ from memory_shards.stores.sqlite_schema import LAYOUT, SCHEMA, connect
 from mnemesh import wire
 from mnemesh.event import Record
 
-
 _CACHE_KIB = 8_192
 """SQLite's page cache where events are applied; pages beyond it come from the system's. 32 MiB apply no faster: 50,000
 documents at 21,000/s with either, random updates of 300,000 at 6,200 to 8,100/s."""
