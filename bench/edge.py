@@ -186,6 +186,7 @@ async def holding(sizes: Sizes) -> list[Row]:
             written = await write_all(here, memories(vectors), senders=4)
             await there.search_embedding(vectors[0], space="s", consistency=since(written), budget_ms=LONG_MS)
             server, node = await held(device, here, vectors, sizes.idle_s)
+        await idle(*(child.pid for child in mesh.children.values()))
         starts = [await device.started_s("memory:7") for _ in range(sizes.starts)]
         async with device.up() as here:
             afresh = sum(await held(device, here, vectors, sizes.idle_s))
