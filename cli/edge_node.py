@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
+from cli.allocator import keep_small
 from cli.keeping import heal, keep
 from cli.provision import provision, sites_of
 from cli.server import NatsServer
@@ -70,6 +72,7 @@ class EdgeNode:
 
     async def _start(self) -> None:
         server, site = self.server, self.options.server.site
+        self._run_beside(keep_small())
         await self._stack.enter_async_context(server)
         operator = server.credentials.load("operator").link_options("provision")
         shards = [ShardEntry(site, frozenset(range(PARTITIONS)))]
@@ -82,9 +85,8 @@ class EdgeNode:
             policy=self.options.policy,
             kind="device",
         )
-        for work in (keep(server), heal(server)):
-            task = asyncio.ensure_future(work)
-            self._stack.callback(task.cancel)
+        self._run_beside(keep(server))
+        self._run_beside(heal(server))
         edge = Edge(
             await self._link("edge"),
             site=site,
@@ -110,6 +112,10 @@ class EdgeNode:
         self.metrics_port = await self._stack.enter_async_context(
             observed(actors, host="127.0.0.1", port=self.options.metrics_port)
         )
+
+    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._stack.callback(task.cancel)
 
     async def _link(self, role: str) -> Link:
         return await link_as(self.server.credentials.load(role).link_options(role), CONNECT_S)

@@ -88,9 +88,9 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
     sync = "    sync_interval: always" if options.durability == "synced" else ""
     leaves = []
     if options.leaf_port:
-        # A device knows how to reach its hub. What addresses the hub has may be of use in its own network only.
-        leaves = ["leafnodes {", f"    host: {_quoted(options.host)}", f"    port: {options.leaf_port}"]
-        leaves += ["    no_advertise: true", "}"]
+        # A device reaches its hub by the URL that it was given. The hub's own addresses may lead nowhere from there.
+        listen = [f"    host: {_quoted(options.host)}", f"    port: {options.leaf_port}", "    no_advertise: true"]
+        leaves = ["leafnodes {", *listen, "}"]
     elif options.hub:
         # The logs of both sides take the same subjects: what crosses the leaf as such would be stored twice.
         closed = f"deny_exports: [{_quoted(subjects.LOG)}], deny_imports: [{_quoted(subjects.LOG)}]"

@@ -1,8 +1,7 @@
-"""A hub and its devices on one machine, and the cable between them, which a test can cut without a sign."""
+"""A hub and its devices on one machine. `bench.cable` is what lies between them where a test is to cut it."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -28,65 +27,6 @@ from services.policy import TenantGuard
 
 TENANT = "acme"
 AGENT = (TENANT, "alice")
-
-
-class Cable:
-    """A TCP line to `port` that can be cut: nothing passes then, and neither end is told."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._whole = asyncio.Event()
-        self._whole.set()
-        self._pipes: set[asyncio.Task[None]] = set()
-        self._ends: set[asyncio.StreamWriter] = set()
-
-    @contextlib.asynccontextmanager
-    async def laid(self) -> AsyncIterator[int]:
-        """The port of its near end, within the block."""
-        server = await asyncio.start_server(self._join, "127.0.0.1", 0)
-        try:
-            yield server.sockets[0].getsockname()[1]
-        finally:
-            server.close()
-            self.cut()
-            self.drop()
-
-    def cut(self) -> None:
-        self._whole.clear()
-
-    def heal(self) -> None:
-        """Connections of before are gone by now at one end or both: what was on its way in them does not come."""
-        self.drop()
-        self._whole.set()
-
-    def drop(self) -> None:
-        """Close every connection."""
-        for pipe in self._pipes:
-            pipe.cancel()
-        for end in self._ends:
-            end.close()
-        self._pipes.clear()
-        self._ends.clear()
-
-    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._ends.add(writer)
-        await self._whole.wait()
-        try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        except OSError:
-            writer.close()
-            return
-        self._ends.add(far_writer)
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            self._pipes.add(asyncio.ensure_future(self._carry(source, sink)))
-
-    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await source.read(65_536):
-                await self._whole.wait()
-                sink.write(data)
-                await sink.drain()
-        sink.close()
 
 
 class HubSite:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
-from sites import TENANT, Cable, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, device, since, status_of
 
+from bench.cable import Cable
 from cli.edge_node import EdgeNode
 from mnemesh import Memory, messages, subjects
 from mnemesh.connection import Link

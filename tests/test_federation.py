@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest_asyncio
-from sites import TENANT, Cable, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, device, since, status_of
 
+from bench.cable import Cable
 from cli.edge_node import EdgeNode
 from mnemesh import Memory, messages
 from mnemesh.messages import Hits, Interest, SiteCoverage, Traversal, Want

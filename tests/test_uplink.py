@@ -14,8 +14,9 @@ import pytest
 import pytest_asyncio
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from sites import TENANT, Cable, HubSite, alice_at, device, device_options, since, status_of
+from sites import TENANT, HubSite, alice_at, device, device_options, since, status_of
 
+from bench.cable import Cable
 from cli.devices import Devices, public_of, seed_of
 from cli.edge import shut_out
 from cli.edge_node import EdgeNode
