@@ -111,7 +111,7 @@ async def test_what_a_device_wrote_itself_comes_back_neither_twice_nor_at_all(hu
         written = await there.set_context("t:1", attributes={"there": 1})
         found = await here.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
         assert found.attributes == {"here": 4, "there": 1}
-        assert len((await here.timeline("t:1")).events) == 6
+        assert len((await here.timeline("t:1", consistency=since(written), budget_ms=LONG_MS)).events) == 6
         assert len((await there.timeline("t:1")).events) == 6
 
 

@@ -659,7 +659,7 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
     """What a hub knows of one device: up to where it has its log, and what the device last said of itself.
 
     `silent_s` is how long ago that was, in seconds; after a restart of the hub it is when the last events came, and the
-    rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` is up to where it
+    rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` up to where it
     has the hub's log, of what it wants. Of no `tenants`: it may have the memory of all.
     """
 
