@@ -18,8 +18,10 @@ from cli.provision import provision, sites_of
 from cli.server import NatsServer
 from cli.server_config import ServerOptions
 from edge.node import Edge
+from edge.returning import ReturnGuard
 from memory_shards.shard import Shard
 from mnemesh.connection import Link
+from mnemesh.guard import Guard
 from mnemesh.host import hosted, link_as
 from mnemesh.ids import PARTITIONS
 from mnemesh.messages import Interest
@@ -99,12 +101,12 @@ class EdgeNode:
             site=site,
             partitions=range(PARTITIONS),
             folder=self.options.server.data / "shard",
-            guard=TenantGuard(),
+            guard=self._guard(edge),
             hub=edge.hub,
         )
         actors = (
-            Gateway(await self._link("gateway"), site=site, kind="device", guard=TenantGuard()),
-            Router(await self._link("router"), guard=TenantGuard(), peers=edge.hub),
+            Gateway(await self._link("gateway"), site=site, kind="device", guard=self._guard(edge)),
+            Router(await self._link("router"), guard=self._guard(edge), peers=edge.hub),
             shard,
             edge,
         )
@@ -116,6 +118,9 @@ class EdgeNode:
     def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._stack.callback(task.cancel)
+
+    def _guard(self, edge: Edge) -> Guard:
+        return ReturnGuard(TenantGuard(), edge)
 
     async def _link(self, role: str) -> Link:
         return await link_as(self.server.credentials.load(role).link_options(role), CONNECT_S)

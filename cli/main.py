@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import agent, bench, contract, demo, doctor, edge, policy, up
+from cli import agent, bench, contract, demo, doctor, edge, erasure, policy, up
 from cli.run import RunOptions, run_service
 from cli.server import NatsServerError
 from mnemesh.client import read_credentials
@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("policy", help="what of a site's data may leave it")
     policy.add_flags(command, DATA)
     command.set_defaults(run=policy.run)
+
+    command = commands.add_parser("erasure", help="what was forgotten, and which sites have erased it")
+    erasure.add_flags(command, DATA)
+    command.set_defaults(run=erasure.run)
 
     command = commands.add_parser("doctor", help="say what is wrong and what to do")
     command.add_argument("--data", type=Path, default=DATA)

@@ -48,6 +48,7 @@ def allowed(contract: Contract, role: str) -> Permissions:
             publish.append(_wild(f"{root}.{stream['subjects']['event'].replace('<origin>', '<site>')}", keep=("site",)))
         if role in stream.get("carriers", ()):
             publish += [_wild(f"{root}.{subject}") for subject in stream["subjects"].values()]
+        if role in stream.get("erasers", ()):
             publish.append(f"$JS.API.STREAM.PURGE.{stream['name']}")
         if role in stream.get("uplinkers", ()):
             publish.append(_uplink(contract, stream))

@@ -10,12 +10,10 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from cli.server_config import ServerOptions, saved_options
+from cli.operator import asking, options_of
+from cli.server_config import ServerOptions
 from mnemesh import kv, subjects
-from mnemesh.connection import Link
-from mnemesh.errors import BadRequest, NotFound
-from mnemesh.inbox import Inbox
-from mnemesh.jetstream import last_of
+from mnemesh.errors import BadRequest
 from services.sovereignty_text import parse
 
 OWN = "own"
@@ -32,11 +30,7 @@ def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Returns the exit status. Raises a `MnemeshError` that says what cannot be."""
     text = read_policy(flags.file) if flags.verb == "set" else ""
-    try:
-        options = saved_options(flags.data)
-    except FileNotFoundError as error:
-        raise BadRequest(f"{flags.data} is no site's data folder") from error
-    asyncio.run(_run(flags.verb, options, text))
+    asyncio.run(_run(flags.verb, options_of(flags.data), text))
     return 0
 
 
@@ -51,27 +45,15 @@ def read_policy(file: Path) -> str:
 
 
 async def _run(verb: str, options: ServerOptions, text: str) -> None:
-    link = await Link.open(options.credentials().load("operator").link_options("policy"))
-    try:
-        inbox = Inbox(link)
-        await inbox.open()
-        if verb == "set":
-            held = await _held(inbox, OWN)
-            if held and parse(text).version <= parse(held).version and text != held:
-                raise BadRequest(f"version {parse(text).version} is not newer than the one that holds")
-            await kv.put(inbox, subjects.POLICIES.name, OWN, text.encode())
-        elif verb == "rm":
-            await kv.delete(inbox, subjects.POLICIES.name, OWN)
-        else:
-            print(await _held(inbox, OWN) or await _held(inbox, "handed") or "# all may leave", end="")
-    finally:
-        await link.close()
-
-
-async def _held(inbox: Inbox, copy: str) -> str:
     bucket = subjects.POLICIES.name
-    try:
-        stored = await last_of(inbox, f"KV_{bucket}", f"$KV.{bucket}.{copy}")
-    except NotFound:
-        return ""
-    return stored.message.data.decode()
+    async with asking(options, "policy") as asker:
+        inbox = asker.inbox
+        own = await kv.get(inbox, bucket, OWN)
+        if verb == "set":
+            if own and parse(text).version <= parse(own.decode()).version and text.encode() != own:
+                raise BadRequest(f"version {parse(text).version} is not newer than the one that holds")
+            await kv.put(inbox, bucket, OWN, text.encode())
+        elif verb == "rm":
+            await kv.delete(inbox, bucket, OWN)
+        else:
+            print((own or await kv.get(inbox, bucket, "handed") or b"# all may leave\n").decode(), end="")

@@ -64,7 +64,7 @@ class _Leaving(NamedTuple):
 class Uplink:
     """Sends the events of one device. `run` for ever; the other attributes say how far it is.
 
-    `downlinked` tells up to where the device has its hub's log, for the hub to know.
+    `says` adds what else the hub is to know of the device.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Uplink:
         *,
         site: str,
         bytes_per_s: float | None = None,
-        downlinked: Callable[[], int] = lambda: 0,
+        says: Callable[[AskPosition], AskPosition] = lambda said: said,
     ) -> None:
         self._asker = asker
         self._inventory = inventory
         self._policy = policy
         self._site = site
         self._bytes_per_s = bytes_per_s
-        self._downlinked = downlinked
+        self._says = says
         self._most_bytes = (
             MOST_BYTES_IN_BATCH if bytes_per_s is None else min(MOST_BYTES_IN_BATCH, bytes_per_s * BATCH_S)
         )
@@ -182,13 +182,14 @@ class Uplink:
         return position
 
     async def _asked(self) -> Position:
-        told = AskPosition(
-            waiting=self.waiting,
-            lag_s=self.lag_s,
-            downlinked=self._downlinked(),
-            clock_ms=wall_ms(),
-            log_bytes=self._log_bytes,
-            policy=self._policy.handed.version,
+        told = self._says(
+            AskPosition(
+                waiting=self.waiting,
+                lag_s=self.lag_s,
+                clock_ms=wall_ms(),
+                log_bytes=self._log_bytes,
+                policy=self._policy.handed.version,
+            )
         )
         position = await self._asker.ask(
             subjects.UPLINK_POSITION, subjects.uplink_position(self._site), told, budget_s=ASK_S

@@ -413,12 +413,24 @@ class Shard(Actor):
         found = await self._scan(self._scanned.describe, call.caller.tenant, request.entity_ids)
         return messages.Descriptions(entities=found, watermark=seen)
 
+    @handles(subjects.SHARD_HELD)
+    async def held(self, request: messages.AskHeld, call: Call) -> messages.Held:
+        entities, size = await self._scan(self._scanned.held)
+        return messages.Held(entities=entities, bytes=size)
+
+    @handles(subjects.SHARD_ERASED)
+    async def erased(self, request: messages.AskErased, call: Call) -> messages.Erased:
+        applied = messages.Consistency(level="session", token={self.site: request.sequence})
+        for projection in self._projections:
+            seen = await self._freshness.wait(applied, projection.watermark, call)
+        events, left = await self._scan(self._scanned.erased, call.caller.tenant, request.entity_id, request.sequence)
+        return messages.Erased(events=events, left=left, watermark=seen)
+
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
         documents, vectors = self._document_projection, self._vector_projection
         quarantined = await self._scan(self._scanned.quarantined)
-        held, held_bytes = await self._scan(self._scanned.held)
         counted = (
             documents.on_worker(_told, documents, lambda: _counts(self._documents), True)
             if request.digest
@@ -436,8 +448,6 @@ class Shard(Actor):
             vectors=count,
             skipped=self.undecodable + self._documents.rejected,
             quarantined=quarantined,
-            held=held,
-            held_bytes=held_bytes,
             digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )
 

@@ -8,10 +8,13 @@ Looks at `feed`, `site_policy`, `disclosure`, `router` and `mnemesh`.
 from __future__ import annotations
 
 import asyncio
+import heapq
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from mnemesh import messages, subjects
@@ -22,14 +25,16 @@ from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, Conflict, Denied, NotFound
 from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
-from mnemesh.ids import to_token
+from mnemesh.ids import check_name, to_token
 from mnemesh.jetstream import Stored, last_of, last_of_each, stream_state
+from mnemesh.kv import BucketView
 from mnemesh.messages import DeviceSeen
 from mnemesh.origin import decode_mark, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
 from services.disclosure import Disclosure
+from services.erasure import PLACE, Eraser, keep
 from services.feed import Feed
 from services.roster import Key
 from services.site_policy import SitePolicy
@@ -83,6 +88,8 @@ class Hub(Actor):
         self._shards = ShardMap()
         self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
         self._disclosure = Disclosure(self.asker, self._inventory, self._policy)
+        self._eraser = Eraser(self.asker, self._inventory, site=site)
+        self._receipts = BucketView(subjects.RECEIPTS.name)
         self._openings: dict[str, _Opening] = {}
         self._feeds: dict[str, _Feeding] = {}
 
@@ -110,12 +117,19 @@ class Hub(Actor):
         return {
             "policy": partial(self._policy.follow, self.link, self.asker.inbox),
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
+            "receipts": partial(self._receipts.follow, self.link, self.asker.inbox),
             "feeds": self._forget_feeds,
+            "erase": self._erase,
         }
+
+    async def _erase(self) -> None:
+        await self.ready()
+        await self._eraser.run()
 
     async def ready(self) -> None:
         await self._policy.ready()
         await self._shards.ready.wait()
+        await self._receipts.ready.wait()
 
     async def release(self) -> None:
         for feeding in self._feeds.values():
@@ -253,6 +267,57 @@ class Hub(Actor):
         if allowed and tenant not in allowed:
             raise Denied(f"{device} was not enrolled for tenant {tenant!r}")
 
+    # ── what was forgotten ──────────────────────────────────────────────────────────────────────────────────
+
+    @handles(subjects.CONFIRM_ERASED)
+    async def confirm_erased(self, request: messages.ConfirmErased, call: Call) -> messages.Confirmed:
+        device = call.tokens["site"]
+        for receipt in request.receipts:
+            if receipt.site != device:
+                raise Denied(f"{device} cannot confirm for {receipt.site[:64]!r}")
+            check_name("forget", receipt.forget)
+            await keep(self.asker, receipt)
+        return messages.Confirmed()
+
+    @handles(subjects.ERASURES)
+    async def erasures(self, request: messages.AskErasures, call: Call) -> messages.Erasures:
+        """By the receipts: this site's own tell what was forgotten, and a device that erased nothing sent none."""
+        receipts: dict[str, list[messages.Receipt]] = defaultdict(list)
+        for key, value in self._receipts.entries.items():
+            if key != PLACE:
+                receipts[key.partition(".")[0]].append(msgspec.json.decode(value, type=messages.Receipt))
+        own = [receipt for several in receipts.values() for receipt in several if receipt.site == self.site]
+        wanted = [
+            receipt
+            for receipt in own
+            if request.tenant in (None, receipt.tenant) and request.entity_id in (None, receipt.entity_id)
+        ]
+        latest = heapq.nlargest(request.limit, wanted, key=lambda receipt: receipt.sequence)
+        return messages.Erasures(erasures=[self._erasure(receipt, receipts[receipt.forget]) for receipt in latest])
+
+    def _erasure(self, own: messages.Receipt, receipts: list[messages.Receipt]) -> messages.Erasure:
+        confirmed = {receipt.site for receipt in receipts}
+        nothing, pending = [], []
+        for site in self._policy.sites - confirmed:
+            tenants = self._policy.entry(site).tenants
+            heard = self._heard.get(site)
+            if tenants and own.tenant not in tenants:
+                continue
+            if heard is not None and heard.said.erased >= own.sequence:
+                nothing.append(site)
+            else:
+                pending.append(
+                    messages.PendingSite(site=site, silent_s=None if heard is None else _since_s(heard.at_ms))
+                )
+        return messages.Erasure(
+            tenant=own.tenant,
+            entity_id=own.entity_id,
+            sequence=own.sequence,
+            receipts=sorted(receipts, key=lambda receipt: receipt.site),
+            nothing=sorted(nothing),
+            pending=sorted(pending, key=lambda waiting: waiting.site),
+        )
+
     # ── what operators see ──────────────────────────────────────────────────────────────────────────────────
 
     @handles(subjects.DEVICES)
@@ -282,6 +347,9 @@ class Hub(Actor):
         return replace(
             seen,
             downlinked=heard.said.downlinked,
+            erased=heard.said.erased,
+            held=heard.said.held,
+            held_bytes=heard.said.held_bytes,
             waiting=heard.said.waiting,
             lag_s=heard.said.lag_s,
             clock_offset_ms=_offset_ms(heard),

@@ -151,6 +151,8 @@ async def test_what_does_not_fit_is_evicted_the_one_that_has_not_changed_for_lon
             for name in names[4:]:
                 written = await there.set_context(name, type="weather", attributes={"filler": filler})
                 await here.get_context(name, consistency=since(written), budget_ms=LONG_MS)
+            while (await status_of(node)).downlinked < written.token["hub"]:
+                pass
             await here.set_context("own", attributes={"filler": filler})
             operator = await Link.open(node.server.credentials.load("operator").link_options())
             inbox = Inbox(operator)

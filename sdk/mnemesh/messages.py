@@ -479,6 +479,89 @@ class Descriptions(Reply, frozen=True, kw_only=True):
     watermark: Token
 
 
+class AskHeld(Request, frozen=True, kw_only=True):
+    """Request of `shard_held`."""
+
+
+class Held(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_held`: entities that are held for this device, and the bytes that its hub sent of them."""
+
+    entities: int
+    bytes: int
+
+
+class AskErased(Request, frozen=True, kw_only=True):
+    """Request of `shard_erased`: about the forget at this `sequence` of the site's log."""
+
+    entity_id: Annotated[str, Meta(min_length=1)]
+    sequence: Sequence
+
+
+class Erased(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_erased`: how many `events` the forget erased, and the log sequences of those that are left."""
+
+    events: int
+    left: list[int]
+    watermark: Token
+
+
+class Receipt(Reply, frozen=True, kw_only=True):
+    """What one site erased for one forget, which is at `sequence` of its log: so many events of its stores.
+
+    `forget` names the forget, the same at every site.
+    """
+
+    forget: str
+    site: str
+    tenant: str
+    entity_id: str
+    sequence: int
+    events: int
+    erased_at: Time
+
+
+class ConfirmErased(Request, frozen=True, kw_only=True):
+    """Request of `confirm_erased`."""
+
+    receipts: Annotated[list[Receipt], Meta(max_length=1000)]
+
+
+class Confirmed(Reply, frozen=True, kw_only=True):
+    """Reply of `confirm_erased`: the hub keeps the receipts."""
+
+
+class AskErasures(Request, frozen=True, kw_only=True):
+    """Request of `erasures`: the latest, of one tenant or entity if named."""
+
+    tenant: str | None = None
+    entity_id: str | None = None
+    limit: Count = 100
+
+
+class PendingSite(Reply, frozen=True, kw_only=True):
+    """A device that has still to hear of a forget, and how long it has been silent; `None`: since the hub started."""
+
+    site: str
+    silent_s: float | None
+
+
+class Erasure(Reply, frozen=True, kw_only=True):
+    """One forget: the receipts of those who erased something, the sites that had nothing of it, and those who wait."""
+
+    tenant: str
+    entity_id: str
+    sequence: int
+    receipts: list[Receipt]
+    nothing: list[str]
+    pending: list[PendingSite]
+
+
+class Erasures(Reply, frozen=True, kw_only=True):
+    """Reply of `erasures`, the latest first."""
+
+    erasures: list[Erasure]
+
+
 class Status(Request, frozen=True, kw_only=True):
     """Request of `shard_status`."""
 
@@ -500,8 +583,6 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     vectors: int
     skipped: int = 0
     quarantined: dict[str, int] = {}
-    held: int = 0
-    held_bytes: int = 0
     digest: str | None = None
 
 
@@ -512,13 +593,17 @@ class AskPosition(Request, frozen=True, kw_only=True):
     """Request of `uplink_position`, with what a device says of itself every few seconds.
 
     `waiting` events are still to be sent, the oldest for `lag_s`; it has the hub's log up to `downlinked`, of what it
-    wants. `clock_ms` is the device's time, in milliseconds since 1970, and `log_bytes` the size of its log. `policy` is
-    the version of the policy that it was handed.
+    wants, and has erased what was forgotten there up to `erased`. `clock_ms` is the device's time, in milliseconds
+    since 1970, and `log_bytes` the size of its log. It holds so many entities and bytes of the hub's. `policy` is the
+    version of the policy that it was handed.
     """
 
     waiting: Annotated[int, Meta(ge=0)] = 0
     lag_s: Annotated[float, Meta(ge=0)] = 0.0
     downlinked: Annotated[int, Meta(ge=0)] = 0
+    erased: Annotated[int, Meta(ge=0)] = 0
+    held: Annotated[int, Meta(ge=0)] = 0
+    held_bytes: Annotated[int, Meta(ge=0)] = 0
     clock_ms: int = 0
     log_bytes: Annotated[int, Meta(ge=0)] = 0
     policy: int = 0
@@ -660,7 +745,8 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
 
     `silent_s` is how long ago that was, in seconds; after a restart of the hub it is when the last events came, and the
     rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` up to where it
-    has the hub's log, of what it wants. Of no `tenants`: it may have the memory of all.
+    has the hub's log, of what it wants, and `downlink_waiting` how many messages of that log are beyond; up to `erased`
+    it has erased what was forgotten. It holds so much of the hub's. Of no `tenants`: it may have the memory of all.
     """
 
     site: str
@@ -670,6 +756,11 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
     region: str = ""
     tenants: list[str] = []
     downlinked: int | None = None
+    downlink_waiting: int | None = None
+    erased: int | None = None
+    held: int | None = None
+    held_bytes: int | None = None
+    quarantined: int = 0
     waiting: int | None = None
     lag_s: float | None = None
     clock_offset_ms: int | None = None
