@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ class Batch:
 
     def __init__(self, connection: sqlite3.Connection, records: Sequence[Record], *, site: str) -> None:
         self.rejected = 0
+        self.quarantined: Counter[str] = Counter()
         self._site = site
         self._connection = connection
         self._records = records
@@ -118,6 +120,7 @@ class Batch:
         if record.quarantined:
             told = record.sequence, event.tenant, event.entity_id, event.id, event.site, event.hlc
             self._connection.execute(_QUARANTINE, told)
+            self.quarantined[event.site] += 1
             return
         try:
             patch = merge.patch_of(event)
