@@ -24,6 +24,9 @@ from mnemesh.jetstream import SiteKind
 MAX_PAYLOAD = 8 * 1024 * 1024
 """As much as nats-server advises at most, and what the largest request of the contract needs."""
 
+MAX_FILE_STORE = "1024TB"
+"""The disk is the limit. nats-server's own is three quarters of what was free at its start, and takes no writes then."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerOptions:
@@ -111,6 +114,7 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         "jetstream {",
         f"    store_dir: {_quoted(str(data))}",
         f"    domain: {_quoted(options.site)}",
+        f"    max_file_store: {MAX_FILE_STORE}",
         sync,
         "}",
         *leaves,
