@@ -55,7 +55,7 @@ _names = st.sampled_from("xyz")
 _edge = st.fixed_dictionaries(
     {"relation": st.sampled_from(("near", "feeds")), "target_id": st.sampled_from(("pump", "valve", "tank"))}
 )
-_bodies = st.fixed_dictionaries(
+bodies = st.fixed_dictionaries(
     {},
     optional={
         "type": st.sampled_from(("pump", "valve")),
@@ -92,7 +92,7 @@ def site_logs(draw: st.DrawFn, entities: tuple[str, ...] = ("pump",)) -> list[li
                     },
                 )
             )
-            log.append(put(site, ms, id=f"{site}-{n}", entity_id=entity_id, **times, **draw(_bodies)))
+            log.append(put(site, ms, id=f"{site}-{n}", entity_id=entity_id, **times, **draw(bodies)))
         logs.append(log)
     return logs
 
