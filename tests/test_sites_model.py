@@ -26,6 +26,7 @@ from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh.clock import HybridClock, is_too_far_ahead, wall_ms
 from mnemesh.event import Birth, Event, Record
+from mnemesh.messages import Description
 
 HUB, *DEVICES = SITES
 ENTITIES = ("pump", "valve")
@@ -38,7 +39,7 @@ STORES = ("documents", "vectors")
 
 _sites, _devices, _entities = st.sampled_from(SITES), st.sampled_from(DEVICES), st.sampled_from(ENTITIES)
 _some = st.integers(0, 6)
-_again = st.sampled_from((0, 0, 1, 3))
+_again = st.sampled_from((0, 0, 1, 3, 9))
 _vectors = st.dictionaries(
     st.sampled_from("xy"), st.sampled_from((1, 2, 3)).map(lambda n: np.array([n, 1, 2], np.float32)), max_size=2
 )
@@ -48,6 +49,15 @@ _times = st.fixed_dictionaries(
         "valid_from": st.sampled_from((0, START_MS, START_MS + 5_000, FUTURE)),
         "valid_to": st.sampled_from((START_MS + 2_000, FUTURE, FUTURE * 2)),
     },
+)
+_puts = st.builds(lambda body, vectors: body | {"vectors": vectors}, bodies, _vectors)
+_attributes = st.fixed_dictionaries({"attributes": st.dictionaries(st.sampled_from("xy"), st.integers(0, 3))})
+_found = st.builds(lambda body, vectors: body | {"vectors": vectors}, _attributes, _vectors)
+_writes = st.one_of(
+    st.tuples(_entities, _puts, _times),
+    st.tuples(_entities, _attributes, st.just({})),
+    st.tuples(_entities, _found, st.just({})),
+    st.tuples(_entities, st.none(), st.just({})),
 )
 
 
@@ -153,7 +163,7 @@ class Site:
             name: vector.tolist() for name, vector in self.vectors.vectors_of("acme", entity_id).items()
         }
 
-    def finds(self) -> object:
+    def finds(self) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
         """What searches find: the index of texts, and the vectors and columns in memory."""
         texts = [hit.entity_id for hit in self.documents.search_text("acme", "leaks hums", 9)]
         filters: list[dict[str, Any]] = [{}, *({name: {"exists": True}} for name in "xyz")]
@@ -194,19 +204,13 @@ class Sites(RuleBasedStateMachine):
 
     # ── what sites do alone ─────────────────────────────────────────────────────────────────────────────────
 
-    @rule(site=_sites, entity=_entities, body=bodies, vectors=_vectors, times=_times)
-    def put(self, site: str, entity: str, body: dict[str, Any], vectors: dict[str, Any], times: dict[str, int]) -> None:
-        body.pop("vectors", None)
-        self._write(site, entity, "put", body | ({"vectors": vectors} if vectors else {}), times)
-
-    @rule(site=_sites, entity=_entities, name=st.sampled_from("xyz"), values=st.lists(st.integers(0, 3), max_size=4))
-    def set_one_attribute_again_and_again(self, site: str, entity: str, name: str, values: list[int]) -> None:
-        for value in values:
-            self._write(site, entity, "put", {"attributes": {name: value}}, {})
-
-    @rule(site=_sites, entity=_entities)
-    def forget(self, site: str, entity: str) -> None:
-        self._write(site, entity, "forget", {}, {})
+    @rule(site=_sites, writes=st.lists(_writes, min_size=1, max_size=4))
+    def write(self, site: str, writes: list[tuple[str, dict[str, Any] | None, dict[str, int]]]) -> None:
+        for entity, body, times in writes:
+            if body is None:
+                self._write(site, entity, "forget", {}, {})
+            else:
+                self._write(site, entity, "put", body, times)
 
     def _write(self, name: str, entity: str, op: Any, body: dict[str, Any], times: dict[str, int]) -> None:
         site = self.sites[name]
@@ -234,9 +238,10 @@ class Sites(RuleBasedStateMachine):
         for site in self.sites.values():
             site.wall_ms += seconds * 1_000
 
-    @rule(device=_devices, off_ms=st.sampled_from((-START_MS, -3_000, 0, 50_000, TEN_YEARS_MS)))
-    def a_clock_jumps(self, device: str, off_ms: int) -> None:
+    @rule(device=_devices, off_ms=st.sampled_from((-START_MS, -3_000, 0, 50_000, TEN_YEARS_MS)), write=_writes)
+    def a_clock_jumps(self, device: str, off_ms: int, write: tuple[str, dict[str, Any] | None, dict[str, int]]) -> None:
         self.sites[device].wall_ms = self.hub.wall_ms + off_ms
+        self.write(device, [write])
 
     @rule(site=_sites)
     def a_gateway_starts_again(self, site: str) -> None:
@@ -301,14 +306,38 @@ class Sites(RuleBasedStateMachine):
             carried.append(event.hlc)
         site.hear(carried)
 
-    @rule(device=_devices, entity=_entities)
-    def release(self, device: str, entity: str) -> None:
+    @rule(device=_devices, entity=_entities, look=st.booleans())
+    def release(self, device: str, entity: str, look: bool) -> None:
         site = self.sites[device]
         site.released.add(entity)
         site.held.discard(entity)
         site.note("release", entity)
         if not any(_is_event(each) and each.event.site == device for each in site.events(entity, upto=site.head)):
             site.purge(entity, SITES)
+        if look:
+            self.what_is_released_is_gone(device)
+
+    @rule(device=_devices)
+    def what_is_released_is_gone(self, device: str) -> None:
+        """All of what the device did not write itself, and nothing else."""
+        site = self.sites[device]
+        site.catch_up()
+        for entity in site.released:
+            own = [record for record in site.events(entity, upto=site.head) if record.event.site == device]
+            timeline = [event.event_id for event in site.documents.timeline("acme", entity)]
+            if not any(map(_is_event, own)):
+                assert timeline == []
+                assert site.shows(entity) == ([None, None], {})
+                assert site.documents.describe("acme", [entity]) == [Description()]
+                texts, found = site.finds()
+                assert entity not in texts
+                assert not any(entity in hits for _, answers in found for hits in answers)
+            elif (newest := [record.event for record in own if _is_event(record)][-1]).op == "put":
+                is_forgotten = any(
+                    each.event.op == "forget" and each.event.hlc > newest.hlc
+                    for each in site.events(entity, upto=site.head)
+                )
+                assert (newest.id in timeline) != is_forgotten
 
     @rule(device=_devices, entity=_entities)
     def hold(self, device: str, entity: str) -> None:
@@ -377,5 +406,5 @@ class Sites(RuleBasedStateMachine):
 
 TestSites = Sites.TestCase
 TestSites.settings = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
