@@ -60,19 +60,18 @@ def _losers(writes: Iterable[_Write]) -> Iterator[_Write]:
     So a write that was dated back on purpose is no loser, nor does it settle what it was dated back below.
     """
     winner, *rest = ordered = sorted(writes, key=lambda write: write.key, reverse=True)
-    for place, write in enumerate(rest, 1):
-        # The first one asked is the winner, who mostly knew of all: this is quick where nothing is wrong.
-        is_settled = any(
-            knew(above.change, write.change) or knew(write.change, above.change) for above in ordered[:place]
-        )
-        if not is_settled and not _say_the_same(write, winner):
-            yield write
+    sites = {winner.change.site}
+    for place, (change, *_) in enumerate(rest, 1):
+        if change.site in sites:
+            continue  # a write of its own site wins over it
+        sites.add(change.site)
+        is_settled = any(knew(above.change, change) or knew(change, above.change) for above in ordered[:place])
+        if not is_settled and not _say_the_same(ordered[place], winner):
+            yield ordered[place]
 
 
 def knew(one: Change, other: Change) -> bool:
-    """Whether the site of `one` had `other` when it wrote `one`, or wrote both at once."""
-    if one.site == other.site:
-        return other.stamp <= one.stamp
+    """Whether the site of `one` had `other`, which is of another site, when it wrote `one`."""
     if other.hub is None:  # it has not been at the hub, so nobody else has heard of it
         return False
     seen = one.hub if one.saw is None else one.saw + 1

@@ -285,17 +285,17 @@ def stories(draw: st.DrawFn) -> Story:
     story = Story()
     clocks = dict.fromkeys(SITES, 0)
     for _ in range(draw(st.integers(2, 14))):
-        site = draw(st.sampled_from(SITES[:4]))
         match draw(st.sampled_from(("put", "put", "up", "down"))):
             case "put":
+                site = draw(st.sampled_from(SITES[:4]))
                 heard = [record.event.hlc >> 16 for record in story.logs[site]]
                 clocks[site] = max([clocks[site], *heard]) + draw(st.integers(1, 9))
                 valid = draw(st.fixed_dictionaries({}, optional={"valid_from": st.integers(0, 60)}))
                 story.put(site, clocks[site], **valid, **draw(bodies))
             case "up":
-                story.up(site, draw(st.integers(0, 3)))
+                story.up(draw(st.sampled_from(SITES[1:4])), draw(st.integers(0, 3)))
             case "down":
-                story.down(site, draw(st.integers(0, 3)))
+                story.down(draw(st.sampled_from(SITES[1:4])), draw(st.integers(0, 3)))
     story.carry_all()
     return story
 
