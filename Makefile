@@ -45,7 +45,7 @@ $(VENV)/base: pyproject.toml sdk/pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,edge]'
 	touch $@
 
 $(VENV)/demo: $(VENV)/base

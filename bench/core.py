@@ -9,12 +9,10 @@ import asyncio
 import contextlib
 import heapq
 import json
-import logging
-import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,27 +23,23 @@ import numpy as np
 from nats.aio.client import Client
 
 from bench import bare
+from bench.documents import ATTRIBUTES, buses, write_all
+from bench.processes import idle
 from bench.report import Row, percentile, ratio, value
-from cli.mesh import Child, Mesh, MeshOptions
+from bench.sampling import latencies, latency, rate, rates
+from bench.sites import agent_of, mesh_memory, running_mesh, settled
+from bench.suite import Group, measured
+from bench.vectors import K, made, write_to_recall
+from cli.mesh import Mesh
 from cli.server import free_port
-from cli.server_config import ServerOptions
-from mnemesh import Consistency, Memory, connect, subjects, wire
+from mnemesh import Consistency, Memory, subjects, wire
 from mnemesh.asker import Asker
 from mnemesh.connection import Link, LinkOptions
-from mnemesh.errors import BadRequest
 from mnemesh.jetstream import stream_state
 from mnemesh.messages import GetContext, SetContext
 
-logger = logging.getLogger("bench")
-
-DIMENSION = 384
-LATENT = 32
-K = 10
-ROUNDS = 5
 REPLAY_S = 120.0
-BUILD_S = 300.0
 WATERMARKS = ("mnemesh_shard_documents_watermark ", "mnemesh_shard_vectors_watermark ")
-Work = Callable[[], Awaitable[object]]
 
 
 class Sizes:
@@ -64,17 +58,8 @@ class Sizes:
 
 
 async def run(quick: bool, wanted: Sequence[str]) -> list[Row]:
-    """Measure every group that has a wanted row (all of them if none is named)."""
-    known = [name for names, _ in GROUPS for name in names]
-    if strangers := set(wanted) - set(known):
-        raise BadRequest(f"no row {', '.join(sorted(strangers))}; there are {', '.join(known)}")
-    sizes = Sizes(quick)
-    rows: list[Row] = []
-    for names, measure in GROUPS:
-        if not wanted or set(names) & set(wanted):
-            logger.info("measuring %s", ", ".join(names))
-            rows += await measure(sizes)
-    return [row for row in rows if not wanted or row.name in wanted]
+    """Measure what is wanted, or everything."""
+    return await measured(GROUPS, Sizes(quick), wanted)
 
 
 # ── calls and writes ────────────────────────────────────────────────────────────────────────────────────────────
@@ -170,28 +155,10 @@ async def ingest_and_replay(sizes: Sizes) -> list[Row]:
 
 
 async def ingest(memory: Memory, numbers: range) -> float:
-    """Write these documents, eight requests of 500 under way; returns how many seconds the acknowledgement took."""
-    documents: list[dict[str, Any]] = [
-        {
-            "entity_id": f"bus:{number}",
-            "type": "bus",
-            "attributes": {**ATTRIBUTES, "number": number},
-            "edges": [
-                {"relation": "feeds", "target_id": f"bus:{number + 1}"},
-                {"relation": "supplies", "target_id": f"load:{number}"},
-            ],
-        }
-        for number in numbers
-    ]
-    requests = iter([documents[start : start + 500] for start in range(0, len(documents), 500)])
-
-    async def send() -> None:
-        for request in requests:
-            done = await memory.ingest(request)
-            assert done.accepted == len(request), "an entity was refused"
-
+    """Write these documents, eight requests under way; returns how many seconds the acknowledgement took."""
+    documents = buses(numbers)
     began = time.perf_counter()
-    await asyncio.gather(*(send() for _ in range(8)))
+    await write_all(memory, documents, senders=8)
     return time.perf_counter() - began
 
 
@@ -301,14 +268,14 @@ async def alone(sizes: Sizes) -> list[Row]:
                 queries[next(turn) % len(queries)], space="s", k=K, filter={"tenth": 3}
             )
 
-        await built(mesh.children["s0.0"])
+        await idle(mesh.children["s0.0"].pid)
         (found,) = await rates([search], callers=32, seconds=sizes.seconds)
         plain, narrow = await latencies([search, filtered], sizes.calls)
         tenth = np.arange(3, len(vectors), 10)
         best = np.argsort(-(queries @ vectors[tenth].T), axis=1)[:, :K]
         recall = await recall_row("search_rate_20k_recall", memory, queries, exact)
         filtered_recall = await recall_row("filtered_search_recall", memory, queries, tenth[best], filter={"tenth": 3})
-        found_again = await write_to_recall(memory, made(sizes.recalls, 1, seed=8)[0])
+        found_again = await write_to_recall(memory, memory, made(sizes.recalls, 1, seed=8)[0])
         replayed, events = await replay(mesh)
         return [
             Row(
@@ -334,75 +301,14 @@ async def alone(sizes: Sizes) -> list[Row]:
         ]
 
 
-async def built(shard: Child) -> None:
-    """Wait until a shard was idle for a second: its graph is built beside searches, and nothing tells when that ends.
-
-    The next search swaps it in.
-    """
-
-    def cpu_s() -> float:
-        fields = Path(f"/proc/{shard.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    async with asyncio.timeout(BUILD_S):
-        while True:
-            before = cpu_s()
-            await asyncio.sleep(1)
-            if cpu_s() - before < 0.1:
-                return
-
-
-async def write_to_recall(memory: Memory, vectors: np.ndarray[Any, Any]) -> list[float]:
-    """Seconds from the start of each write until a search has found it, one after the other."""
-    took = []
-    for number, vector in enumerate(vectors):
-        began = time.perf_counter()
-        written = await memory.upsert_embedding(f"new:{number}", vector, space="s")
-        mine = Consistency(level="session", token=written.token)
-        found = await memory.search_embedding(vector, space="s", k=1, consistency=mine)
-        took.append(time.perf_counter() - began)
-        assert found.hits[0].entity_id == f"new:{number}", "a write was not recalled"
-    return took
-
-
-def made(
-    count: int, queries: int, seed: int = 7
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Unit vectors of 384 dimensions that mix 32 latent ones, with noise; queries alike; their exact best rows."""
-    mix = np.random.default_rng(0).standard_normal((LATENT, DIMENSION)).astype(np.float32)
-    random = np.random.default_rng(seed)
-
-    def some(number: int) -> np.ndarray[Any, Any]:
-        latent = random.standard_normal((number, LATENT)).astype(np.float32) @ mix
-        noisy = latent + 0.3 * LATENT**0.5 * random.standard_normal((number, DIMENSION)).astype(np.float32)
-        unit: np.ndarray[Any, Any] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
-        return unit
-
-    vectors, asked = some(count), some(queries)
-    exact = [np.argpartition(-(vectors @ query), K)[:K] for query in asked]
-    return vectors, asked, np.stack(exact)
-
-
 async def load(memory: Memory, vectors: np.ndarray[Any, Any], *, index: Any) -> None:
     await memory.upsert_embedding("row:0", vectors[0], space="s", index=index)
-    requests = iter(range(0, len(vectors), 500))
-    tokens: list[dict[str, int]] = []
-
-    async def send() -> None:
-        for start in requests:
-            done = await memory.ingest(
-                [
-                    {"entity_id": f"row:{row}", "attributes": {"tenth": row % 10}, "vectors": {"s": vectors[row]}}
-                    for row in range(start, min(start + 500, len(vectors)))
-                ]
-            )
-            tokens.append(done.token)
-
-    await asyncio.gather(*(send() for _ in range(4)))
-    last = max(tokens, key=lambda token: token["bench"])
-    await memory.search_embedding(
-        vectors[0], space="s", k=1, consistency=Consistency(level="session", token=last), budget_ms=120_000
-    )
+    rows = [
+        {"entity_id": f"row:{row}", "attributes": {"tenth": row % 10}, "vectors": {"s": vector}}
+        for row, vector in enumerate(vectors)
+    ]
+    written = Consistency(level="session", token=await write_all(memory, rows, senders=4))
+    await memory.search_embedding(vectors[0], space="s", k=1, consistency=written, budget_ms=120_000)
 
 
 async def recall_row(
@@ -437,107 +343,7 @@ async def decision_loop(sizes: Sizes) -> list[Row]:
     ]
 
 
-# ── how things are measured ─────────────────────────────────────────────────────────────────────────────────────
-
-ATTRIBUTES: dict[str, Any] = {"name": "MV1.101 Bus 7", "kv": 20.0, "zone": 3, "active": True}
-
-
-async def latencies(sides: Sequence[Work], count: int) -> list[list[float]]:
-    """Seconds of each call of each side, one caller, in turns after a warm-up."""
-    samples: list[list[float]] = [[] for _ in sides]
-    for work in sides:
-        for _ in range(max(5, count // 10)):
-            await work()
-    for _ in range(ROUNDS):
-        for work, side in zip(sides, samples, strict=True):
-            for _ in range(count):
-                began = time.perf_counter()
-                await work()
-                side.append(time.perf_counter() - began)
-    return samples
-
-
-async def rates(sides: Sequence[Work], *, callers: int, seconds: float) -> list[list[float]]:
-    """Calls a second of each side with so many callers at once, one figure a round, in turns after a warm-up."""
-    samples: list[list[float]] = [[] for _ in sides]
-    for work in sides:
-        await calls_a_second(work, callers, seconds / 4)
-    for _ in range(ROUNDS):
-        for work, side in zip(sides, samples, strict=True):
-            side.append(await calls_a_second(work, callers, seconds))
-    return samples
-
-
-async def calls_a_second(work: Work, callers: int, seconds: float) -> float:
-    """Each caller makes one call after another for so long; the last ones to end are waited for and count."""
-    began = time.perf_counter()
-
-    async def caller() -> int:
-        made = 0
-        while time.perf_counter() - began < seconds:
-            await work()
-            made += 1
-        return made
-
-    made = await asyncio.gather(*(caller() for _ in range(callers)))
-    return sum(made) / (time.perf_counter() - began)
-
-
-def latency(
-    name: str, ours: Sequence[float], theirs: Sequence[float], goal: Any, *, holds: bool = True
-) -> tuple[Row, Row]:
-    """The median with its goal, and the 99th percentile beside it."""
-    return (
-        Row(
-            name=f"{name}_p50",
-            value=median(ours) * 1e6,
-            unit="µs",
-            reference=median(theirs) * 1e6,
-            goal=goal,
-            runs=len(ours),
-            holds=holds,
-        ),
-        Row(
-            name=f"{name}_p99",
-            value=percentile(ours, 0.99) * 1e6,
-            unit="µs",
-            reference=percentile(theirs, 0.99) * 1e6,
-            runs=len(ours),
-        ),
-    )
-
-
-def rate(name: str, ours: Sequence[float], theirs: Sequence[float], goal: Any) -> Row:
-    return Row(name=name, value=median(ours), unit="1/s", reference=median(theirs), goal=goal, runs=len(ours))
-
-
-@contextlib.asynccontextmanager
-async def running_mesh(*, shards: int) -> AsyncIterator[Mesh]:
-    """A mesh of processes in a temporary folder, synced, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="mnemesh-bench-") as folder:
-        server = ServerOptions(data=Path(folder), site="bench", port=free_port(), monitoring_port=free_port())
-        options = MeshOptions(server=server, shards=shards, tenants=("bench",), agents=(("bench", "caller"),))
-        async with Mesh(options) as mesh:
-            yield mesh
-
-
-@contextlib.asynccontextmanager
-async def agent_of(mesh: Mesh) -> AsyncIterator[Memory]:
-    async with connect(credentials=mesh.credential("bench", "caller").path) as memory:
-        yield memory
-
-
-@contextlib.asynccontextmanager
-async def mesh_memory(*, shards: int) -> AsyncIterator[Memory]:
-    async with running_mesh(shards=shards) as mesh, agent_of(mesh) as memory:
-        yield memory
-
-
-async def settled(memory: Memory, entity_id: str) -> None:
-    await memory.get_context(entity_id, consistency=Consistency(level="strong"), budget_ms=120_000)
-
-
-GROUPS: tuple[tuple[tuple[str, ...], Callable[[Sizes], Awaitable[list[Row]]]], ...] = (
+GROUPS: tuple[Group[Sizes], ...] = (
     (("actor_call_p50", "actor_call_p99", "get_context_p50", "get_context_p99", "get_context_rate"), calls),
     (("set_context_p50", "set_context_p99", "set_context_rate"), writes),
     (("ingest_rate", "replay_rate"), ingest_and_replay),

@@ -18,7 +18,7 @@ from cli.permissions import mappings_conf, permissions_conf
 from mnemesh import messages
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "subjects.yaml"
+SOURCE = Path(__file__).with_name("subjects.yaml")  # the one at the root, by a link; a wheel holds a copy
 Contract = dict[str, Any]
 
 
@@ -32,6 +32,8 @@ def load(source: Path = SOURCE) -> Contract:
         for role in (operation["owner"], *operation["callers"]):
             if role not in contract["roles"]:
                 raise ValueError(f"{name}: no role {role}")
+        if operation["owner"] == "hub" and "edge" in operation["callers"] and "<site>" not in operation["subject"]:
+            raise ValueError(f"{name}: what devices ask a hub must name the device")
         for token in re.findall(r"<(\w+)>", operation["subject"] + operation.get("mapped", "")):
             if token not in contract["tokens"]:
                 raise ValueError(f"{name}: no token {token}")

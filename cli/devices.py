@@ -12,11 +12,10 @@ import base64
 import binascii
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-
-from nacl.signing import SigningKey
 
 from cli.private import write_private
 from mnemesh.errors import BadRequest, Conflict, NotFound
@@ -28,11 +27,13 @@ _SEED, _USER = 18 << 3, 20 << 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """One device that a hub knows: its site's name and its public key."""
+    """One device that a hub knows: its site's name and its public key; where it is, and whose memory it may have."""
 
     name: str
     key: str
     enrolled_at: str
+    region: str = ""
+    tenants: Sequence[str] = ()
 
 
 class Devices:
@@ -53,8 +54,10 @@ class Devices:
             raise NotFound(f"no device {name}: there is no {self._path(name)}") from error
         return Device(name=name, **held)
 
-    def enrol(self, name: str, key: str) -> Device:
+    def enrol(self, name: str, key: str, *, region: str = "", tenants: Sequence[str] = ()) -> Device:
         """Let the device with this public key connect as `name`; it does once the server is reloaded.
+
+        It may have the memory of all tenants if none is named.
 
         Raises `BadRequest` where the key is none, `Conflict` where the name has another key, or the key another name.
         """
@@ -66,7 +69,8 @@ class Devices:
                     f"{taken} is that of device {other.name} already: `mnemesh edge revoke {other.name}` first"
                 )
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        held = {"key": key, "enrolled_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        enrolled_at = datetime.now(UTC).isoformat(timespec="seconds")
+        held = {"key": key, "enrolled_at": enrolled_at, "region": region, "tenants": list(tenants)}
         write_private(self._path(name), json.dumps(held, indent=2) + "\n")
         return self.load(name)
 
@@ -94,7 +98,11 @@ def new_seed() -> str:
 
 
 def public_of(seed: str) -> str:
-    """The public key of a seed."""
+    """The public key of a seed. Raises `BadRequest` where the extra `edge` is not installed: nobody else needs it."""
+    try:
+        from nacl.signing import SigningKey
+    except ImportError as error:
+        raise BadRequest("a device's key needs PyNaCl: `pip install 'mnemesh-server[edge]'` brings it") from error
     raw = _decoded(seed)[2:]
     return _encoded(bytes((_USER,)) + bytes(SigningKey(raw).verify_key))
 

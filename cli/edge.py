@@ -15,8 +15,11 @@ from cli import up
 from cli.credentials import SYSTEM
 from cli.devices import Devices, new_seed, public_of, seed_of
 from cli.edge_node import EdgeNode, EdgeOptions
+from cli.interest import read_interest
+from cli.policy import read_policy
 from cli.private import write_private
-from cli.server import monitoring, reload_running
+from cli.provision import put_sites, sites_of
+from cli.server import monitoring, reload_running, running_pid
 from cli.server_config import ServerOptions, saved_options
 from mnemesh import subjects
 from mnemesh.asker import Asker
@@ -26,7 +29,7 @@ from mnemesh.host import run as run_process
 from mnemesh.host import until_stopped
 from mnemesh.ids import check_name
 from mnemesh.inbox import Inbox
-from mnemesh.messages import AskDevices, DeviceSeen
+from mnemesh.messages import AskDevices, DeviceSeen, Interest
 
 DEVICE_DATA = Path("mnemesh-edge")
 KICK_S = 5.0
@@ -41,6 +44,11 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
     verb.add_argument("--hub", required=True, metavar="URL", help="its hub, such as nats://hub.example:7422")
     verb.add_argument("--metrics-port", type=int, default=9464, help="0: a free one")
     verb.add_argument("--uplink-bytes-per-s", type=float, help="most that it sends its hub")
+    verb.add_argument("--interest", type=Path, metavar="FILE", help="what it is to hold of what was written elsewhere")
+    verb.add_argument("--region", default="", help="where it is, for policies on its own data")
+    verb.add_argument(
+        "--policy", type=Path, metavar="FILE", help="what of its own data may leave, whatever its hub says"
+    )
 
     verb = verbs.add_parser("key", help="on a device: print its public key, which the hub enrols")
     verb.add_argument("--data", type=Path, default=DEVICE_DATA, help="the device's folder (default: %(default)s)")
@@ -48,6 +56,8 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
     verb = verbs.add_parser("enrol", help="at the hub: let a device connect under a name")
     verb.add_argument("name")
     verb.add_argument("--key", help="the device's public key; without it a pair is made here, to be carried there")
+    verb.add_argument("--tenant", action="append", default=[], help="whose memory it may have; repeat (default: all)")
+    verb.add_argument("--region", default="", help="where it is, for policies and for what others want")
 
     verb_of = {"revoke": "at the hub: end a device's access at once", "ls": "at the hub: list its devices"}
     for name, about in verb_of.items():
@@ -73,10 +83,18 @@ def run(flags: argparse.Namespace) -> int:
     if flags.verb == "revoke":
         devices.revoke(flags.name)
         asyncio.run(shut_out(options))
+        _tell_sites(options)
     else:
-        _enrol(devices, options, flags.name, flags.key)
+        _enrol(devices, options, flags)
         asyncio.run(reload_running(flags.data))
+        _tell_sites(options)
     return 0
+
+
+def _tell_sites(options: ServerOptions) -> None:
+    """Let the services of a running hub know what is said of its devices."""
+    if running_pid(options.data) is not None:
+        asyncio.run(put_sites(options.credentials().load("operator").link_options("sites"), sites_of(options)))
 
 
 def _options(flags: argparse.Namespace) -> EdgeOptions:
@@ -91,6 +109,8 @@ def _options(flags: argparse.Namespace) -> EdgeOptions:
         agents=agents,
         metrics_port=flags.metrics_port,
         uplink_bytes_per_s=flags.uplink_bytes_per_s,
+        interest=read_interest(flags.interest) if flags.interest else Interest(),
+        policy=read_policy(flags.policy) if flags.policy else None,
     )
 
 
@@ -101,15 +121,16 @@ async def _up(options: EdgeOptions, stop: asyncio.Event) -> int:
 
 
 async def _serve(options: EdgeOptions) -> None:
+    key = public_of(seed_of(options.server.data))
     async with EdgeNode(options) as node:
-        print(_greeting(node), flush=True)
+        print(_greeting(node, key), flush=True)
         try:
             await node.ended()
         finally:
             print("draining …", flush=True)
 
 
-def _greeting(node: EdgeNode) -> str:
+def _greeting(node: EdgeNode, key: str) -> str:
     options = node.options
     server = options.server
     lines = [
@@ -118,7 +139,7 @@ def _greeting(node: EdgeNode) -> str:
         *(f"  credentials  {node.server.credentials.load('.'.join(agent)).path}" for agent in options.agents),
         f"  monitoring   {server.monitoring_url}",
         f"  metrics      http://127.0.0.1:{node.metrics_port}/metrics",
-        f"  key          {public_of(seed_of(server.data))}",
+        f"  key          {key}",
         f"At the hub, once: mnemesh edge enrol {server.site} --key and this key. Ctrl-C drains and stops.",
     ]
     return "\n".join(lines)
@@ -189,15 +210,18 @@ async def shut_out(options: ServerOptions) -> None:
         await link.close()
 
 
-def _enrol(devices: Devices, options: ServerOptions, name: str, key: str | None) -> None:
-    if check_name("device", name) == options.site:
+def _enrol(devices: Devices, options: ServerOptions, flags: argparse.Namespace) -> None:
+    name, key = check_name("device", flags.name), flags.key
+    if name == options.site:
         raise BadRequest(f"{name} is the hub's own name")
+    region = flags.region and check_name("region", flags.region)
+    tenants = [check_name("tenant", tenant) for tenant in flags.tenant]
     if key is not None:
-        devices.enrol(name, key)
+        devices.enrol(name, key, region=region, tenants=tenants)
         print(f"{name} is enrolled; on the device: mnemesh edge up --site {name} --hub nats://HOST:{options.leaf_port}")
         return
     seed = new_seed()
-    devices.enrol(name, public_of(seed))
+    devices.enrol(name, public_of(seed), region=region, tenants=tenants)
     file = Path(f"{name}.nk")
     write_private(file, seed + "\n")
     print(f"{name} is enrolled; carry {file} to the device, as device.nk in its data folder, and remove it here")

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
+from cli.allocator import keep_small
 from cli.keeping import heal, keep
-from cli.provision import provision
+from cli.provision import provision, sites_of
 from cli.server import NatsServer
 from cli.server_config import ServerOptions
 from edge.node import Edge
+from edge.returning import ReturnGuard
 from memory_shards.shard import Shard
 from mnemesh.connection import Link
+from mnemesh.guard import Guard
 from mnemesh.host import hosted, link_as
 from mnemesh.ids import PARTITIONS
 from mnemesh.messages import Interest
@@ -36,7 +40,7 @@ CONNECT_S = 30.0
 class EdgeOptions:
     """What a device runs. `interest` is what it holds of its hub's; `uplink_bytes_per_s` bounds what it sends.
 
-    `metrics_port` 0 is a free one.
+    `policy` is the text of its own one (`None`: it stays as it is); `metrics_port` 0 is a free port.
     """
 
     server: ServerOptions
@@ -44,6 +48,7 @@ class EdgeOptions:
     agents: Sequence[tuple[str, str]] = (("demo", "alice"),)
     metrics_port: int = 0
     interest: Interest = field(default_factory=Interest)
+    policy: str | None = None
     uplink_bytes_per_s: float | None = None
 
 
@@ -69,13 +74,21 @@ class EdgeNode:
 
     async def _start(self) -> None:
         server, site = self.server, self.options.server.site
+        self._run_beside(keep_small())
         await self._stack.enter_async_context(server)
         operator = server.credentials.load("operator").link_options("provision")
         shards = [ShardEntry(site, frozenset(range(PARTITIONS)))]
-        await provision(operator, site=site, tenants=self.options.tenants, shards=shards, kind="device")
-        for work in (keep(server), heal(server)):
-            task = asyncio.ensure_future(work)
-            self._stack.callback(task.cancel)
+        await provision(
+            operator,
+            site=site,
+            tenants=self.options.tenants,
+            shards=shards,
+            sites=sites_of(self.options.server),
+            policy=self.options.policy,
+            kind="device",
+        )
+        self._run_beside(keep(server))
+        self._run_beside(heal(server))
         edge = Edge(
             await self._link("edge"),
             site=site,
@@ -88,12 +101,12 @@ class EdgeNode:
             site=site,
             partitions=range(PARTITIONS),
             folder=self.options.server.data / "shard",
-            guard=TenantGuard(),
+            guard=self._guard(edge),
             hub=edge.hub,
         )
         actors = (
-            Gateway(await self._link("gateway"), site=site, kind="device", guard=TenantGuard()),
-            Router(await self._link("router"), guard=TenantGuard()),
+            Gateway(await self._link("gateway"), site=site, kind="device", guard=self._guard(edge)),
+            Router(await self._link("router"), guard=self._guard(edge), peers=edge.hub),
             shard,
             edge,
         )
@@ -101,6 +114,13 @@ class EdgeNode:
         self.metrics_port = await self._stack.enter_async_context(
             observed(actors, host="127.0.0.1", port=self.options.metrics_port)
         )
+
+    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._stack.callback(task.cancel)
+
+    def _guard(self, edge: Edge) -> Guard:
+        return ReturnGuard(TenantGuard(), edge)
 
     async def _link(self, role: str) -> Link:
         return await link_as(self.server.credentials.load(role).link_options(role), CONNECT_S)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import agent, bench, contract, demo, doctor, edge, up
+from cli import agent, bench, contract, demo, doctor, edge, erasure, policy, up
 from cli.run import RunOptions, run_service
 from cli.server import NatsServerError
 from mnemesh.client import read_credentials
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("up", help="start a whole mesh on this machine")
     up.add_flags(command, DATA)
     command.add_argument("--site", default="hub", help="the site's name (default: %(default)s)")
+    command.add_argument("--region", default="", help="where the site is, for policies and for what devices want")
     command.add_argument("--leaf-port", type=int, default=0, help="where devices connect; NATS's own is 7422 (0: none)")
     command.add_argument("--shards", type=int, default=2, help="how many shards (default: %(default)s)")
     command.add_argument("--replicas", type=int, default=1, help="processes of each shard (default: %(default)s)")
@@ -74,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("edge", help="devices: run one here, or say at the hub which may connect")
     edge.add_flags(command, DATA)
     command.set_defaults(run=edge.run)
+
+    command = commands.add_parser("policy", help="what of a site's data may leave it")
+    policy.add_flags(command, DATA)
+    command.set_defaults(run=policy.run)
+
+    command = commands.add_parser("erasure", help="what was forgotten, and which sites have erased it")
+    erasure.add_flags(command, DATA)
+    command.set_defaults(run=erasure.run)
 
     command = commands.add_parser("doctor", help="say what is wrong and what to do")
     command.add_argument("--data", type=Path, default=DATA)

@@ -19,7 +19,7 @@ from types import TracebackType
 
 from cli.credentials import Credential
 from cli.keeping import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, heal, keep
-from cli.provision import even_shards, provision
+from cli.provision import even_shards, provision, sites_of
 from cli.server import NatsServer
 from cli.server_config import ServerOptions
 from mnemesh.asker import Asker
@@ -109,6 +109,7 @@ class Mesh:
             site=self.options.server.site,
             tenants=self.options.tenants,
             shards=even_shards(self.options.shards, self.options.replicas),
+            sites=sites_of(self.options.server),
         )
         self.children = {child.name: child for child in self._plan()}
         self._keepers = [

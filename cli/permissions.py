@@ -48,6 +48,7 @@ def allowed(contract: Contract, role: str) -> Permissions:
             publish.append(_wild(f"{root}.{stream['subjects']['event'].replace('<origin>', '<site>')}", keep=("site",)))
         if role in stream.get("carriers", ()):
             publish += [_wild(f"{root}.{subject}") for subject in stream["subjects"].values()]
+        if role in stream.get("erasers", ()):
             publish.append(f"$JS.API.STREAM.PURGE.{stream['name']}")
         if role in stream.get("uplinkers", ()):
             publish.append(_uplink(contract, stream))
@@ -82,17 +83,22 @@ def _of_site(subject: str, token: str) -> str:
 def across(contract: Contract) -> Permissions:
     """What a hub takes from a device's server and gives to it: what the device's edge says and hears, and nothing else.
 
-    So whoever holds a device's key can speak only for that device.
+    So whoever holds a device's key can speak only for that device. What the hub asks a device has an inbox for that
+    device alone, so it cannot answer what others are asked.
     """
     root = contract["root"]
     publish: list[str] = []
     subscribe = [f"{contract['roles'][EDGE]['inbox']}.>"]
+    askers: list[str] = []
     for operation in contract["operations"].values():
+        if operation["owner"] == EDGE and "<tenant>" in operation["subject"]:
+            subscribe.append(_of_site(f"{root}.{operation['subject']}", "<site>"))
+            askers += [f"{contract['roles'][caller]['inbox']}.<site>.>" for caller in operation["callers"]]
         if EDGE in operation["callers"] and contract["roles"][operation["owner"]].get("at") == "hub":
             publish.append(_of_site(f"{root}.{operation['subject']}", "<site>"))
     for stream in contract["streams"].values():
         publish.append(_uplink(contract, stream))
-    return Permissions(tuple(publish), tuple(subscribe))
+    return Permissions((*publish, *dict.fromkeys(askers)), tuple(subscribe))
 
 
 def roles_at(contract: Contract, kind: str) -> list[str]:

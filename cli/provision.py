@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import msgspec
+
+from cli.devices import Devices
+from cli.server_config import ServerOptions
 from mnemesh import kv, subjects
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.ids import PARTITIONS, check_name
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import SiteKind, ensure_bucket, ensure_log
 from router.shard_map import ShardEntry
+from services.site_policy import SiteEntry
 
 
 def even_shards(count: int, replicas: int = 1) -> list[ShardEntry]:
@@ -40,16 +45,45 @@ async def _put_tenants(inbox: Inbox, tenants: Sequence[str]) -> None:
         await kv.put(inbox, subjects.TENANTS.name, check_name("tenant", tenant), b"{}")
 
 
+def sites_of(options: ServerOptions) -> dict[str, SiteEntry]:
+    """What is said of a site itself, and of the devices that it lets connect."""
+    devices = {device.name: SiteEntry(device.region, list(device.tenants)) for device in Devices(options.data).list()}
+    return {options.site: SiteEntry(options.region)} | devices
+
+
+async def put_sites(options: LinkOptions, sites: Mapping[str, SiteEntry]) -> None:
+    """Make these the sites that are known, as the operator."""
+    link = await Link.open(options)
+    try:
+        inbox = Inbox(link)
+        await inbox.open()
+        await _put_sites(inbox, sites)
+    finally:
+        await link.close()
+
+
+async def _put_sites(inbox: Inbox, sites: Mapping[str, SiteEntry]) -> None:
+    for name, entry in sites.items():
+        await kv.put(inbox, subjects.SITES.name, name, msgspec.json.encode(entry))
+    for name in set(await kv.keys(inbox, subjects.SITES.name)) - sites.keys():
+        await kv.delete(inbox, subjects.SITES.name, name)
+
+
 async def provision(
     options: LinkOptions,
     *,
     site: str,
     tenants: Sequence[str],
     shards: Sequence[ShardEntry],
+    sites: Mapping[str, SiteEntry] | None = None,
+    policy: str | None = None,
     kind: SiteKind = "hub",
     log_replicas: int = 1,
 ) -> None:
-    """Bring a site to this state. Safe to repeat; the shard map becomes exactly `shards`, tenants are only added."""
+    """Bring a site to this state. Safe to repeat.
+
+    Shard map and sites become exactly these, tenants are only added; without a `policy` its own stays as it is.
+    """
     link = await Link.open(options)
     try:
         inbox = Inbox(link)
@@ -58,6 +92,9 @@ async def provision(
         for bucket in subjects.BUCKETS:
             await ensure_bucket(inbox, bucket.name, replicas=log_replicas)
         await _put_tenants(inbox, tenants)
+        await _put_sites(inbox, sites or {site: SiteEntry()})
+        if policy is not None:
+            await kv.put(inbox, subjects.POLICIES.name, "own", policy.encode())
         for shard in shards:
             await kv.put(inbox, subjects.SHARDS.name, shard.name, shard.encode())
         for name in set(await kv.keys(inbox, subjects.SHARDS.name)) - {shard.name for shard in shards}:

@@ -48,6 +48,7 @@ from typing import IO, Any
 
 from cli.contract import load as load_contract
 from cli.server_config import ServerOptions, config_file, log_file_of, pid_file_of, saved_options, write_configuration
+from mnemesh.jetstream import SiteKind
 
 logger = logging.getLogger("mnemesh.server")
 
@@ -56,6 +57,11 @@ OLDEST_SERVER = (2, 12)
 
 NO_ROOM = "no space left on device"
 """What `/healthz` says of a stream after the disk was full. It takes no more messages until the server starts anew."""
+
+GO_SETTINGS: dict[SiteKind, dict[str, str]] = {"hub": {}, "device": {"GOMEMLIMIT": "48MiB"}}
+"""What nats-server's runtime is told; the environment's own settings win. On a device, where 50,000 memories had been
+written, it held 228 MiB for minutes, and so 45. It collects more while as much is written (0.11 ms of CPU an event, not
+0.035); seconds later a write takes what it took."""
 
 POLL_S = 0.01
 LOG_TAIL_LINES = 12
@@ -231,6 +237,7 @@ class NatsServer:
                 stdout=descriptor,
                 stderr=descriptor,
                 start_new_session=True,
+                env={**GO_SETTINGS[self.options.kind], **os.environ},
             )
         finally:
             os.close(descriptor)

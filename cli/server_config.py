@@ -33,7 +33,7 @@ class ServerOptions:
     disk), `interval` a crash of the process (nats-server's default: a sync every 2 minutes).
 
     A hub takes devices on `leaf_port` (0: none). A device names its `hub` (`nats://host:7422`), and has its key in the
-    data folder.
+    data folder. `region` is where the site is.
     """
 
     data: Path
@@ -44,6 +44,7 @@ class ServerOptions:
     durability: Literal["synced", "interval"] = "synced"
     leaf_port: int = 0
     hub: str = ""
+    region: str = ""
 
     @property
     def kind(self) -> SiteKind:
@@ -87,14 +88,14 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
     sync = "    sync_interval: always" if options.durability == "synced" else ""
     leaves = []
     if options.leaf_port:
-        # A device knows how to reach its hub. What addresses the hub has may be of use in its own network only.
-        leaves = ["leafnodes {", f"    host: {_quoted(options.host)}", f"    port: {options.leaf_port}"]
-        leaves += ["    no_advertise: true", "}"]
+        # A device reaches its hub by the URL that it was given. The hub's own addresses may lead nowhere from there.
+        listen = [f"    host: {_quoted(options.host)}", f"    port: {options.leaf_port}", "    no_advertise: true"]
+        leaves = ["leafnodes {", *listen, "}"]
     elif options.hub:
         # The logs of both sides take the same subjects: what crosses the leaf as such would be stored twice.
         closed = f"deny_exports: [{_quoted(subjects.LOG)}], deny_imports: [{_quoted(subjects.LOG)}]"
         remote = f"url: {_quoted(options.hub)}, account: MESH, nkey: {_quoted(seed_of(data))}, {closed}"
-        leaves = ["leafnodes {", "    reconnect: 1", f"    remotes: [ {{ {remote} }} ]", "}"]
+        leaves = ["leafnodes {", '    reconnect: "1s"', f"    remotes: [ {{ {remote} }} ]", "}"]
     lines = [
         "# Written by Mnemesh at each start and reload; changes are lost. Private: it holds passwords.",
         f"server_name: {_quoted(f'mnemesh-{options.site}')}",

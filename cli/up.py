@@ -66,6 +66,7 @@ def server_options(flags: argparse.Namespace, *, leaf_port: int = 0, hub: str = 
         durability=flags.durability,
         leaf_port=leaf_port,
         hub=hub,
+        region=flags.region and check_name("region", flags.region),
     )
 
 

@@ -53,6 +53,8 @@ class Downlink:
         self.received = 0
         self.current = asyncio.Event()
         """Set while all that the hub has for us is here."""
+        self.current_from = 0
+        """Up to where we had the hub's log when that began."""
 
     async def run(self) -> None:
         """Keep on for ever. What keeps it from that passes."""
@@ -75,7 +77,8 @@ class Downlink:
             wanted = NextFeed(session=session, turn=turn)
             batch = await self._asker.ask(subjects.NEXT_FEED, subjects.next_feed(self._site), wanted)
             await self._keep(batch)
-            if batch.current:
+            if batch.current and not self.current.is_set():
+                self.current_from = batch.place
                 self.current.set()
 
     # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────

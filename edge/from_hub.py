@@ -1,19 +1,23 @@
 """What a device does not hold, asked of its hub: as long as the hub answers, and with a deadline of its own.
 
-Looks at `mnemesh` only.
+Its shard asks about single entities, its router whatever spans them. Looks at `router.peers` and `mnemesh`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from mnemesh import messages, subjects
 from mnemesh.asker import Asker
 from mnemesh.call import Call
 from mnemesh.contract import Operation, R
 from mnemesh.errors import Timeout, Unavailable
+from router.peers import TO_HUB, Answer, Question, ask_site, unreachable
+
+HUB = "hub"
+"""What a hub is called that was never heard of."""
 
 PATIENCE_S = 0.5
 """How long an answer of the hub is waited for, at most; over half of what is left is never waited."""
@@ -22,27 +26,57 @@ REST_S = 1.0
 """For how long the hub is not asked after it did not answer in time."""
 
 
-class FromHub:
-    """Asks the hub on behalf of a device's agents. `is_linked` tells whether the hub answers the device at all."""
+class HubLine(Protocol):
+    """How the line to the hub is: the uplink knows, for it asks now and then."""
 
-    def __init__(self, asker: Asker, *, site: str, is_linked: Callable[[], bool]) -> None:
+    @property
+    def hub(self) -> str:
+        """The hub's name; empty until it was heard of."""
+
+    @property
+    def linked(self) -> bool: ...
+
+    @property
+    def silent_s(self) -> float: ...
+
+
+class FromHub:
+    """Asks the hub on behalf of a device's agents."""
+
+    hold_the_rest = True
+
+    def __init__(self, asker: Asker, *, site: str, line: HubLine) -> None:
         self._asker = asker
         self._site = site
-        self._is_linked = is_linked
+        self._line = line
         self._rests_until = float("-inf")
 
+    async def follow(self) -> None:
+        """There is one hub, and the uplink follows how it is."""
+
+    async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
+        if request.scope == "here":
+            return []
+        name = self._line.hub or HUB
+        if not self._is_in_reach():
+            return [unreachable(name, self._line.silent_s)]
+        operation, subject = TO_HUB[question]
+        answer = await ask_site(self._asker, name, operation, subject, self._site, request, call)
+        if answer.coverage.state == "unreachable":
+            self._rest()
+        return [answer]
+
     async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
-        return await self.ask(subjects.HUB_GET_CONTEXT, subjects.hub_get_context, request, call)
+        return await self._ask(subjects.HUB_GET_CONTEXT, subjects.hub_get_context, request, call)
 
     async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
-        return await self.ask(subjects.HUB_TIMELINE, subjects.hub_timeline, request, call)
+        return await self._ask(subjects.HUB_TIMELINE, subjects.hub_timeline, request, call)
 
-    async def ask(
+    async def _ask(
         self, operation: Operation[Any, R], subject: Callable[[str, str, str], str], request: object, call: Call
     ) -> R:
         """One question of the device's agent. Raises `Unavailable` where the hub is out of reach, `Timeout`."""
-        now = asyncio.get_running_loop().time()
-        if not self._is_linked() or now < self._rests_until:
+        if not self._is_in_reach():
             raise Unavailable("the hub is out of reach")
         budget_s = min(PATIENCE_S, call.remaining_s() / 2)
         caller = call.caller
@@ -51,5 +85,11 @@ class FromHub:
                 operation, subject(self._site, caller.tenant, caller.agent), request, budget_s=budget_s
             )
         except Timeout:
-            self._rests_until = now + REST_S
+            self._rest()
             raise
+
+    def _is_in_reach(self) -> bool:
+        return self._line.linked and asyncio.get_running_loop().time() >= self._rests_until
+
+    def _rest(self) -> None:
+        self._rests_until = asyncio.get_running_loop().time() + REST_S

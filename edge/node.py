@@ -1,28 +1,45 @@
 """The edge: what a device does for its hub, beside serving its own agents like any site.
 
 Its uplink sends what is born here, its downlink keeps what is wanted of the hub's; `status` says how far both are.
-Looks at its own files, `router`, `services.site_policy` and `mnemesh`.
+It answers the hub's router with what the device's policy lets out. Looks at its own files, `router`, `mnemesh`, and at
+`services.disclosure` and `services.site_policy`.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
+from msgspec.structs import replace
+
+from edge.confirming import Confirming
 from edge.downlink import Downlink
 from edge.from_hub import FromHub
+from edge.returning import LONG_S
 from edge.uplink import Uplink
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
 from mnemesh.call import Call
+from mnemesh.clock import wall_ms
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
+from mnemesh.errors import Unavailable
 from mnemesh.guard import Guard
-from mnemesh.messages import Interest
+from mnemesh.jetstream import last_of_each
+from mnemesh.messages import AskPosition, Interest
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
+from services.disclosure import Disclosure
+from services.erasure import Eraser
 from services.site_policy import SitePolicy
+
+LINK_S = 3.0
+"""How long the line to the hub may take to come up after a start."""
+
+COUNT_S = 5.0
+"""How often what is held is counted, for operators."""
 
 
 class Edge(Actor):
@@ -43,7 +60,7 @@ class Edge(Actor):
         self.site = site
         self._policy = SitePolicy(site)
         self._shards = ShardMap()
-        inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
+        self._inventory = inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
         self._downlink = Downlink(self.asker, inventory, site=site, interest=interest or Interest())
         self._uplink = Uplink(
             self.asker,
@@ -51,9 +68,15 @@ class Edge(Actor):
             self._policy,
             site=site,
             bytes_per_s=uplink_bytes_per_s,
-            downlinked=lambda: self._downlink.sequence,
+            says=self._says,
         )
-        self.hub = FromHub(self.asker, site=site, is_linked=lambda: self._uplink.linked)
+        self._eraser = Eraser(self.asker, inventory, site=site, kind="device")
+        self._confirming = Confirming(self.asker, site=site)
+        self._held = (0, 0)
+        self._was_away = True  # until it is known better
+        self._started_at = float("inf")
+        self.hub = FromHub(self.asker, site=site, line=self._uplink)
+        self._disclosure = Disclosure(self.asker, inventory, self._policy)
 
     def bindings(self, operation: AnyOperation) -> list[Mapping[str, str]]:
         return [{"site": self.site}]
@@ -75,6 +98,9 @@ class Edge(Actor):
             Gauge("downlink_sequence", "Up to where this device has its hub's log", lambda: downlink.sequence),
             Gauge("downlink_received", "Events received since the start", lambda: downlink.received),
             Gauge("downlink_current", "1 while all that is wanted is here", lambda: downlink.current.is_set()),
+            Gauge("held", "Entities of the hub's that are held here", lambda: self._held[0]),
+            Gauge("held_bytes", "Bytes that the hub sent of them", lambda: self._held[1]),
+            Gauge("erased", "Forgets that were carried out since the start", lambda: self._eraser.erased),
         ]
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
@@ -83,7 +109,13 @@ class Edge(Actor):
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
             "uplink": partial(self._once_ready, self._uplink.run),
             "downlink": partial(self._once_ready, self._downlink.run),
+            "erase": partial(self._once_ready, self._eraser.run),
+            "confirm": partial(self._once_ready, self._confirming.run),
+            "holdings": partial(self._once_ready, self._count_held),
         }
+
+    async def prepare(self) -> None:
+        await self._note_absence()
 
     async def ready(self) -> None:
         await self._policy.ready()
@@ -93,6 +125,62 @@ class Edge(Actor):
         """Nothing is sent before it is known what may leave."""
         await self.ready()
         await work()
+
+    def _says(self, said: AskPosition) -> AskPosition:
+        entities, size = self._held
+        return replace(
+            said,
+            downlinked=self._downlink.sequence,
+            erased=self._eraser.upto[self._uplink.hub],
+            held=entities,
+            held_bytes=size,
+        )
+
+    async def _count_held(self) -> None:
+        while True:
+            self._held = await self._inventory.held()
+            await asyncio.sleep(COUNT_S)
+
+    # ── what the hub's router asks ──────────────────────────────────────────────────────────────────────────
+
+    @handles(subjects.DEVICE_SEARCH)
+    async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
+        self._require_current()
+        return await self._disclosure.search(request, call)
+
+    @handles(subjects.DEVICE_SEARCH_TEXT)
+    async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
+        self._require_current()
+        return await self._disclosure.search_text(request, call)
+
+    @handles(subjects.DEVICE_TRAVERSE)
+    async def traverse(self, request: messages.Traverse, call: Call) -> messages.Traversal:
+        self._require_current()
+        return await self._disclosure.traverse(request, call)
+
+    def _require_current(self) -> None:
+        """What was forgotten elsewhere while the line was down is erased before others are told of it."""
+        if not self._has_erased():
+            raise Unavailable(f"{self.site} has still to hear what was forgotten", retry_after_ms=1000)
+
+    @property
+    def must_erase_first(self) -> bool:
+        """Whether agents wait: this device was away for long, and its hub is, or may be, in reach."""
+        if not self._was_away or self._has_erased():
+            self._was_away = False
+            return False
+        return self._uplink.linked or asyncio.get_running_loop().time() < self._started_at + LINK_S
+
+    async def _note_absence(self) -> None:
+        """For how long nothing came from the hub, by the marks in the log."""
+        self._started_at = asyncio.get_running_loop().time()
+        marks = await last_of_each(self.asker.inbox, subjects.log_stream(self.site), subjects.log_mark("*"))
+        newest = max((stored.recorded_at for stored in marks), default=None)
+        self._was_away = newest is not None and abs(wall_ms() - newest) > LONG_S * 1000
+
+    def _has_erased(self) -> bool:
+        downlink = self._downlink
+        return downlink.current.is_set() and self._eraser.upto[self._uplink.hub] >= downlink.current_from
 
     @handles(subjects.EDGE_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.EdgeStatus:

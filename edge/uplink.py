@@ -43,6 +43,10 @@ SEND_S = 5.0
 RETRY_S = 0.5
 TROUBLE_S = 5.0
 CHECK_S = 5.0
+BATCH_S = 1.0
+"""For how long a batch may keep a line whose rate is known. A hub that hears nothing else for 10 s drops the line."""
+FRAMING = 120
+"""Bytes on the line for each event, beside its subject and itself: the headers of batch and origin, and NATS's own."""
 COMPARED = "Nats-Expected-Last-Subject-Sequence-Subject"
 
 
@@ -60,7 +64,7 @@ class _Leaving(NamedTuple):
 class Uplink:
     """Sends the events of one device. `run` for ever; the other attributes say how far it is.
 
-    `downlinked` tells up to where the device has its hub's log, for the hub to know.
+    `says` adds what else the hub is to know of the device.
     """
 
     def __init__(
@@ -71,14 +75,17 @@ class Uplink:
         *,
         site: str,
         bytes_per_s: float | None = None,
-        downlinked: Callable[[], int] = lambda: 0,
+        says: Callable[[AskPosition], AskPosition] = lambda said: said,
     ) -> None:
         self._asker = asker
         self._inventory = inventory
         self._policy = policy
         self._site = site
         self._bytes_per_s = bytes_per_s
-        self._downlinked = downlinked
+        self._says = says
+        self._most_bytes = (
+            MOST_BYTES_IN_BATCH if bytes_per_s is None else min(MOST_BYTES_IN_BATCH, bytes_per_s * BATCH_S)
+        )
         self._log = subjects.log_stream(site)
         self._position: Position | None = None
         self._waiting_since_ms: int | None = None
@@ -95,6 +102,11 @@ class Uplink:
     def position(self) -> Position:
         """Up to where the hub had our log when it last said so."""
         return self._position or Position(hub="")
+
+    @property
+    def hub(self) -> str:
+        """The hub's name; empty until it was heard of."""
+        return self.position.hub
 
     @property
     def lag_s(self) -> float:
@@ -170,13 +182,14 @@ class Uplink:
         return position
 
     async def _asked(self) -> Position:
-        told = AskPosition(
-            waiting=self.waiting,
-            lag_s=self.lag_s,
-            downlinked=self._downlinked(),
-            clock_ms=wall_ms(),
-            log_bytes=self._log_bytes,
-            policy=self._policy.handed.version,
+        told = self._says(
+            AskPosition(
+                waiting=self.waiting,
+                lag_s=self.lag_s,
+                clock_ms=wall_ms(),
+                log_bytes=self._log_bytes,
+                policy=self._policy.handed.version,
+            )
         )
         position = await self._asker.ask(
             subjects.UPLINK_POSITION, subjects.uplink_position(self._site), told, budget_s=ASK_S
@@ -205,7 +218,7 @@ class Uplink:
                 self.waiting = len(own) + batch[-1].following
                 if own:
                     self._waiting_since_ms = own[0].recorded_at
-                for some in _batches(await self._leaving(own)):
+                for some in _batches(await self._leaving(own), self._most_bytes):
                     position = await self._send(some, position)
                     self.waiting -= len(some)
                 self._waiting_since_ms = None
@@ -258,7 +271,7 @@ class Uplink:
             hub=position.hub, place=place, incarnation=mark.incarnation, sequence=mark.sequence, last=mark.last
         )
         if self._bytes_per_s is not None:
-            earliest = began + sum(len(message.payload) for message in batch) / self._bytes_per_s
+            earliest = began + sum(map(_size, some)) / self._bytes_per_s
             await asyncio.sleep(earliest - asyncio.get_running_loop().time())
         return position
 
@@ -288,14 +301,21 @@ def _reduced(stored: Stored, event: Event, entity: Description, policy: Policy, 
     return stored.message.data if reduced is event else reduced.encode()
 
 
-def _batches(leaving: Sequence[_Leaving]) -> list[Sequence[_Leaving]]:
+def _batches(leaving: Sequence[_Leaving], most_bytes: float) -> list[Sequence[_Leaving]]:
     """Parts that fit one batch by their bytes, at least one event in each."""
     parts: list[Sequence[_Leaving]] = []
     start = size = 0
-    for end, (_, payload) in enumerate(leaving):
-        length = len(payload or b"")
-        if end > start and size + length > MOST_BYTES_IN_BATCH:
+    for end, each in enumerate(leaving):
+        length = _size(each)
+        if end > start and size + length > most_bytes:
             parts.append(leaving[start:end])
             start, size = end, 0
         size += length
     return [*parts, leaving[start:]] if leaving else []
+
+
+def _size(leaving: _Leaving) -> int:
+    """About what an event takes on the line."""
+    if leaving.payload is None:
+        return 0
+    return len(leaving.stored.message.subject) + len(leaving.payload) + FRAMING

@@ -60,13 +60,6 @@ async def timeline(elsewhere: Elsewhere, request: Timeline, call: Call) -> Timel
     return page if page.next_after is None else replace(page, next_after=page.next_after + OF_HUB)
 
 
-def of_site(asked: Consistency | None, site: str) -> Consistency | None:
-    """What a read demands of this site's own log."""
-    if asked is None or asked.level != "session":
-        return asked
-    return replace(asked, token={site: asked.token[site]} if site in asked.token else {})
-
-
 def _with_own(asked: Consistency | None, site: str, version: int) -> Consistency:
     """What the read demands, and the last write of this device too."""
     if asked is not None and asked.level in ("bounded", "strong"):

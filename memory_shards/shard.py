@@ -250,8 +250,9 @@ class Shard(Actor):
         here = partial(self._get_context, entity_id, request, call)
         if self._elsewhere is None:
             return await here()
-        own = elsewhere.of_site(request.consistency, self.site)
-        await self._freshness.wait(own, self._document_projection.watermark, call)
+        if request.consistency is not None:
+            own = request.consistency.of_site(self.site)
+            await self._freshness.wait(own, self._document_projection.watermark, call)
         if self._documents.holds(tenant, entity_id):
             return await here()
         found = self._documents.get(tenant, entity_id)
@@ -354,9 +355,17 @@ class Shard(Actor):
             edges, truncated = self._documents.expand(*asked, min(request.limit, MOST_EDGES_ON_LOOP))
         if not narrow or (truncated and request.limit > MOST_EDGES_ON_LOOP):
             edges, truncated = await self._scan(self._scanned.expand, *asked, request.limit)
-            return messages.Expanded(edges=edges, truncated=truncated, watermark=seen)
+            lacking = [] if self._elsewhere is None else request.entity_ids
+            return messages.Expanded(edges=edges, truncated=truncated, lacking=lacking, watermark=seen)
         ahead = self._walk_ahead(request, call.caller.tenant, edges)
-        return messages.Expanded(edges=edges, truncated=truncated, ahead=ahead, watermark=seen)
+        lacking = self._lacking(call.caller.tenant, [*request.entity_ids, *ahead])
+        return messages.Expanded(edges=edges, truncated=truncated, ahead=ahead, lacking=lacking, watermark=seen)
+
+    def _lacking(self, tenant: str, entity_ids: Sequence[str]) -> list[str]:
+        """Those of which a device's hub may know more."""
+        if self._elsewhere is None:
+            return []
+        return [entity_id for entity_id in entity_ids if not self._documents.holds(tenant, entity_id)]
 
     def _walk_ahead(self, request: messages.Expand, tenant: str, edges: list[tuple[str, str, str]]) -> list[str]:
         """Add to `edges` those of the entities that they lead to and that are ours; returns these entities."""
@@ -404,12 +413,24 @@ class Shard(Actor):
         found = await self._scan(self._scanned.describe, call.caller.tenant, request.entity_ids)
         return messages.Descriptions(entities=found, watermark=seen)
 
+    @handles(subjects.SHARD_HELD)
+    async def held(self, request: messages.AskHeld, call: Call) -> messages.Held:
+        entities, size = await self._scan(self._scanned.held)
+        return messages.Held(entities=entities, bytes=size)
+
+    @handles(subjects.SHARD_ERASED)
+    async def erased(self, request: messages.AskErased, call: Call) -> messages.Erased:
+        applied = messages.Consistency(level="session", token={self.site: request.sequence})
+        for projection in self._projections:
+            seen = await self._freshness.wait(applied, projection.watermark, call)
+        events, left = await self._scan(self._scanned.erased, call.caller.tenant, request.entity_id, request.sequence)
+        return messages.Erased(events=events, left=left, watermark=seen)
+
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
         documents, vectors = self._document_projection, self._vector_projection
         quarantined = await self._scan(self._scanned.quarantined)
-        held, held_bytes = await self._scan(self._scanned.held)
         counted = (
             documents.on_worker(_told, documents, lambda: _counts(self._documents), True)
             if request.digest
@@ -427,8 +448,6 @@ class Shard(Actor):
             vectors=count,
             skipped=self.undecodable + self._documents.rejected,
             quarantined=quarantined,
-            held=held,
-            held_bytes=held_bytes,
             digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )
 

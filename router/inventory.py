@@ -64,6 +64,26 @@ class Inventory:
                 found |= zip(some, told.entities, strict=True)
         return found
 
+    async def held(self) -> tuple[int, int]:
+        """How many entities are held for this device, and the bytes that its hub sent of them."""
+        self._require_shards()
+        entities = size = 0
+        for shard in self._shards.shards:
+            subject = subjects.shard_held(self._site, shard)
+            told = await self._asker.ask(subjects.SHARD_HELD, subject, messages.AskHeld())
+            entities, size = entities + told.entities, size + told.bytes
+        return entities, size
+
+    async def erased(self, tenant: str, entity_id: str, sequence: int) -> messages.Erased:
+        """What is left of an entity after the forget at this sequence of the log, once every store has applied it."""
+        self._require_shards()
+        shard = self._shards.owner_of(tenant, entity_id)
+        if shard is None:
+            raise Unavailable(f"no shard of {self._site} serves the entity", retry_after_ms=500)
+        subject = subjects.shard_erased(self._site, shard, tenant, self._name)
+        wanted = messages.AskErased(entity_id=entity_id, sequence=sequence)
+        return await self._asker.ask(subjects.SHARD_ERASED, subject, wanted)
+
     async def neighbourhood(self, tenant: str, entity_ids: Sequence[str], hops: int, *, upto: int) -> list[str]:
         """The entities up to so many edges away, in whatever direction, these included."""
         if not hops:

@@ -1,13 +1,15 @@
 """The router: questions that span shards. It scatters them, merges the answers, and says what they cover.
 
-A partial answer is never dressed as whole: `coverage` names each shard that did not answer and why. Only when none
-answered is the reply an error.
+Unless it is asked about what is `here`, other sites are asked beside the shards (`peers`). A partial answer is never
+dressed as whole: `coverage` names each shard that did not answer and why, and each site. Only when nobody answered is
+the reply an error.
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -21,6 +23,7 @@ from mnemesh.errors import BadRequest, MnemeshError, NotFound, Unavailable
 from mnemesh.guard import Guard
 from mnemesh.ids import to_token
 from mnemesh.wire import as_vector
+from router.peers import Answer, Devices, Peers
 from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
 from router.traversal import Walk
@@ -31,13 +34,17 @@ class Router(Actor):
 
     role = "router"
 
-    def __init__(self, link: Link, *, guard: Guard | None = None) -> None:
+    def __init__(self, link: Link, *, guard: Guard | None = None, peers: Peers | None = None) -> None:
         super().__init__(link, guard=guard)
+        self._peers: Peers = peers or Devices(link, self.asker)
         self._map = ShardMap()
         self._scatter = Scatter(self.asker)
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
-        return {"shard_map": partial(self._map.follow, self.link, self.asker.inbox)}
+        return {
+            "shard_map": partial(self._map.follow, self.link, self.asker.inbox),
+            "peers": self._peers.follow,
+        }
 
     async def ready(self) -> None:
         await self._map.ready.wait()
@@ -45,13 +52,19 @@ class Router(Actor):
     @handles(subjects.SEARCH_EMBEDDING)
     async def search_embedding(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
         as_vector(request.vector)
-        gathered = await self._ask_all(subjects.SHARD_SEARCH, subjects.shard_search, request, call)
-        return self._merged(_without_absent(gathered), request.k)
+        gathered, answers = await asyncio.gather(
+            self._ask_all(subjects.SHARD_SEARCH, subjects.shard_search, request, call),
+            self._peers.ask("search", request, call),
+        )
+        return self._merged(_without_absent(gathered, answers), answers, request.k)
 
     @handles(subjects.SEARCH_TEXT)
     async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
-        gathered = await self._ask_all(subjects.SHARD_SEARCH_TEXT, subjects.shard_search_text, request, call)
-        return self._merged(gathered, request.k)
+        gathered, answers = await asyncio.gather(
+            self._ask_all(subjects.SHARD_SEARCH_TEXT, subjects.shard_search_text, request, call),
+            self._peers.ask("search_text", request, call),
+        )
+        return self._merged(gathered, answers, request.k)
 
     @handles(subjects.TIMELINE_RANGE)
     async def timeline_range(self, request: messages.TimelineRange, call: Call) -> messages.TimelinePage:
@@ -80,7 +93,7 @@ class Router(Actor):
         for start in starts:
             to_token(start)
         self._require_shards()
-        return await Walk(self._scatter, self._map, request, call).run()
+        return await Walk(self._scatter, self._map, self._peers, request, call).run()
 
     def _require_shards(self) -> None:
         if not self._map.shards:
@@ -99,25 +112,32 @@ class Router(Actor):
             call,
         )
 
-    def _merged(self, gathered: Gathered, k: int) -> messages.Hits:
-        """The k best of all shards; equal scores in the order of their ids, so that the answer is stable."""
+    def _merged(self, gathered: Gathered, answers: Sequence[Answer], k: int) -> messages.Hits:
+        """The k best of all; equal scores in the order of their ids, so that the answer is stable.
+
+        Of an entity that several sites have, the best score counts.
+        """
         raise_if_nothing(gathered)
-        hits = heapq.nsmallest(
-            k,
-            (hit for reply in gathered.replies.values() for hit in reply.hits),
-            key=lambda hit: (-hit.score, hit.entity_id),
-        )
+        replies = [*gathered.replies.values(), *(answer.reply for answer in answers if answer.reply is not None)]
+        found = sorted((hit for reply in replies for hit in reply.hits), key=lambda hit: (-hit.score, hit.entity_id))
+        best: dict[str, messages.Hit] = {}
+        for hit in found:
+            best.setdefault(hit.entity_id, hit)
         return messages.Hits(
-            hits=hits,
+            hits=list(best.values())[:k],
             watermark=lowest(gathered.replies),
-            coverage=coverage(self._map.shards, gathered.errors),
+            coverage=coverage(self._map.shards, gathered.errors, answers),
         )
 
 
-def _without_absent(gathered: Gathered) -> Gathered:
-    """A shard that has no vector of a space has answered, with nothing; unless none of them knows the space."""
+def _without_absent(gathered: Gathered, answers: Sequence[Answer]) -> Gathered:
+    """A shard that has no vector of a space has answered, with nothing; unless nobody at all knows the space.
+
+    A site that did not answer may know it.
+    """
     absent = {name: error for name, error in gathered.errors.items() if isinstance(error, NotFound)}
-    if len(absent) == len(gathered.errors) and not gathered.replies:
+    maybe = any(answer.reply is not None or answer.coverage.state != "answered" for answer in answers)
+    if len(absent) == len(gathered.errors) and not gathered.replies and not maybe:
         return gathered
     empty: MnemeshError | messages.Hits = messages.Hits(hits=[], watermark={})
     return Gathered(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mnemesh.asker import Asker
@@ -18,6 +18,7 @@ from mnemesh.contract import AnyOperation
 from mnemesh.errors import BadRequest, Denied, MnemeshError, NotFound, TooLarge, Unavailable
 from mnemesh.ids import PARTITIONS
 from mnemesh.messages import Coverage, Missing, Token
+from router.peers import Answer
 from router.shard_map import ShardEntry
 
 ABOUT_THE_REQUEST = (BadRequest, Denied, TooLarge)
@@ -130,8 +131,10 @@ class Latencies:
         return self._p95 if self.hedged < self._count * HEDGED_AT_MOST else None
 
 
-def coverage(shards: Mapping[str, ShardEntry], errors: Mapping[str, MnemeshError]) -> Coverage:
-    """Which share of all partitions is answered for, when `errors` holds the shards that are not."""
+def coverage(
+    shards: Mapping[str, ShardEntry], errors: Mapping[str, MnemeshError], answers: Sequence[Answer] = ()
+) -> Coverage:
+    """Which share of all partitions is answered for, when `errors` holds the shards that are not, and which sites."""
     missing = [
         Missing(shard=name, partitions=len(shards[name].partitions), code=error.code, message=error.message)
         for name, error in sorted(errors.items())
@@ -148,7 +151,12 @@ def coverage(shards: Mapping[str, ShardEntry], errors: Mapping[str, MnemeshError
                 message="no shard of the shard map serves these partitions",
             )
         )
-    return Coverage(answered=PARTITIONS - sum(part.partitions for part in missing), total=PARTITIONS, missing=missing)
+    return Coverage(
+        answered=PARTITIONS - sum(part.partitions for part in missing),
+        total=PARTITIONS,
+        missing=missing,
+        sites=[answer.coverage for answer in answers],
+    )
 
 
 def lowest(replies: Mapping[str, Any]) -> Token:

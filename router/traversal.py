@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
+from msgspec.structs import replace
+
 from mnemesh import messages, subjects
 from mnemesh.call import Call
 from mnemesh.errors import MnemeshError
 from mnemesh.messages import Node, Token, Traverse
+from router.peers import Answer, Peers
 from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
 
@@ -28,9 +31,10 @@ MOST_BYTES_IN_EXPAND = 500_000
 class Walk:
     """One traversal."""
 
-    def __init__(self, scatter: Scatter, shard_map: ShardMap, request: Traverse, call: Call) -> None:
+    def __init__(self, scatter: Scatter, shard_map: ShardMap, peers: Peers, request: Traverse, call: Call) -> None:
         self._scatter = scatter
         self._map = shard_map
+        self._peers = peers
         self._request = request
         self._call = call
         self._nodes: dict[str, Node] = {}
@@ -38,6 +42,9 @@ class Walk:
         """The edges of entities that a shard has walked ahead to."""
         self._truncated = False
         self._errors: dict[str, MnemeshError] = {}
+        self._answers: dict[str, Answer] = {}
+        self._lacking: set[str] = set()
+        """Entities of which this device's hub may know more."""
         self._watermark: Token = {}
 
     async def run(self) -> messages.Traversal:
@@ -57,7 +64,7 @@ class Walk:
             nodes=list(self._nodes.values()),
             truncated=self._truncated,
             watermark=self._watermark,
-            coverage=coverage(self._map.shards, self._errors),
+            coverage=coverage(self._map.shards, self._errors, list(self._answers.values())),
         )
 
     async def _hop(self, frontier: Sequence[str], depth: int) -> list[str]:
@@ -78,6 +85,8 @@ class Walk:
                 for edge in reply.edges:
                     ahead.get(edge[0], edges).append(edge)
                 self._ahead |= ahead
+                self._lacking.update(reply.lacking)
+        edges += await self._elsewhere(frontier)
         for near, relation, far in sorted(edges):
             if far not in self._nodes and far not in reached:
                 reached[far] = Node(entity_id=far, depth=depth, via=near, relation=relation)
@@ -87,6 +96,29 @@ class Walk:
             reached = dict(list(reached.items())[:room])
         self._nodes |= reached
         return list(reached)
+
+    async def _elsewhere(self, frontier: Sequence[str]) -> list[Edge]:
+        """The edges of these ids that other sites know. A hub is asked for what is not held here, a device for all."""
+        request = self._request
+        asked = replace(request, start=list(frontier), depth=1)
+        if self._peers.hold_the_rest and request.direction == "out":
+            lacking = [entity_id for entity_id in frontier if entity_id in self._lacking]
+            if not lacking:
+                return []
+            asked = replace(asked, start=lacking)
+        edges: list[Edge] = []
+        for answer in await self._peers.ask("traverse", asked, self._call):
+            before = self._answers.get(answer.coverage.site)
+            if before is None or before.coverage.state == "answered":
+                self._answers[answer.coverage.site] = answer
+            if answer.reply is not None:
+                self._truncated |= answer.reply.truncated
+                edges += [
+                    (node.via, node.relation, node.entity_id)
+                    for node in answer.reply.nodes
+                    if node.via is not None and node.relation is not None
+                ]
+        return edges
 
     async def _expand(self, ids: Sequence[str], ahead: int) -> Gathered:
         """The edges of these ids, from the shards that may have them, and of what lies up to `ahead` hops beyond."""

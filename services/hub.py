@@ -2,16 +2,20 @@
 
 It tells each up to where it has the device's log, feeds it what it wants to hold, and answers for what it does not. Of
 a device it keeps what the device last said of itself, and its feed as long as it asks on; the rest is the log's marks.
-Looks at `feed`, `site_policy`, `sovereignty`, `router` and `mnemesh`.
+Looks at `feed`, `site_policy`, `disclosure`, `router` and `mnemesh`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial, reduce
-from operator import and_
+from functools import partial
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
@@ -21,17 +25,19 @@ from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, Conflict, Denied, NotFound
 from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
-from mnemesh.ids import to_token
-from mnemesh.jetstream import last_of, last_of_each, stream_state
+from mnemesh.ids import check_name, to_token
+from mnemesh.jetstream import Stored, last_of, last_of_each, stream_state
+from mnemesh.kv import BucketView
 from mnemesh.messages import DeviceSeen
 from mnemesh.origin import decode_mark, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
+from services.disclosure import Disclosure
+from services.erasure import PLACE, Eraser, keep
 from services.feed import Feed
 from services.roster import Key
 from services.site_policy import SitePolicy
-from services.sovereignty import ALL, Leaves, reduced_context
 
 LINKED_S = 15.0
 """A device that was heard of since is linked; it speaks every 5 s."""
@@ -81,6 +87,9 @@ class Hub(Actor):
         self._policy = SitePolicy(site)
         self._shards = ShardMap()
         self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
+        self._disclosure = Disclosure(self.asker, self._inventory, self._policy)
+        self._eraser = Eraser(self.asker, self._inventory, site=site)
+        self._receipts = BucketView(subjects.RECEIPTS.name)
         self._openings: dict[str, _Opening] = {}
         self._feeds: dict[str, _Feeding] = {}
 
@@ -108,12 +117,19 @@ class Hub(Actor):
         return {
             "policy": partial(self._policy.follow, self.link, self.asker.inbox),
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
+            "receipts": partial(self._receipts.follow, self.link, self.asker.inbox),
             "feeds": self._forget_feeds,
+            "erase": self._erase,
         }
+
+    async def _erase(self) -> None:
+        await self.ready()
+        await self._eraser.run()
 
     async def ready(self) -> None:
         await self._policy.ready()
         await self._shards.ready.wait()
+        await self._receipts.ready.wait()
 
     async def release(self) -> None:
         for feeding in self._feeds.values():
@@ -211,22 +227,34 @@ class Hub(Actor):
     async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
         entity_id = self._asked_entity(request.entity_id, call)
         subject = subjects.get_context(call.caller.tenant, call.caller.agent, to_token(entity_id))
-        context = await self.asker.ask(subjects.GET_CONTEXT, subject, request)
-        leaves = await self._leaves(call.caller.tenant, entity_id, context.version)
-        may_leave = reduced_context(context, leaves)
-        if may_leave is None:
-            raise Denied("the policy of the hub keeps this entity back")
-        return may_leave
+        return await self._disclosure.context(await self.asker.ask(subjects.GET_CONTEXT, subject, request), call)
 
     @handles(subjects.HUB_TIMELINE)
     async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
         entity_id = self._asked_entity(request.entity_id, call)
-        subject = subjects.timeline(call.caller.tenant, call.caller.agent, to_token(entity_id))
+        tenant = call.caller.tenant
+        subject = subjects.timeline(tenant, call.caller.agent, to_token(entity_id))
         page = await self.asker.ask(subjects.TIMELINE, subject, request)
-        leaves = await self._leaves(call.caller.tenant, entity_id, max(page.watermark.values()))
-        if not leaves.is_all:
-            raise Denied("the policy of the hub keeps part of this entity back, and so its timeline")
+        if self._disclosure.restricts(tenant):
+            leaves = await self._disclosure.leaves(tenant, [entity_id], page.watermark.get(self.site, 0))
+            if not leaves[entity_id].is_all:
+                raise Denied("the policy of the hub keeps part of this entity back, and so its timeline")
         return page
+
+    @handles(subjects.HUB_SEARCH)
+    async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
+        self._check_tenant(call.tokens["site"], call.caller.tenant)
+        return await self._disclosure.search(request, call)
+
+    @handles(subjects.HUB_SEARCH_TEXT)
+    async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
+        self._check_tenant(call.tokens["site"], call.caller.tenant)
+        return await self._disclosure.search_text(request, call)
+
+    @handles(subjects.HUB_TRAVERSE)
+    async def traverse(self, request: messages.Traverse, call: Call) -> messages.Traversal:
+        self._check_tenant(call.tokens["site"], call.caller.tenant)
+        return await self._disclosure.traverse(request, call)
 
     def _asked_entity(self, entity_id: str | None, call: Call) -> str:
         self._check_tenant(call.tokens["site"], call.caller.tenant)
@@ -239,14 +267,56 @@ class Hub(Actor):
         if allowed and tenant not in allowed:
             raise Denied(f"{device} was not enrolled for tenant {tenant!r}")
 
-    async def _leaves(self, tenant: str, entity_id: str, upto: int) -> Leaves:
-        """What may leave of an entity, wherever it was written."""
-        if not any(self._policy.policy.restricts(tenant, region) for region in self._policy.regions):
-            return ALL
-        described = await self._inventory.describe(tenant, [entity_id], upto=upto)
-        entity = described[entity_id]
-        regions = {self._policy.region_of(site) for site in (*entity.sites, self.site)}
-        return reduce(and_, (self._policy.leaves(tenant, entity.type, region) for region in regions))
+    # ── what was forgotten ──────────────────────────────────────────────────────────────────────────────────
+
+    @handles(subjects.CONFIRM_ERASED)
+    async def confirm_erased(self, request: messages.ConfirmErased, call: Call) -> messages.Confirmed:
+        device = call.tokens["site"]
+        for receipt in request.receipts:
+            if receipt.site != device:
+                raise Denied(f"{device} cannot confirm for {receipt.site[:64]!r}")
+            check_name("forget", receipt.forget)
+            await keep(self.asker, receipt)
+        return messages.Confirmed()
+
+    @handles(subjects.ERASURES)
+    async def erasures(self, request: messages.AskErasures, call: Call) -> messages.Erasures:
+        """By the receipts: this site's own tell what was forgotten, and a device that erased nothing sent none."""
+        receipts: dict[str, list[messages.Receipt]] = defaultdict(list)
+        for key, value in self._receipts.entries.items():
+            if key != PLACE:
+                receipts[key.partition(".")[0]].append(msgspec.json.decode(value, type=messages.Receipt))
+        own = [receipt for several in receipts.values() for receipt in several if receipt.site == self.site]
+        wanted = [
+            receipt
+            for receipt in own
+            if request.tenant in (None, receipt.tenant) and request.entity_id in (None, receipt.entity_id)
+        ]
+        latest = heapq.nlargest(request.limit, wanted, key=lambda receipt: receipt.sequence)
+        return messages.Erasures(erasures=[self._erasure(receipt, receipts[receipt.forget]) for receipt in latest])
+
+    def _erasure(self, own: messages.Receipt, receipts: list[messages.Receipt]) -> messages.Erasure:
+        confirmed = {receipt.site for receipt in receipts}
+        nothing, pending = [], []
+        for site in self._policy.sites - confirmed:
+            tenants = self._policy.entry(site).tenants
+            heard = self._heard.get(site)
+            if tenants and own.tenant not in tenants:
+                continue
+            if heard is not None and heard.said.erased >= own.sequence:
+                nothing.append(site)
+            else:
+                pending.append(
+                    messages.PendingSite(site=site, silent_s=None if heard is None else _since_s(heard.at_ms))
+                )
+        return messages.Erasure(
+            tenant=own.tenant,
+            entity_id=own.entity_id,
+            sequence=own.sequence,
+            receipts=sorted(receipts, key=lambda receipt: receipt.site),
+            nothing=sorted(nothing),
+            pending=sorted(pending, key=lambda waiting: waiting.site),
+        )
 
     # ── what operators see ──────────────────────────────────────────────────────────────────────────────────
 
@@ -256,28 +326,35 @@ class Hub(Actor):
             place_of(stored.message.subject).origin: stored
             for stored in await last_of_each(self.asker.inbox, self._log, subjects.log_mark("*"))
         }
-        seen = []
-        for site in sorted(marks.keys() | self._heard.keys()):
-            stored, heard = marks.get(site), self._heard.get(site)
-            uplinked = decode_mark(stored.message.data).sequence if stored else 0
-            if heard is not None:
-                silent_s = _since_s(heard.at_ms)
-                seen.append(
-                    DeviceSeen(
-                        site=site,
-                        linked=silent_s < LINKED_S,
-                        silent_s=silent_s,
-                        uplinked=uplinked,
-                        waiting=heard.said.waiting,
-                        lag_s=heard.said.lag_s,
-                        clock_offset_ms=_offset_ms(heard),
-                        log_bytes=heard.said.log_bytes,
-                    )
-                )
-            elif stored is not None:
-                silent_s = _since_s(stored.recorded_at)
-                seen.append(DeviceSeen(site=site, linked=False, silent_s=silent_s, uplinked=uplinked))
-        return messages.DevicesSeen(devices=seen)
+        return messages.DevicesSeen(
+            devices=[self._seen(site, marks.get(site)) for site in sorted(marks.keys() | self._heard.keys())]
+        )
+
+    def _seen(self, site: str, mark: Stored | None) -> DeviceSeen:
+        entry = self._policy.entry(site)
+        heard = self._heard.get(site)
+        silent_s = _since_s(mark.recorded_at if heard is None and mark is not None else heard.at_ms if heard else 0)
+        seen = DeviceSeen(
+            site=site,
+            linked=heard is not None and silent_s < LINKED_S,
+            silent_s=silent_s,
+            uplinked=decode_mark(mark.message.data).sequence if mark else 0,
+            region=entry.region,
+            tenants=entry.tenants,
+        )
+        if heard is None:
+            return seen
+        return replace(
+            seen,
+            downlinked=heard.said.downlinked,
+            erased=heard.said.erased,
+            held=heard.said.held,
+            held_bytes=heard.said.held_bytes,
+            waiting=heard.said.waiting,
+            lag_s=heard.said.lag_s,
+            clock_offset_ms=_offset_ms(heard),
+            log_bytes=heard.said.log_bytes,
+        )
 
 
 def _since_s(moment_ms: int) -> float:

@@ -89,6 +89,11 @@ class SitePolicy:
         return self.region_of(self.site)
 
     @property
+    def sites(self) -> set[str]:
+        """The devices that may connect here."""
+        return set(self._sites.entries) - {self.site}
+
+    @property
     def regions(self) -> set[str]:
         """The regions of all sites that are known, and of those that are not."""
         return {self.entry(site).region for site in self._sites.entries} | {""}

@@ -1,16 +1,16 @@
-"""A hub and its devices on one machine, and the cable between them, which a test can cut without a sign."""
+"""A hub and its devices on one machine. `bench.cable` is what lies between them where a test is to cut it."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mnemesh
 from cli.devices import Devices, public_of, seed_of
 from cli.edge_node import EdgeNode, EdgeOptions
-from cli.provision import even_shards, provision
+from cli.provision import even_shards, provision, put_sites, sites_of
 from cli.server import NatsServer, free_port
 from cli.server_config import ServerOptions
 from memory_shards.shard import Shard
@@ -20,7 +20,6 @@ from mnemesh.asker import Asker
 from mnemesh.connection import Link
 from mnemesh.host import hosted
 from mnemesh.ids import PARTITIONS
-from mnemesh.messages import Interest
 from router.router import Router
 from services.gateway import Gateway
 from services.hub import Hub
@@ -28,65 +27,6 @@ from services.policy import TenantGuard
 
 TENANT = "acme"
 AGENT = (TENANT, "alice")
-
-
-class Cable:
-    """A TCP line to `port` that can be cut: nothing passes then, and neither end is told."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._whole = asyncio.Event()
-        self._whole.set()
-        self._pipes: set[asyncio.Task[None]] = set()
-        self._ends: set[asyncio.StreamWriter] = set()
-
-    @contextlib.asynccontextmanager
-    async def laid(self) -> AsyncIterator[int]:
-        """The port of its near end, within the block."""
-        server = await asyncio.start_server(self._join, "127.0.0.1", 0)
-        try:
-            yield server.sockets[0].getsockname()[1]
-        finally:
-            server.close()
-            self.cut()
-            self.drop()
-
-    def cut(self) -> None:
-        self._whole.clear()
-
-    def heal(self) -> None:
-        """Connections of before are gone by now at one end or both: what was on its way in them does not come."""
-        self.drop()
-        self._whole.set()
-
-    def drop(self) -> None:
-        """Close every connection."""
-        for pipe in self._pipes:
-            pipe.cancel()
-        for end in self._ends:
-            end.close()
-        self._pipes.clear()
-        self._ends.clear()
-
-    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._ends.add(writer)
-        await self._whole.wait()
-        try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        except OSError:
-            writer.close()
-            return
-        self._ends.add(far_writer)
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            self._pipes.add(asyncio.ensure_future(self._carry(source, sink)))
-
-    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await source.read(65_536):
-                await self._whole.wait()
-                sink.write(data)
-                await sink.drain()
-        sink.close()
 
 
 class HubSite:
@@ -123,28 +63,32 @@ class HubSite:
     async def _link(self, role: str) -> Link:
         return await Link.open(self.server.credentials.load(role).link_options(role))
 
-    async def enrol(self, name: str, data: Path) -> None:
+    async def enrol(self, name: str, data: Path, *, region: str = "", tenants: Sequence[str] = ()) -> None:
         """Let the device whose data folder this is connect as `name`."""
-        Devices(self.options.data).enrol(name, public_of(seed_of(data)))
+        Devices(self.options.data).enrol(name, public_of(seed_of(data)), region=region, tenants=tenants)
         await self.server.reload()
+        operator = self.server.credentials.load("operator").link_options()
+        await put_sites(operator, sites_of(self.options))
 
 
-def device_options(name: str, data: Path, hub: str, interest: Interest | None = None) -> EdgeOptions:
+def device_options(name: str, data: Path, hub: str, **options: Any) -> EdgeOptions:
+    """`options` are those of `EdgeOptions`."""
     server = ServerOptions(
         data=data, site=name, port=free_port(), monitoring_port=free_port(), durability="interval", hub=hub
     )
-    return EdgeOptions(server=server, tenants=[TENANT], agents=[AGENT], interest=interest or Interest())
+    return EdgeOptions(server=server, tenants=[TENANT], agents=[AGENT], **options)
 
 
 @contextlib.asynccontextmanager
 async def device(
-    hub: HubSite, data: Path, *, name: str = "sub7", line: str = "", interest: Interest | None = None
+    hub: HubSite, data: Path, *, name: str = "sub7", line: str = "", **options: Any
 ) -> AsyncIterator[EdgeNode]:
     """An enrolled device with a direct line to its hub, or by way of `line`."""
     if name not in [known.name for known in Devices(hub.options.data).list()]:
         await hub.enrol(name, data)
-    options = device_options(name, data, line or f"nats://127.0.0.1:{hub.options.leaf_port}", interest)
-    async with EdgeNode(options) as node:
+    async with EdgeNode(
+        device_options(name, data, line or f"nats://127.0.0.1:{hub.options.leaf_port}", **options)
+    ) as node:
         yield node
 
 

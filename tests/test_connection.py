@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from conftest import OpenAsker, OpenLink
@@ -62,6 +63,44 @@ async def test_where_nobody_listens_the_link_is_unavailable_after_its_timeout(me
     options = mesh_server.credentials.load("gateway").link_options()
     with pytest.raises(Unavailable, match="no NATS server answers"):
         await Link.open(replace(options, url=f"nats://127.0.0.1:{free_port()}", connect_timeout_s=0.2))
+
+
+@pytest.mark.parametrize("wait", range(3), ids=("the socket opens", "the server greets", "the server lets it in"))
+async def test_a_cancellation_in_the_moment_when_what_it_waits_for_has_come_is_not_lost(
+    mesh_server: NatsServer, monkeypatch: pytest.MonkeyPatch, wait: int
+) -> None:
+    """So `mnemesh up` came up in spite of Ctrl-C: `asyncio.wait_for` of Python 3.11 returns then as if nothing was."""
+    waits = 0
+    real = asyncio.wait_for
+    opening = asyncio.ensure_future(Link.open(mesh_server.credentials.load("gateway").link_options()))
+
+    async def cancelled_as_it_ends(awaited: Coroutine[Any, Any, Any], seconds: float) -> Any:
+        nonlocal waits
+        work = asyncio.ensure_future(awaited)
+        if asyncio.current_task() is opening:
+            if waits == wait:
+                work.add_done_callback(lambda _: opening.cancel())
+            waits += 1
+        return await real(work, seconds)
+
+    monkeypatch.setattr(asyncio, "wait_for", cancelled_as_it_ends)
+    others = asyncio.all_tasks()
+    await asyncio.wait([opening])
+    assert waits > wait
+    assert opening.cancelled()
+    assert asyncio.all_tasks() <= others
+
+
+async def test_a_cancellation_while_a_link_closes_is_not_lost(own_mesh_server: NatsServer, open_link: OpenLink) -> None:
+    """nats-py swallows it while it waits for its own attempt to reconnect."""
+    link = await open_link("gateway", own_mesh_server)
+    await asyncio.gather(lost(link), own_mesh_server.kill())
+    closing = asyncio.ensure_future(link.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    assert closing.cancelled()
+    assert link.closed.is_set()
 
 
 # ── flush ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import SITE, open_raw, server_options
 from desk import Desk
+from sites import device_options
 
 from cli import check_machine, server
 from cli.doctor import diagnose, exit_status, main
+from cli.edge_node import EdgeNode
 from cli.finding import Finding
 from cli.provision import even_shards, provision
 from cli.server import NatsServer
@@ -97,6 +99,12 @@ async def test_a_healthy_mesh_has_nothing_amiss(
     said = capsys.readouterr().out
     assert {line.split()[0] for line in said.splitlines()} == {"ok"}
     assert "4 services run; all 64 partitions are served" in said
+
+
+async def test_a_healthy_device_has_nothing_amiss(tmp_path: Path) -> None:
+    """nats-server took `reconnect: 1`, but `nats-server -t` did not, so that nothing could be compared."""
+    async with EdgeNode(device_options("sub7", tmp_path, "nats://127.0.0.1:1")):
+        assert {finding.verdict for finding in await findings_of(tmp_path)} == {"ok"}
 
 
 async def test_looking_changes_nothing(data: Path, open_link: OpenLink, own_mesh_server: NatsServer) -> None:

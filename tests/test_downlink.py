@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
-from sites import TENANT, Cable, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, device, since, status_of
 
+from bench.cable import Cable
 from cli.edge_node import EdgeNode
 from mnemesh import Memory, messages, subjects
 from mnemesh.connection import Link
@@ -110,7 +111,7 @@ async def test_what_a_device_wrote_itself_comes_back_neither_twice_nor_at_all(hu
         written = await there.set_context("t:1", attributes={"there": 1})
         found = await here.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
         assert found.attributes == {"here": 4, "there": 1}
-        assert len((await here.timeline("t:1")).events) == 6
+        assert len((await here.timeline("t:1", consistency=since(written), budget_ms=LONG_MS)).events) == 6
         assert len((await there.timeline("t:1")).events) == 6
 
 
@@ -150,6 +151,8 @@ async def test_what_does_not_fit_is_evicted_the_one_that_has_not_changed_for_lon
             for name in names[4:]:
                 written = await there.set_context(name, type="weather", attributes={"filler": filler})
                 await here.get_context(name, consistency=since(written), budget_ms=LONG_MS)
+            while (await status_of(node)).downlinked < written.token["hub"]:
+                pass
             await here.set_context("own", attributes={"filler": filler})
             operator = await Link.open(node.server.credentials.load("operator").link_options())
             inbox = Inbox(operator)
@@ -215,8 +218,7 @@ async def test_what_the_hub_forgets_a_device_forgets_that_held_it_or_wrote_it(hu
             forgotten = await there.forget(name)
             with pytest.raises(NotFound):
                 await here.get_context(name, consistency=since(forgotten), budget_ms=LONG_MS)
-        await current(node)
-        assert (await here.search_embedding([1.0], space="v")).hits == []
+        assert (await here.search_embedding([1.0], space="v", consistency=since(forgotten))).hits == []
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -79,6 +80,15 @@ async def test_a_killed_device_comes_back_and_sends_every_acknowledged_write_onc
             assert "linked" in listed
         await mnemesh("edge", "revoke", "sub7", "--data", str(tmp_path / "hub"))
         assert "revoked" in await mnemesh("edge", "ls", "--data", str(tmp_path / "hub"))
+
+
+async def test_a_hub_does_not_send_its_devices_round_the_url_that_they_were_given(tmp_path: Path) -> None:
+    async with HubSite(tmp_path / "hub").up() as hub:
+        reader, writer = await asyncio.open_connection("127.0.0.1", hub.options.leaf_port)
+        verb, _, told = (await reader.readline()).partition(b" ")
+        writer.close()
+    assert verb == b"INFO"
+    assert "leafnode_urls" not in json.loads(told)
 
 
 @pytest.mark.parametrize(

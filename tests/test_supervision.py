@@ -158,6 +158,29 @@ async def test_a_host_can_be_stopped_while_it_still_waits_to_be_ready(open_link:
     assert not host.ready.is_set()
 
 
+async def test_whoever_gives_up_on_actors_that_start_leaves_none_behind(open_link: OpenLink) -> None:
+    waiting = asyncio.Event()
+    link = await open_link("gateway")
+
+    class Patient(Desk):
+        async def ready(self) -> None:
+            waiting.set()
+            await asyncio.Event().wait()
+
+    async def serve() -> None:
+        async with hosted(Patient(link)):
+            pass
+
+    before = asyncio.all_tasks()
+    serving = asyncio.ensure_future(serve())
+    await waiting.wait()
+    serving.cancel()
+    await asyncio.wait([serving])
+    assert serving.cancelled()
+    assert link.closed.is_set()
+    assert asyncio.all_tasks() <= before
+
+
 async def test_what_was_prepared_is_released_after_the_background_work_has_ended(open_link: OpenLink) -> None:
     order: list[str] = []
 

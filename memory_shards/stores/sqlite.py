@@ -28,6 +28,10 @@ from memory_shards.stores.sqlite_schema import LAYOUT, SCHEMA, connect
 from mnemesh import wire
 from mnemesh.event import Record
 
+_CACHE_KIB = 8_192
+"""SQLite's page cache where events are applied; pages beyond it come from the system's. 32 MiB apply no faster: 50,000
+documents at 21,000/s with either, random updates of 300,000 at 6,200 to 8,100/s."""
+
 
 class SqliteStore(SqliteReader):
     """One shard's memory on disk, but for the vectors.
@@ -40,6 +44,7 @@ class SqliteStore(SqliteReader):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "memory.db"
         self._writer = connect(self._file)
+        self._writer.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         keep_or_clear(self._writer, site=site, partitions=partitions, incarnation=incarnation, layout=LAYOUT)
         self._writer.executescript(SCHEMA)
         meta = dict(self._writer.execute("SELECT name, value FROM meta"))

@@ -193,7 +193,8 @@ class Batch:
         """Erase what the forget wins over, and bring up what is left."""
         self._flush()
         self._erased_more |= entity.indexed_text is not None
-        self._connection.execute(_FORGET_EVENTS, (entity.id, *change.mark))
+        erased = self._connection.execute(_FORGET_EVENTS, (entity.id, *change.mark)).rowcount
+        self._connection.execute("INSERT INTO erasure VALUES (?, ?)", (change.sequence, erased))
         self._connection.execute(_FORGET_EDGES, (entity.id,))
         before, kind = entity.state.ledger, entity.state.type
         entity.state = merge.fold([*history(self._connection, entity.id), change])

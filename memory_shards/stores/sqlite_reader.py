@@ -160,6 +160,17 @@ class SqliteReader:
                 found[entity_id] = Description(ledger.gone if is_gone else type, list(ledger.stamps), is_gone)
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
+    def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, list[int]]:
+        """How many events the forget at this log sequence erased, and the sequences of those that are left."""
+        with self._snapshot:
+            counted = self._connection.execute("SELECT events FROM erasure WHERE sequence = ?", (sequence,)).fetchone()
+            left = self._connection.execute(
+                "SELECT sequence FROM event JOIN entity ON entity.id = event.entity"
+                " WHERE entity.tenant = ? AND entity_id = ? ORDER BY sequence",
+                (tenant, entity_id),
+            ).fetchall()
+        return (counted[0] if counted else 0), [sequence for (sequence,) in left]
+
     def timeline(self, tenant: str, entity_id: str, after: int = 0, limit: int = 100) -> list[TimelineEvent]:
         """The entity's events after sequence `after`, in log order. A forget has erased those before it."""
         return _events(self._connection.execute(_TIMELINE, (tenant, entity_id, after, limit)))

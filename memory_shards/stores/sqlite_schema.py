@@ -5,6 +5,7 @@
   there (the bytes that its hub sent then) where it holds all that the hub has of the entity.
 * `edge`: the last write to each (source, relation, target), removals too. A target need not exist: it is a text.
 * `event`: the history that forgets have left, with effective stamps; of a vector only its dimension.
+* `erasure`: how many events each forget erased.
 * `quarantine`: events that are in the log and have no effect, for their stamps are too far ahead.
 * `entity_text`: the full-text index over `entity.text`; the text itself is kept once, in `entity`.
 
@@ -48,6 +49,7 @@ CREATE TABLE IF NOT EXISTS event (
     hub INTEGER, saw INTEGER);    -- places in the hub's log: its own, and what its writer had seen
 CREATE INDEX IF NOT EXISTS event_of_entity ON event (entity);
 CREATE INDEX IF NOT EXISTS event_by_validity ON event (tenant, valid_from);
+CREATE TABLE IF NOT EXISTS erasure (sequence INTEGER PRIMARY KEY, events INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (
     sequence INTEGER PRIMARY KEY, tenant TEXT NOT NULL, entity_id TEXT NOT NULL, event_id TEXT NOT NULL,
     site TEXT NOT NULL, hlc INTEGER NOT NULL);

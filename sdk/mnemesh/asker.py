@@ -19,11 +19,11 @@ from mnemesh.inbox import Ask, Inbox
 
 
 class Asker:
-    """Asks operations over one link. `open` first."""
+    """Asks operations over one link. `open` first. `inbox` is another prefix of replies than the link's own."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, inbox: str | None = None) -> None:
         self.link = link
-        self.inbox = Inbox(link)
+        self.inbox = Inbox(link, inbox)
 
     async def open(self) -> Asker:
         await self.inbox.open()

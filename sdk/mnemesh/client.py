@@ -236,6 +236,7 @@ class Memory:
         filter: Mapping[str, Any] | None = None,
         output_fields: Sequence[str] = (),
         include_vectors: bool = False,
+        scope: messages.Scope = "all",
         consistency: messages.Consistency | None = None,
         budget_ms: int | None = None,
     ) -> messages.Hits:
@@ -248,6 +249,7 @@ class Memory:
             filter=dict(filter or {}),
             output_fields=list(output_fields),
             include_vectors=include_vectors,
+            scope=scope,
             consistency=consistency,
         )
         subject = subjects.search_embedding(self.tenant, self.agent)
@@ -259,11 +261,12 @@ class Memory:
         *,
         k: int = 10,
         type: str | None = None,
+        scope: messages.Scope = "all",
         consistency: messages.Consistency | None = None,
         budget_ms: int | None = None,
     ) -> messages.Hits:
         """The `k` entities whose text matches the words of `query` best, by BM25."""
-        request = messages.SearchText(query=query, k=k, type=type, consistency=consistency)
+        request = messages.SearchText(query=query, k=k, type=type, scope=scope, consistency=consistency)
         subject = subjects.search_text(self.tenant, self.agent)
         return await self._ask(subjects.SEARCH_TEXT, subject, request, budget_ms)
 
@@ -275,6 +278,7 @@ class Memory:
         direction: messages.Direction = "out",
         depth: int = 1,
         limit: int = 1000,
+        scope: messages.Scope = "all",
         consistency: messages.Consistency | None = None,
         budget_ms: int | None = None,
     ) -> messages.Traversal:
@@ -285,6 +289,7 @@ class Memory:
             direction=direction,
             depth=depth,
             limit=limit,
+            scope=scope,
             consistency=consistency,
         )
         subject = subjects.traverse(self.tenant, self.agent)

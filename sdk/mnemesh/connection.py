@@ -11,7 +11,8 @@ nats-py 2.16 leaves open is closed here (each has a test in `tests/test_connecti
   raises what a denied subscription would have kept silent;
 * its `flush` writes the PING ahead of what is still buffered, succeeds at once while it reconnects, and kills the
   read loop if it is cancelled before the PONG comes: `flush` here does none of that, and so `drain` loses nothing;
-* a publish that waits for buffer space swallows cancellation: raised again, so that budgets hold;
+* a publish that waits for buffer space swallows cancellation, and so do connecting (by the `wait_for` of Python 3.11,
+  where the socket opens in the same round of the loop) and closing: raised again, so that budgets and Ctrl-C hold;
 * a user that was removed is reconnected for ever: a second refusal closes the connection, as in nats.go;
 * a connection that ends all the same sets `closed`, and the process that lives on it ends;
 * a message passes a queue and a task on its way in, and another pair on its way out: here a callback is called where
@@ -21,10 +22,11 @@ nats-py 2.16 leaves open is closed here (each has a test in `tests/test_connecti
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -104,6 +106,16 @@ def _parse_headers(raw: bytes) -> dict[str, str]:
 Callback = Callable[[Message], None]
 
 
+@contextlib.contextmanager
+def _cancellation_kept() -> Iterator[None]:
+    """Raise a cancellation of the current task that what is awaited in the block swallowed."""
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task else 0
+    yield
+    if task and task.cancelling() > cancellations:
+        raise asyncio.CancelledError
+
+
 class _Client(Client):
     """nats-py's client without the queues between socket and callback, and which drops a dead connection at once."""
 
@@ -147,13 +159,9 @@ class _Client(Client):
         return None
 
     async def _leave_to_flusher(self, force_flush: bool) -> Any:
-        """nats-py's own way. It swallows a cancellation while it waits for space; here that is raised again."""
-        task = asyncio.current_task()
-        cancellations = task.cancelling() if task else 0
-        flushed = await super()._flush_pending(force_flush)
-        if task and task.cancelling() > cancellations:
-            raise asyncio.CancelledError
-        return flushed
+        """nats-py's own way, which waits where there is no space."""
+        with _cancellation_kept():
+            return await super()._flush_pending(force_flush)
 
     def _write_out(self) -> None:
         self._is_writing_soon = False
@@ -219,23 +227,27 @@ class Link:
         link = cls(options)
         try:
             async with asyncio.timeout(options.connect_timeout_s):
-                await link._client.connect(
-                    servers=[url.strip() for url in options.url.split(",")],
-                    user=options.user,
-                    password=options.password,
-                    name=options.name,
-                    inbox_prefix=options.inbox_prefix,
-                    error_cb=link._on_error,
-                    disconnected_cb=link._on_disconnected,
-                    reconnected_cb=link._on_reconnected,
-                    closed_cb=link._on_closed,
-                    allow_reconnect=False,  # at first a refusal is final; see below
-                    max_reconnect_attempts=1,
-                    reconnect_time_wait=0,  # where a server refuses, that is known at once
-                    reconnect_to_server_handler=link._choose_server,
-                    ping_interval=PING_INTERVAL_S,
-                    max_outstanding_pings=PINGS_OUTSTANDING,
-                )
+                with _cancellation_kept():
+                    await link._client.connect(
+                        servers=[url.strip() for url in options.url.split(",")],
+                        user=options.user,
+                        password=options.password,
+                        name=options.name,
+                        inbox_prefix=options.inbox_prefix,
+                        error_cb=link._on_error,
+                        disconnected_cb=link._on_disconnected,
+                        reconnected_cb=link._on_reconnected,
+                        closed_cb=link._on_closed,
+                        allow_reconnect=False,  # at first a refusal is final; see below
+                        max_reconnect_attempts=1,
+                        reconnect_time_wait=0,  # where a server refuses, that is known at once
+                        reconnect_to_server_handler=link._choose_server,
+                        ping_interval=PING_INTERVAL_S,
+                        max_outstanding_pings=PINGS_OUTSTANDING,
+                    )
+        except asyncio.CancelledError:
+            await link.close()
+            raise
         except (OSError, nats.errors.Error, TimeoutError) as error:
             cause = link.last_error or error
             await link._client.close()
@@ -335,7 +347,8 @@ class Link:
         """Send what is buffered, for 2 s at most, and close for good."""
         abort = asyncio.get_running_loop().call_later(CLOSE_S, self._client.abort)
         try:
-            await self._client.close()
+            with _cancellation_kept():
+                await self._client.close()
         except OSError as error:
             logger.info("%s did not close in good order: %s", self.options.name, error)
         finally:

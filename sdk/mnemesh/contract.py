@@ -80,7 +80,16 @@ def reply_is_private(operation: AnyOperation, tokens: Mapping[str, str], reply: 
 
 @lru_cache(maxsize=16_384)
 def _private(inboxes: tuple[str, ...], tenant: str, agent: str, site: str) -> tuple[str, ...]:
-    return tuple(f"{fill(inbox, tenant=tenant, agent=agent, site=site)}." for inbox in inboxes)
+    """A subject that names no site is served to its own site alone, so any edge that asks there is this site's."""
+    return tuple(
+        inbox.partition(_SITE)[0]
+        if _SITE in inbox and not site
+        else f"{fill(inbox, tenant=tenant, agent=agent, site=site)}."
+        for inbox in inboxes
+    )
+
+
+_SITE = "<site>"
 
 
 def fill(template: str, **tokens: str) -> str:

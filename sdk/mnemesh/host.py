@@ -106,13 +106,13 @@ async def hosted(*actors: Actor) -> AsyncIterator[Host]:
     host = Host(*actors)
     run = asyncio.ensure_future(host.run())
     ready = asyncio.ensure_future(host.ready.wait())
-    await asyncio.wait([run, ready], return_when=asyncio.FIRST_COMPLETED)
-    ready.cancel()
-    if run.done():
-        await run
     try:
+        await asyncio.wait([run, ready], return_when=asyncio.FIRST_COMPLETED)
+        if run.done():
+            await run
         yield host
     finally:
+        ready.cancel()
         host.stop()
         await run
 

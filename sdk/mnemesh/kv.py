@@ -9,9 +9,10 @@ import asyncio
 import json
 
 from mnemesh.connection import Link
+from mnemesh.errors import NotFound
 from mnemesh.follower import Follower
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import API_BUDGET_S, api, check, stream_state
+from mnemesh.jetstream import API_BUDGET_S, api, check, last_of, stream_state
 
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 OPERATION = "KV-Operation"
@@ -30,6 +31,15 @@ async def create(inbox: Inbox, bucket: str, key: str, value: bytes) -> int:
 async def delete(inbox: Inbox, bucket: str, key: str) -> None:
     """Put a delete marker on a key, as `nats kv del` does."""
     await _write(inbox, bucket, key, b"", {OPERATION: "DEL"})
+
+
+async def get(inbox: Inbox, bucket: str, key: str) -> bytes | None:
+    """The value of a key; `None` where it has none."""
+    try:
+        stored = await last_of(inbox, f"KV_{bucket}", f"$KV.{bucket}.{key}")
+    except NotFound:
+        return None
+    return None if stored.message.headers.get(OPERATION) in ("DEL", "PURGE") else stored.message.data
 
 
 async def keys(inbox: Inbox, bucket: str) -> list[str]:

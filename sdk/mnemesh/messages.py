@@ -23,6 +23,8 @@ Level = Literal["eventual", "session", "bounded", "strong"]
 Metric = Literal["cosine", "ip", "l2"]
 IndexKind = Literal["auto", "flat", "hnsw"]
 Direction = Literal["out", "in", "both"]
+Scope = Literal["all", "here"]
+"""Which sites a question goes to: also a hub's devices, or a device's hub; or this one alone."""
 Count = Annotated[int, Meta(ge=1, le=1000)]
 Sequence = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Kind = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -50,6 +52,13 @@ class Consistency(Request, frozen=True, kw_only=True):
     level: Level = "eventual"
     token: Token = {}
     max_lag_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
+
+    def of_site(self, site: str) -> Consistency:
+        """What this demands of one site's own log."""
+        if self.level != "session":
+            return self
+        token = {site: self.token[site]} if site in self.token else {}
+        return msgspec.structs.replace(self, token=token)
 
 
 class Edge(Request, frozen=True, kw_only=True):
@@ -97,16 +106,34 @@ class Missing(Reply, frozen=True, kw_only=True):
     message: str
 
 
+class SiteCoverage(Reply, frozen=True, kw_only=True):
+    """Whether another site speaks in a federated reply: it `answered`, as of its `watermark`; it has been `unreachable`
+    for `silent_s`; or its policy `refused`. One that is `restricted` told only what its policy lets out, which it says
+    by its rules, whether or not there was more. `complete`: all of its own partitions answered.
+    """
+
+    site: str
+    state: Literal["answered", "unreachable", "refused"]
+    watermark: Token = {}
+    silent_s: float | None = None
+    restricted: bool = False
+    complete: bool = True
+
+
 class Coverage(Reply, frozen=True, kw_only=True):
-    """Which share of the partitions a federated reply speaks for. `complete` only if all of them answered."""
+    """Which share of the partitions a federated reply speaks for, and which other sites.
+
+    `complete` only if all partitions answered, and all sites that were asked.
+    """
 
     answered: int
     total: int
     missing: list[Missing] = []
+    sites: list[SiteCoverage] = []
 
     @property
     def complete(self) -> bool:
-        return self.answered == self.total
+        return self.answered == self.total and all(site.state == "answered" and site.complete for site in self.sites)
 
 
 # ── writes ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,6 +318,7 @@ class SearchEmbedding(Request, frozen=True, kw_only=True):
     filter: dict[str, Any] = {}
     output_fields: list[str] = []
     include_vectors: bool = False
+    scope: Scope = "all"
     consistency: Consistency | None = None
 
 
@@ -300,6 +328,7 @@ class SearchText(Request, frozen=True, kw_only=True):
     query: Annotated[str, Meta(min_length=1, max_length=4096)]
     k: Count = 10
     type: str | None = None
+    scope: Scope = "all"
     consistency: Consistency | None = None
 
 
@@ -313,11 +342,15 @@ class Hit(Reply, frozen=True, kw_only=True):
 
 
 class Hits(Reply, frozen=True, kw_only=True):
-    """Best first. `coverage` is there on a federated reply."""
+    """Best first. `coverage` is there on a federated reply.
+
+    To another site it says that it is `restricted`, if its policy may have kept something back.
+    """
 
     hits: list[Hit]
     watermark: Token
     coverage: Coverage | None = None
+    restricted: bool = False
 
 
 class Traverse(Request, frozen=True, kw_only=True):
@@ -331,6 +364,7 @@ class Traverse(Request, frozen=True, kw_only=True):
     direction: Direction = "out"
     depth: Annotated[int, Meta(ge=1, le=64)] = 1
     limit: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    scope: Scope = "all"
     consistency: Consistency | None = None
 
 
@@ -350,6 +384,7 @@ class Traversal(Reply, frozen=True, kw_only=True):
     truncated: bool
     watermark: Token
     coverage: Coverage
+    restricted: bool = False
 
 
 # ── between the router and the shards ───────────────────────────────────────────────────────────────────────
@@ -373,12 +408,14 @@ class Expand(Request, frozen=True, kw_only=True):
 class Expanded(Reply, frozen=True, kw_only=True):
     """Edges as (from, relation, to) in the direction walked. `truncated` if there were more than `limit`.
 
-    `ahead` are the entities beyond those asked for whose edges are all there too, also where there are none.
+    `ahead` are the entities beyond those asked for whose edges are all there too, also where there are none. Of those
+    that are `lacking` a device's hub may know more.
     """
 
     edges: list[tuple[str, str, str]]
     truncated: bool
     ahead: list[str] = []
+    lacking: list[str] = []
     watermark: Token
 
 
@@ -442,6 +479,89 @@ class Descriptions(Reply, frozen=True, kw_only=True):
     watermark: Token
 
 
+class AskHeld(Request, frozen=True, kw_only=True):
+    """Request of `shard_held`."""
+
+
+class Held(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_held`: entities that are held for this device, and the bytes that its hub sent of them."""
+
+    entities: int
+    bytes: int
+
+
+class AskErased(Request, frozen=True, kw_only=True):
+    """Request of `shard_erased`: about the forget at this `sequence` of the site's log."""
+
+    entity_id: Annotated[str, Meta(min_length=1)]
+    sequence: Sequence
+
+
+class Erased(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_erased`: how many `events` the forget erased, and the log sequences of those that are left."""
+
+    events: int
+    left: list[int]
+    watermark: Token
+
+
+class Receipt(Reply, frozen=True, kw_only=True):
+    """What one site erased for one forget, which is at `sequence` of its log: so many events of its stores.
+
+    `forget` names the forget, the same at every site.
+    """
+
+    forget: str
+    site: str
+    tenant: str
+    entity_id: str
+    sequence: int
+    events: int
+    erased_at: Time
+
+
+class ConfirmErased(Request, frozen=True, kw_only=True):
+    """Request of `confirm_erased`."""
+
+    receipts: Annotated[list[Receipt], Meta(max_length=1000)]
+
+
+class Confirmed(Reply, frozen=True, kw_only=True):
+    """Reply of `confirm_erased`: the hub keeps the receipts."""
+
+
+class AskErasures(Request, frozen=True, kw_only=True):
+    """Request of `erasures`: the latest, of one tenant or entity if named."""
+
+    tenant: str | None = None
+    entity_id: str | None = None
+    limit: Count = 100
+
+
+class PendingSite(Reply, frozen=True, kw_only=True):
+    """A device that has still to hear of a forget, and how long it has been silent; `None`: since the hub started."""
+
+    site: str
+    silent_s: float | None
+
+
+class Erasure(Reply, frozen=True, kw_only=True):
+    """One forget: the receipts of those who erased something, the sites that had nothing of it, and those who wait."""
+
+    tenant: str
+    entity_id: str
+    sequence: int
+    receipts: list[Receipt]
+    nothing: list[str]
+    pending: list[PendingSite]
+
+
+class Erasures(Reply, frozen=True, kw_only=True):
+    """Reply of `erasures`, the latest first."""
+
+    erasures: list[Erasure]
+
+
 class Status(Request, frozen=True, kw_only=True):
     """Request of `shard_status`."""
 
@@ -463,8 +583,6 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     vectors: int
     skipped: int = 0
     quarantined: dict[str, int] = {}
-    held: int = 0
-    held_bytes: int = 0
     digest: str | None = None
 
 
@@ -475,13 +593,17 @@ class AskPosition(Request, frozen=True, kw_only=True):
     """Request of `uplink_position`, with what a device says of itself every few seconds.
 
     `waiting` events are still to be sent, the oldest for `lag_s`; it has the hub's log up to `downlinked`, of what it
-    wants. `clock_ms` is the device's time, in milliseconds since 1970, and `log_bytes` the size of its log. `policy` is
-    the version of the policy that it was handed.
+    wants, and has erased what was forgotten there up to `erased`. `clock_ms` is the device's time, in milliseconds
+    since 1970, and `log_bytes` the size of its log. It holds so many entities and bytes of the hub's. `policy` is the
+    version of the policy that it was handed.
     """
 
     waiting: Annotated[int, Meta(ge=0)] = 0
     lag_s: Annotated[float, Meta(ge=0)] = 0.0
     downlinked: Annotated[int, Meta(ge=0)] = 0
+    erased: Annotated[int, Meta(ge=0)] = 0
+    held: Annotated[int, Meta(ge=0)] = 0
+    held_bytes: Annotated[int, Meta(ge=0)] = 0
     clock_ms: int = 0
     log_bytes: Annotated[int, Meta(ge=0)] = 0
     policy: int = 0
@@ -622,13 +744,23 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
     """What a hub knows of one device: up to where it has its log, and what the device last said of itself.
 
     `silent_s` is how long ago that was, in seconds; after a restart of the hub it is when the last events came, and the
-    rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's.
+    rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` up to where it
+    has the hub's log, of what it wants, and `downlink_waiting` how many messages of that log are beyond; up to `erased`
+    it has erased what was forgotten. It holds so much of the hub's. Of no `tenants`: it may have the memory of all.
     """
 
     site: str
     linked: bool
     silent_s: float
     uplinked: int
+    region: str = ""
+    tenants: list[str] = []
+    downlinked: int | None = None
+    downlink_waiting: int | None = None
+    erased: int | None = None
+    held: int | None = None
+    held_bytes: int | None = None
+    quarantined: int = 0
     waiting: int | None = None
     lag_s: float | None = None
     clock_offset_ms: int | None = None

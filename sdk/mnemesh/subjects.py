@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "ca8763213f0e"
+CONTRACT = "40fa9cb5b521"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -102,8 +102,8 @@ TIMELINE = Operation(
 SEARCH_EMBEDDING = Operation(
     name="search_embedding",
     owner="router",
-    callers=("agent",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>",),
+    callers=("agent", "hub", "edge",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0", "_INBOX_edge.<site>",),
     subject="mnemesh.v1.memory.search_embedding.<tenant>.<agent>",
     served="mnemesh.v1.memory.search_embedding.<tenant>.<agent>",
     request=messages.SearchEmbedding,
@@ -117,8 +117,8 @@ SEARCH_EMBEDDING = Operation(
 SEARCH_TEXT = Operation(
     name="search_text",
     owner="router",
-    callers=("agent",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>",),
+    callers=("agent", "hub", "edge",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0", "_INBOX_edge.<site>",),
     subject="mnemesh.v1.memory.search_text.<tenant>.<agent>",
     served="mnemesh.v1.memory.search_text.<tenant>.<agent>",
     request=messages.SearchText,
@@ -132,8 +132,8 @@ SEARCH_TEXT = Operation(
 TRAVERSE = Operation(
     name="traverse",
     owner="router",
-    callers=("agent", "hub",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0",),
+    callers=("agent", "hub", "edge",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0", "_INBOX_edge.<site>",),
     subject="mnemesh.v1.memory.traverse.<tenant>.<agent>",
     served="mnemesh.v1.memory.traverse.<tenant>.<agent>",
     request=messages.Traverse,
@@ -264,6 +264,36 @@ SHARD_DESCRIBE = Operation(
     concurrency=64,
     mailbox=1024,
 )
+SHARD_HELD = Operation(
+    name="shard_held",
+    owner="shard",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.shard.held.<site>.<shard>",
+    served="mnemesh.v1.shard.held.<site>.<shard>",
+    request=messages.AskHeld,
+    reply=messages.Held,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=4,
+    mailbox=64,
+)
+SHARD_ERASED = Operation(
+    name="shard_erased",
+    owner="shard",
+    callers=("hub", "edge",),
+    inboxes=("_INBOX_hub_0", "_INBOX_edge.<site>",),
+    subject="mnemesh.v1.shard.erased.<site>.<shard>.<tenant>.<agent>",
+    served="mnemesh.v1.shard.erased.<site>.<shard>.<tenant>.<agent>",
+    request=messages.AskErased,
+    reply=messages.Erased,
+    budget_ms=30000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=16,
+    mailbox=1024,
+)
 UPLINK_POSITION = Operation(
     name="uplink_position",
     owner="hub",
@@ -339,11 +369,131 @@ HUB_TIMELINE = Operation(
     concurrency=64,
     mailbox=1024,
 )
-DEVICES = Operation(
-    name="devices",
+HUB_SEARCH = Operation(
+    name="hub_search",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.search.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.edge.search.<site>.<tenant>.<agent>",
+    request=messages.SearchEmbedding,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=256,
+    mailbox=4096,
+)
+HUB_SEARCH_TEXT = Operation(
+    name="hub_search_text",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.search_text.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.edge.search_text.<site>.<tenant>.<agent>",
+    request=messages.SearchText,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=256,
+    mailbox=4096,
+)
+HUB_TRAVERSE = Operation(
+    name="hub_traverse",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.traverse.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.edge.traverse.<site>.<tenant>.<agent>",
+    request=messages.Traverse,
+    reply=messages.Traversal,
+    budget_ms=5000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=256,
+    mailbox=4096,
+)
+DEVICE_SEARCH = Operation(
+    name="device_search",
+    owner="edge",
+    callers=("router",),
+    inboxes=("_INBOX_router_0",),
+    subject="mnemesh.v1.device.search.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.device.search.<site>.<tenant>.<agent>",
+    request=messages.SearchEmbedding,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+DEVICE_SEARCH_TEXT = Operation(
+    name="device_search_text",
+    owner="edge",
+    callers=("router",),
+    inboxes=("_INBOX_router_0",),
+    subject="mnemesh.v1.device.search_text.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.device.search_text.<site>.<tenant>.<agent>",
+    request=messages.SearchText,
+    reply=messages.Hits,
+    budget_ms=2000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+DEVICE_TRAVERSE = Operation(
+    name="device_traverse",
+    owner="edge",
+    callers=("router",),
+    inboxes=("_INBOX_router_0",),
+    subject="mnemesh.v1.device.traverse.<site>.<tenant>.<agent>",
+    served="mnemesh.v1.device.traverse.<site>.<tenant>.<agent>",
+    request=messages.Traverse,
+    reply=messages.Traversal,
+    budget_ms=5000,
+    max_bytes=524288,
+    idempotent="always",
+    concurrency=64,
+    mailbox=1024,
+)
+CONFIRM_ERASED = Operation(
+    name="confirm_erased",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_INBOX_edge.<site>",),
+    subject="mnemesh.v1.edge.confirm_erased.<site>",
+    served="mnemesh.v1.edge.confirm_erased.<site>",
+    request=messages.ConfirmErased,
+    reply=messages.Confirmed,
+    budget_ms=5000,
+    max_bytes=1048576,
+    idempotent="always",
+    concurrency=16,
+    mailbox=256,
+)
+ERASURES = Operation(
+    name="erasures",
     owner="hub",
     callers=("operator",),
     inboxes=("_INBOX_operator_0",),
+    subject="mnemesh.v1.hub.erasures",
+    served="mnemesh.v1.hub.erasures",
+    request=messages.AskErasures,
+    reply=messages.Erasures,
+    budget_ms=30000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=4,
+    mailbox=64,
+)
+DEVICES = Operation(
+    name="devices",
+    owner="hub",
+    callers=("operator", "router",),
+    inboxes=("_INBOX_operator_0", "_INBOX_router_0",),
     subject="mnemesh.v1.hub.devices",
     served="mnemesh.v1.hub.devices",
     request=messages.AskDevices,
@@ -388,11 +538,21 @@ OPERATIONS: dict[str, AnyOperation] = {
     "shard_status": SHARD_STATUS,
     "shard_list": SHARD_LIST,
     "shard_describe": SHARD_DESCRIBE,
+    "shard_held": SHARD_HELD,
+    "shard_erased": SHARD_ERASED,
     "uplink_position": UPLINK_POSITION,
     "open_feed": OPEN_FEED,
     "next_feed": NEXT_FEED,
     "hub_get_context": HUB_GET_CONTEXT,
     "hub_timeline": HUB_TIMELINE,
+    "hub_search": HUB_SEARCH,
+    "hub_search_text": HUB_SEARCH_TEXT,
+    "hub_traverse": HUB_TRAVERSE,
+    "device_search": DEVICE_SEARCH,
+    "device_search_text": DEVICE_SEARCH_TEXT,
+    "device_traverse": DEVICE_TRAVERSE,
+    "confirm_erased": CONFIRM_ERASED,
+    "erasures": ERASURES,
     "devices": DEVICES,
     "edge_status": EDGE_STATUS,
 }
@@ -402,8 +562,9 @@ SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves 
 SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
 POLICIES = Bucket(name="mnemesh_policies", about="what may leave this site, as set here or handed by its hub")
 SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of the devices that may connect")
+RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site and, at a hub, at its devices")
 
-BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES)
+BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, RECEIPTS)
 
 
 LOG_DUPLICATE_WINDOW_S = 120
@@ -597,6 +758,16 @@ def shard_describe(site: str, shard: str, tenant: str, agent: str) -> str:
     return f"mnemesh.v1.shard.describe.{site}.{shard}.{tenant}.{agent}"
 
 
+def shard_held(site: str, shard: str) -> str:
+    """How much one shard holds for its device."""
+    return f"mnemesh.v1.shard.held.{site}.{shard}"
+
+
+def shard_erased(site: str, shard: str, tenant: str, agent: str) -> str:
+    """What is left of an entity after a forget, once every store has applied it."""
+    return f"mnemesh.v1.shard.erased.{site}.{shard}.{tenant}.{agent}"
+
+
 def uplink_position(site: str) -> str:
     """Up to where the hub has a device's log."""
     return f"mnemesh.v1.edge.position.{site}"
@@ -620,6 +791,46 @@ def hub_get_context(site: str, tenant: str, agent: str) -> str:
 def hub_timeline(site: str, tenant: str, agent: str) -> str:
     """Timeline at the hub, for a device that does not hold the entity."""
     return f"mnemesh.v1.edge.timeline.{site}.{tenant}.{agent}"
+
+
+def hub_search(site: str, tenant: str, agent: str) -> str:
+    """Search_embedding over the hub's own shards, for a device."""
+    return f"mnemesh.v1.edge.search.{site}.{tenant}.{agent}"
+
+
+def hub_search_text(site: str, tenant: str, agent: str) -> str:
+    """Search_text over the hub's own shards, for a device."""
+    return f"mnemesh.v1.edge.search_text.{site}.{tenant}.{agent}"
+
+
+def hub_traverse(site: str, tenant: str, agent: str) -> str:
+    """Traverse over the hub's own shards, for a device."""
+    return f"mnemesh.v1.edge.traverse.{site}.{tenant}.{agent}"
+
+
+def device_search(site: str, tenant: str, agent: str) -> str:
+    """Search_embedding over what a device has, as far as its policy lets it out."""
+    return f"mnemesh.v1.device.search.{site}.{tenant}.{agent}"
+
+
+def device_search_text(site: str, tenant: str, agent: str) -> str:
+    """Search_text over what a device has, as far as its policy lets it out."""
+    return f"mnemesh.v1.device.search_text.{site}.{tenant}.{agent}"
+
+
+def device_traverse(site: str, tenant: str, agent: str) -> str:
+    """Traverse over what a device has, as far as its policy lets it out."""
+    return f"mnemesh.v1.device.traverse.{site}.{tenant}.{agent}"
+
+
+def confirm_erased(site: str) -> str:
+    """A device says what it erased."""
+    return f"mnemesh.v1.edge.confirm_erased.{site}"
+
+
+def erasures() -> str:
+    """What was forgotten, who has erased it, and who has still to."""
+    return "mnemesh.v1.hub.erasures"
 
 
 def devices() -> str:

@@ -1,0 +1,45 @@
+"""Vectors to measure with: made, but with the structure that embeddings have."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from mnemesh import Consistency, Memory
+
+DIMENSION = 384
+LATENT = 32
+K = 10
+
+
+def made(
+    count: int, queries: int, seed: int = 7
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Unit vectors of 384 dimensions that mix 32 latent ones, with noise; queries alike; their exact best rows."""
+    mix = np.random.default_rng(0).standard_normal((LATENT, DIMENSION)).astype(np.float32)
+    random = np.random.default_rng(seed)
+
+    def some(number: int) -> np.ndarray[Any, Any]:
+        latent = random.standard_normal((number, LATENT)).astype(np.float32) @ mix
+        noisy = latent + 0.3 * LATENT**0.5 * random.standard_normal((number, DIMENSION)).astype(np.float32)
+        unit: np.ndarray[Any, Any] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
+        return unit
+
+    vectors, asked = some(count), some(queries)
+    exact = [np.argpartition(-(vectors @ query), K)[:K] for query in asked]
+    return vectors, asked, np.stack(exact)
+
+
+async def write_to_recall(writer: Memory, reader: Memory, vectors: np.ndarray[Any, Any]) -> list[float]:
+    """Seconds from the start of each write until the reader's search has found it, one after the other."""
+    took = []
+    for number, vector in enumerate(vectors):
+        began = time.perf_counter()
+        written = await writer.upsert_embedding(f"new:{number}", vector, space="s")
+        mine = Consistency(level="session", token=written.token)
+        found = await reader.search_embedding(vector, space="s", k=1, consistency=mine)
+        took.append(time.perf_counter() - began)
+        assert found.hits[0].entity_id == f"new:{number}", "a write was not recalled"
+    return took

@@ -1,0 +1,31 @@
+"""How a device's process gives back the memory that it has freed. Python and FAISS get theirs from the C library.
+
+glibc keeps what was freed for the next who asks: one pool a thread, of blocks up to 32 MiB once such a one was freed. A
+device that had written 50,000 memories of 384 dimensions and built their graph held 220 MiB where it needed 150. Other
+C libraries are left as they are.
+
+https://man7.org/linux/man-pages/man3/mallopt.3.html
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import platform
+
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # malloc.h
+_OWN_MAPPING_FROM = 1 << 20
+_POOLS = 2
+TRIM_S = 60.0
+
+
+async def keep_small() -> None:
+    """Blocks from 1 MiB on go back at once, threads share two pools, and free pages go back every minute; for ever."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, _OWN_MAPPING_FROM)
+    libc.mallopt(_ARENA_MAX, _POOLS)
+    while True:
+        await asyncio.sleep(TRIM_S)
+        await asyncio.to_thread(libc.malloc_trim, 0)  # 5 to 10 ms where there is much to give back

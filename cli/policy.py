@@ -1,0 +1,59 @@
+"""`mnemesh policy set | show | rm`: what may leave a site, at its hub or on a device that runs.
+
+What is set at a hub is handed to its devices. What is set on a device holds for that device's own data, whatever the
+hub hands. `services/sovereignty.py` has the format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from cli.operator import asking, options_of
+from cli.server_config import ServerOptions
+from mnemesh import kv, subjects
+from mnemesh.errors import BadRequest
+from services.sovereignty_text import parse
+
+OWN = "own"
+
+
+def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+    for verb, about in (("set", "what may leave, from a file"), ("show", "what holds"), ("rm", "all may leave again")):
+        command = verbs.add_parser(verb, help=about)
+        command.add_argument("--data", type=Path, default=data, help="folder of the site (default: %(default)s)")
+    verbs.choices["set"].add_argument("file", type=Path, help="YAML or JSON")
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Returns the exit status. Raises a `MnemeshError` that says what cannot be."""
+    text = read_policy(flags.file) if flags.verb == "set" else ""
+    asyncio.run(_run(flags.verb, options_of(flags.data), text))
+    return 0
+
+
+def read_policy(file: Path) -> str:
+    """The text of a policy file. Raises `BadRequest` that says what is wrong with it."""
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"cannot read the policy {file}: {error}") from error
+    parse(text)
+    return text
+
+
+async def _run(verb: str, options: ServerOptions, text: str) -> None:
+    bucket = subjects.POLICIES.name
+    async with asking(options, "policy") as asker:
+        inbox = asker.inbox
+        own = await kv.get(inbox, bucket, OWN)
+        if verb == "set":
+            if own and parse(text).version <= parse(own.decode()).version and text.encode() != own:
+                raise BadRequest(f"version {parse(text).version} is not newer than the one that holds")
+            await kv.put(inbox, bucket, OWN, text.encode())
+        elif verb == "rm":
+            await kv.delete(inbox, bucket, OWN)
+        else:
+            print((own or await kv.get(inbox, bucket, "handed") or b"# all may leave\n").decode(), end="")

@@ -1,0 +1,67 @@
+"""Telling the hub what was erased here: each receipt once it is kept, and again after a start, until the hub has it.
+
+Looks at `mnemesh` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import aclosing
+
+import msgspec
+
+from mnemesh import kv, subjects
+from mnemesh.asker import Asker
+from mnemesh.errors import MnemeshError
+from mnemesh.follower import Follower
+from mnemesh.jetstream import stream_state
+from mnemesh.messages import ConfirmErased, Receipt
+
+logger = logging.getLogger("mnemesh.confirming")
+
+MOST = 500
+RETRY_S = 2.0
+TOLD = "told"
+"""The key under which the bucket holds up to where the hub has been told."""
+
+
+class Confirming:
+    """Sends the receipts of one device. `run` for ever."""
+
+    def __init__(self, asker: Asker, *, site: str) -> None:
+        self._asker = asker
+        self._site = site
+
+    async def run(self) -> None:
+        """Follow the receipts' bucket, from up to where the hub has been told."""
+        inbox, bucket = self._asker.inbox, subjects.RECEIPTS.name
+        stream = f"KV_{bucket}"
+        state = await stream_state(inbox, stream)
+        told = int((await kv.get(inbox, bucket, TOLD) or b"0").decode())
+        follower = Follower(
+            self._asker.link, inbox, stream, after=min(told, state.last_sequence), incarnation=state.incarnation
+        )
+        async with aclosing(follower.batches(MOST)) as batches:
+            async for batch in batches:
+                receipts = [
+                    msgspec.json.decode(stored.message.data, type=Receipt)
+                    for stored in batch
+                    if stored.message.data and stored.message.subject.endswith(f".{self._site}")
+                ]
+                if receipts:
+                    await self._tell(receipts)
+                    await kv.put(inbox, bucket, TOLD, str(batch[-1].sequence).encode())
+
+    async def _tell(self, receipts: list[Receipt]) -> None:
+        """Tell the hub, for as long as it takes."""
+        asked = ConfirmErased(receipts=receipts)
+        while True:
+            try:
+                await self._asker.ask(subjects.CONFIRM_ERASED, subjects.confirm_erased(self._site), asked)
+            except MnemeshError as error:
+                logger.debug("the hub cannot be told what was erased: %s", error)
+                await asyncio.sleep(random.uniform(RETRY_S / 2, RETRY_S))
+            else:
+                return

@@ -1,0 +1,138 @@
+"""Other sites that answer a question, too: a hub's devices, a device's hub.
+
+Each has a deadline of its own, so that a slow line does not hold up what is here; a site that is out of reach is not
+asked, and the answer says so. What sites answer with is what their policies let out. Looks at `mnemesh` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from msgspec.structs import replace
+
+from mnemesh import messages, subjects
+from mnemesh.asker import Asker
+from mnemesh.call import Call
+from mnemesh.connection import Link
+from mnemesh.contract import AnyOperation
+from mnemesh.errors import Denied, MnemeshError, NotFound
+from mnemesh.messages import DeviceSeen, SiteCoverage
+
+PATIENCE_S = 0.25
+"""How long another site may take, at most; it never gets more than half of what is left of the budget."""
+
+LOOK_S = 2.0
+"""How often the hub is asked which of its devices are there."""
+
+Question: TypeAlias = Literal["search", "search_text", "traverse"]
+Subject: TypeAlias = Callable[[str, str, str], str]
+"""From (site, tenant, agent)."""
+
+TO_DEVICE: dict[Question, tuple[AnyOperation, Subject]] = {
+    "search": (subjects.DEVICE_SEARCH, subjects.device_search),
+    "search_text": (subjects.DEVICE_SEARCH_TEXT, subjects.device_search_text),
+    "traverse": (subjects.DEVICE_TRAVERSE, subjects.device_traverse),
+}
+TO_HUB: dict[Question, tuple[AnyOperation, Subject]] = {
+    "search": (subjects.HUB_SEARCH, subjects.hub_search),
+    "search_text": (subjects.HUB_SEARCH_TEXT, subjects.hub_search_text),
+    "traverse": (subjects.HUB_TRAVERSE, subjects.hub_traverse),
+}
+
+
+class Answer(NamedTuple):
+    """What a site said, if it said something, and what that is worth."""
+
+    coverage: SiteCoverage
+    reply: Any = None
+
+
+class Peers(Protocol):
+    """The sites that a router asks beside its own shards.
+
+    They `hold_the_rest` where this site knows of an entity whether there can be more of it elsewhere.
+    """
+
+    hold_the_rest: bool
+
+    async def follow(self) -> None:
+        """Keep current which they are, for ever."""
+
+    async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
+        """Ask all that are in reach at once; an answer for each, in the order of their names. Never raises."""
+
+
+class Devices:
+    """The devices of the site whose router this is, as far as they deal with the asker's tenant."""
+
+    hold_the_rest = False
+
+    def __init__(self, link: Link, asker: Asker) -> None:
+        self._link = link
+        self._asker = asker
+        self._seen: dict[str, DeviceSeen] = {}
+        self._askers: dict[str, Asker] = {}
+
+    async def follow(self) -> None:
+        while True:
+            try:
+                told = await self._asker.ask(subjects.DEVICES, subjects.devices(), messages.AskDevices())
+            except MnemeshError:
+                self._seen = {name: replace(device, linked=False) for name, device in self._seen.items()}
+            else:
+                for device in told.devices:
+                    if device.linked and device.site not in self._askers:
+                        await self._open(device.site)
+                self._seen = {device.site: device for device in told.devices}
+            await asyncio.sleep(LOOK_S)
+
+    async def _open(self, site: str) -> None:
+        """An inbox for this device alone, so that it cannot answer in the place of others."""
+        self._askers[site] = await Asker(self._link, inbox=f"{self._link.options.inbox_prefix}.{site}").open()
+
+    async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
+        if not self._seen or request.scope == "here":
+            return []
+        tenant = call.caller.tenant
+        meant = [device for device in self._seen.values() if not device.tenants or tenant in device.tenants]
+        return await asyncio.gather(*(self._one(device, question, request, call) for device in meant))
+
+    async def _one(self, device: DeviceSeen, question: Question, request: Any, call: Call) -> Answer:
+        asker = self._askers.get(device.site)
+        if not device.linked or asker is None:
+            return unreachable(device.site, device.silent_s)
+        operation, subject = TO_DEVICE[question]
+        asked = request
+        if request.consistency is not None:
+            asked = replace(request, consistency=request.consistency.of_site(device.site))
+        return await ask_site(asker, device.site, operation, subject, device.site, asked, call)
+
+
+async def ask_site(
+    asker: Asker, named: str, operation: AnyOperation, subject: Subject, site: str, request: Any, call: Call
+) -> Answer:
+    """Ask the site that an answer calls `named`, by the subject of `site`."""
+    caller = call.caller
+    budget_s = min(PATIENCE_S, call.remaining_s() / 2)
+    try:
+        reply = await asker.ask(operation, subject(site, caller.tenant, caller.agent), request, budget_s=budget_s)
+    except NotFound:  # it has no such space
+        return Answer(SiteCoverage(site=named, state="answered"))
+    except Denied:
+        return Answer(SiteCoverage(site=named, state="refused"))
+    except MnemeshError:
+        return unreachable(named, 0.0)
+    told = SiteCoverage(
+        site=named,
+        state="answered",
+        watermark=reply.watermark,
+        restricted=reply.restricted,
+        complete=reply.coverage is None or reply.coverage.complete,
+    )
+    return Answer(told, reply)
+
+
+def unreachable(site: str, silent_s: float) -> Answer:
+    return Answer(SiteCoverage(site=site, state="unreachable", silent_s=silent_s))

@@ -1,0 +1,142 @@
+"""What one site tells another that asks: its own router's answer, cut down to what its policy lets out.
+
+A device answers its hub so, and a hub its devices. Types decide, so they are looked up for whatever was found. Errors
+are told by their code alone, for their words may quote what is kept back. Looks at `site_policy`, `sovereignty`,
+`router.inventory` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from operator import and_
+from typing import Any
+
+from msgspec.structs import replace
+
+from mnemesh import subjects
+from mnemesh.asker import Asker
+from mnemesh.call import Call
+from mnemesh.contract import Operation, R
+from mnemesh.errors import BY_CODE, Denied, MnemeshError
+from mnemesh.messages import Context, Description, Hit, Hits, SearchEmbedding, SearchText, Traversal, Traverse
+from router.inventory import Inventory
+from services.site_policy import SitePolicy
+from services.sovereignty import ALL, Leaves, allows_search, reduced_context, reduced_hit
+
+MOST_HITS = 1000
+WIDENED = 4
+"""How many times as many hits are asked for where too few of them may leave."""
+
+
+class Disclosure:
+    """Asks the router of its own site, and lets out what may leave."""
+
+    def __init__(self, asker: Asker, inventory: Inventory, policy: SitePolicy) -> None:
+        self._asker = asker
+        self._inventory = inventory
+        self._policy = policy
+
+    async def search(self, request: SearchEmbedding, call: Call) -> Hits:
+        return await self._search(
+            subjects.SEARCH_EMBEDDING, subjects.search_embedding, request, call, list(request.filter), request.space
+        )
+
+    async def search_text(self, request: SearchText, call: Call) -> Hits:
+        return await self._search(subjects.SEARCH_TEXT, subjects.search_text, request, call, [], None)
+
+    async def traverse(self, request: Traverse, call: Call) -> Traversal:
+        """An edge leaves where both of its ends let its relation out, for it tells of both."""
+        tenant = self._admitted(call)
+        walked = await self._ask(subjects.TRAVERSE, subjects.traverse, replace(request, scope="here"), call)
+        if not self.restricts(tenant):
+            return walked
+        ids = [node.entity_id for node in walked.nodes]
+        leaves = await self.leaves(tenant, ids, walked.watermark.get(self._policy.site, 0))
+        kept: set[str | None] = {None}
+        nodes = []
+        for node in walked.nodes:  # nearest first, so who reached a node comes before it
+            ends = (node.via, node.entity_id) if node.via is not None else ()
+            if node.via in kept and all(leaves[end].tells_edges(node.relation or "") for end in ends):
+                kept.add(node.entity_id)
+                nodes.append(node)
+        return replace(walked, nodes=nodes, restricted=True)
+
+    async def context(self, context: Context, call: Call) -> Context:
+        """A context that was read here, as it may leave. Raises `Denied` if it may not."""
+        tenant = self._admitted(call)
+        if not self.restricts(tenant):
+            return context
+        leaves = await self.leaves(tenant, [context.entity_id], context.version)
+        reduced = reduced_context(context, leaves[context.entity_id])
+        if reduced is None:
+            raise Denied(f"the policy of {self._policy.site} keeps this back")
+        return reduced
+
+    def restricts(self, tenant: str) -> bool:
+        """Whether anything of a tenant may be kept back here."""
+        return any(self._policy.policy.restricts(tenant, region) for region in self._policy.regions)
+
+    async def leaves(self, tenant: str, entity_ids: Iterable[str], upto: int) -> dict[str, Leaves]:
+        """What may leave of each entity, wherever it was written."""
+        described = await self._inventory.describe(tenant, list(entity_ids), upto=upto)
+        return {entity_id: self._leaves(tenant, told) for entity_id, told in described.items()}
+
+    def _leaves(self, tenant: str, entity: Description) -> Leaves:
+        regions = {self._policy.region_of(site) for site in (*entity.sites, self._policy.site)}
+        return reduce(and_, (self._policy.leaves(tenant, entity.type, region) for region in regions), ALL)
+
+    def _admitted(self, call: Call) -> str:
+        """The caller's tenant. Raises `Denied` where nothing at all of it may leave."""
+        tenant = call.caller.tenant
+        if self._policy.policy.refuses(tenant, self._policy.region):
+            raise Denied(f"the policy of {self._policy.site} keeps this back")
+        return tenant
+
+    async def _search(
+        self,
+        operation: Operation[Any, Hits],
+        subject: Callable[[str, str], str],
+        request: Any,
+        call: Call,
+        filtered: list[str],
+        space: str | None,
+    ) -> Hits:
+        """As many hits as asked for of those that may leave: more are looked at as long as too few may."""
+        tenant = self._admitted(call)
+        if not self.restricts(tenant):
+            return await self._ask(operation, subject, replace(request, scope="here"), call)
+        most = min(MOST_HITS, request.k * WIDENED)
+        while True:
+            found = await self._ask(operation, subject, replace(request, scope="here", k=most), call)
+            ids = [hit.entity_id for hit in found.hits]
+            upto = found.watermark.get(self._policy.site, 0)
+            leaves = await self.leaves(tenant, ids, upto) if ids else {}
+            hits = _kept(found.hits, leaves, request.type, filtered, space)
+            if len(hits) >= request.k or len(ids) < most or most == MOST_HITS:
+                return replace(found, hits=hits[: request.k], restricted=True)
+            most = min(MOST_HITS, most * WIDENED)
+
+    async def _ask(
+        self, operation: Operation[Any, R], subject: Callable[[str, str], str], request: object, call: Call
+    ) -> R:
+        try:
+            return await self._asker.ask(operation, subject(call.caller.tenant, call.caller.agent), request)
+        except MnemeshError as error:
+            raise self.told(error) from error
+
+    def told(self, error: MnemeshError) -> MnemeshError:
+        """An error as another site may hear of it."""
+        return BY_CODE[error.code](f"{self._policy.site} cannot answer", retry_after_ms=error.retry_after_ms)
+
+
+def _kept(
+    hits: Iterable[Hit], leaves: Mapping[str, Leaves], kind: str | None, filtered: list[str], space: str | None
+) -> list[Hit]:
+    """The hits that may leave, as they may."""
+    kept = []
+    for hit in hits:
+        may = leaves[hit.entity_id]
+        if allows_search(may, kind, filtered) and (reduced := reduced_hit(hit, may, space)) is not None:
+            kept.append(reduced)
+    return kept

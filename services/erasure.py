@@ -1,0 +1,144 @@
+"""Erasure at one site: what a forget leaves behind in the log is purged, and a receipt says so.
+
+    follow the log → a forget → wait until every store has applied it → purge what it erased → receipt
+
+A forget that is stored erases, by its own headers, what its own site wrote of the entity. What other sites wrote lies
+under their subjects, and a forget wins over what was written before it, wherever: the stores know which that is. Of
+each origin the erased events are the first ones, so one purge a subject takes them out. How far this has come is kept
+in the receipts' bucket, so a site that was away erases what it missed. Looks at `router.inventory` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from contextlib import aclosing
+from datetime import UTC, datetime
+
+import msgspec
+
+from mnemesh import kv, subjects
+from mnemesh.asker import Asker
+from mnemesh.atomic_batch import ROLLUP
+from mnemesh.clock import is_too_far_ahead
+from mnemesh.errors import MnemeshError
+from mnemesh.event import Event, decode_event
+from mnemesh.follower import Follower
+from mnemesh.jetstream import SiteKind, Stored, api, history_of, last_of_each, stream_state
+from mnemesh.messages import Receipt
+from mnemesh.origin import birth_of, decode_mark, place_of
+from router.inventory import Inventory
+
+logger = logging.getLogger("mnemesh.erasure")
+
+MOST_READ = 1000
+SAVE_AFTER = 5_000
+"""Messages after which the place is kept although nothing was forgotten, so that a start need not read them again."""
+
+PLACE = "place"
+"""The key under which the bucket holds up to where the log was gone through."""
+
+
+class Eraser:
+    """Erases at one site. `run` for ever."""
+
+    def __init__(self, asker: Asker, inventory: Inventory, *, site: str, kind: SiteKind = "hub") -> None:
+        self._asker = asker
+        self._inventory = inventory
+        self._site = site
+        self._kind = kind
+        self._log = subjects.log_stream(site)
+        self.place = 0
+        """Up to where all that was forgotten is erased."""
+        self.upto: dict[str, int] = defaultdict(int)
+        """The same in the logs of other sites, as far as theirs are in this one."""
+        self.erased = 0
+        self._saved = 0
+
+    async def run(self) -> None:
+        """Erase for ever. Raises what keeps it from that; run it again then."""
+        inbox = self._asker.inbox
+        state = await stream_state(inbox, self._log)
+        self._incarnation = state.incarnation
+        held = await kv.get(inbox, subjects.RECEIPTS.name, PLACE)
+        incarnation, _, place = (held or b"").decode().rpartition(" ")
+        self.place = self._saved = int(place) if incarnation == state.incarnation else 0
+        for stored in await last_of_each(inbox, self._log, subjects.log_mark("*")):
+            if stored.sequence <= self.place:
+                self.upto[place_of(stored.message.subject).origin] = decode_mark(stored.message.data).sequence
+        follower = Follower(self._asker.link, inbox, self._log, after=self.place, incarnation=state.incarnation)
+        async with aclosing(follower.batches(MOST_READ)) as batches:
+            async for batch in batches:
+                erased = self.erased
+                for stored in batch:
+                    await self._take(stored)
+                self.place = batch[-1].sequence
+                if self.erased > erased or self.place - self._saved > SAVE_AFTER:
+                    await kv.put(inbox, subjects.RECEIPTS.name, PLACE, f"{state.incarnation} {self.place}".encode())
+                    self._saved = self.place
+
+    async def _take(self, stored: Stored) -> None:
+        """Erase what this message forgets, if it does."""
+        place = place_of(stored.message.subject)
+        try:
+            if place.is_mark:
+                self.upto[place.origin] = decode_mark(stored.message.data).sequence
+            if not place.is_event or ROLLUP not in stored.message.headers:
+                return
+            event = decode_event(stored.message.data)
+        except MnemeshError as error:
+            logger.error("message %d of %s cannot be read: %s", stored.sequence, self._log, error)
+            return
+        if event.op == "forget":
+            await self._erase(stored, event)
+
+    async def _erase(self, stored: Stored, event: Event) -> None:
+        left = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
+        await self._purge(stored, set(left.left), left.watermark[self._site])
+        receipt = Receipt(
+            forget=self._name_of(stored, event),
+            site=self._site,
+            tenant=event.tenant,
+            entity_id=event.entity_id,
+            sequence=stored.sequence,
+            events=left.events,
+            erased_at=datetime.now(UTC),
+        )
+        await keep(self._asker, receipt)
+        self.erased += 1
+
+    async def _purge(self, forget: Stored, left: set[int], upto: int) -> None:
+        """Take out of the log what the stores have no more, of each origin up to the first that is left."""
+        place = place_of(forget.message.subject)
+        anywhere = subjects.log_event("*", place.tenant, place.partition, place.entity)
+        first_left: dict[str, int] = {}
+        gone: dict[str, int] = {}
+        for stored in await history_of(self._asker.inbox, self._log, anywhere, upto=upto):
+            subject = stored.message.subject
+            if subject in first_left:
+                continue
+            if stored.sequence in left or self._is_put_aside(stored):
+                first_left[subject] = stored.sequence
+            else:
+                gone[subject] = stored.sequence
+        for subject, last in gone.items():
+            await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": subject, "seq": last + 1})
+
+    def _is_put_aside(self, stored: Stored) -> bool:
+        """Whether an event is quarantined, which hubs do: no store has it, and it is not lost for that."""
+        try:
+            return self._kind == "hub" and is_too_far_ahead(decode_event(stored.message.data).hlc, stored.recorded_at)
+        except MnemeshError:
+            return False
+
+    def _name_of(self, stored: Stored, event: Event) -> str:
+        """The same at every site: where the forget was born."""
+        birth = birth_of(stored.message, event.site)
+        log, sequence = birth or (f"{self._site} {self._incarnation}", stored.sequence)
+        return f"{event.site}-{hashlib.blake2b(log.encode(), digest_size=4).hexdigest()}-{sequence}"
+
+
+async def keep(asker: Asker, receipt: Receipt) -> None:
+    """Keep a receipt at this site, whoever's it is."""
+    await kv.put(asker.inbox, subjects.RECEIPTS.name, f"{receipt.forget}.{receipt.site}", msgspec.json.encode(receipt))

@@ -1,0 +1,152 @@
+"""A forget reaches every site: gone from stores and logs, with receipts, and whoever is away is known as pending."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from sites import TENANT, HubSite, alice_at, device, since
+
+from cli.edge_node import EdgeNode
+from cli.main import main
+from cli.operator import asking
+from cli.server_config import ServerOptions
+from mnemesh import Memory, subjects
+from mnemesh.errors import MnemeshError, NotFound, Unavailable
+from mnemesh.event import decode_event
+from mnemesh.jetstream import history_of
+from mnemesh.messages import AskErasures, Erasure, Interest, Want
+
+LONG_MS = 30_000
+EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
+
+
+@pytest_asyncio.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
+    async with HubSite(tmp_path / "hub").up() as hub:
+        yield hub
+
+
+async def logged(options: ServerOptions, entity: str) -> list[str]:
+    """What a site's log has of an entity: op and site of each event."""
+    async with asking(options, "test") as asker:
+        subject = subjects.log_event("*", TENANT, "*", entity)
+        found = await history_of(asker.inbox, subjects.log_stream(options.site), subject, upto=1 << 40)
+    events = [decode_event(stored.message.data) for stored in found]
+    return [f"{event.op} {event.site}" for event in events]
+
+
+async def until_logged(options: ServerOptions, entity: str, wanted: list[str]) -> None:
+    while await logged(options, entity) != wanted:
+        pass
+
+
+async def erasure_of(hub: HubSite, entity: str, *, receipts: int, nothing: int = 0) -> Erasure:
+    """The erasure of an entity, once so many sites have confirmed."""
+    while True:
+        async with asking(hub.options, "test") as asker:
+            asked = AskErasures(tenant=TENANT, entity_id=entity)
+            told = (await asker.ask(subjects.ERASURES, subjects.erasures(), asked)).erasures
+        if told and (len(told[0].receipts), len(told[0].nothing)) == (receipts, nothing):
+            return told[0]
+
+
+async def test_a_forget_at_the_hub_erases_what_every_site_wrote_in_every_log(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "a", name="a", interest=EVERYTHING) as one,
+        device(hub, tmp_path / "b", name="b", interest=EVERYTHING) as other,
+        device(hub, tmp_path / "c", name="c") as third,
+        alice_at(one.server) as at_one,
+        alice_at(other.server) as at_other,
+        alice_at(hub.server) as there,
+    ):
+        written = await at_one.set_context("e1", attributes={"n": 1}, text="secret", vectors={"v": [1.0]})
+        await at_other.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+        written = await at_other.set_context("e1", attributes={"m": 2})
+        await there.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+        written = await there.set_context("e1", attributes={"o": 3})
+        for memory in (at_one, at_other):
+            await memory.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+        forgotten = await there.forget("e1")
+        for memory in (at_one, at_other):
+            with pytest.raises(NotFound):
+                await memory.get_context("e1", consistency=since(forgotten), budget_ms=LONG_MS)
+        for site in (hub.options, one.options.server, other.options.server):
+            await until_logged(site, "e1", ["forget hub"])
+        erasure = await erasure_of(hub, "e1", receipts=3, nothing=1)
+        assert [(receipt.site, receipt.events) for receipt in erasure.receipts] == [("a", 3), ("b", 3), ("hub", 3)]
+        assert (erasure.nothing, erasure.pending) == (["c"], [])
+        assert third.options.server.site == "c"
+        written = await there.set_context("e1", attributes={"again": 1})
+        found = await at_one.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+        assert found.attributes == {"again": 1}
+
+
+async def test_a_forget_on_a_device_erases_what_the_hub_wrote_before_it(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "a", name="a", interest=EVERYTHING) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        written = await there.set_context("e1", attributes={"n": 1})
+        await here.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+        forgotten = await here.forget("e1")
+        with pytest.raises(NotFound):
+            await there.get_context("e1", consistency=since(forgotten), budget_ms=LONG_MS)
+        for site in (hub.options, node.options.server):
+            await until_logged(site, "e1", ["forget a"])
+        await erasure_of(hub, "e1", receipts=2)
+
+
+async def test_a_device_that_comes_back_after_long_erases_before_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with hub.up(), alice_at(hub.server) as there:
+        async with device(hub, tmp_path / "a", name="a", interest=EVERYTHING) as node, alice_at(node.server) as here:
+            written = await there.set_context("e1", attributes={"n": 1})
+            await here.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+        await there.forget("e1")
+        assert [waiting.site for waiting in (await erasure_of(hub, "e1", receipts=1)).pending] == ["a"]
+        monkeypatch.setattr("edge.node.LONG_S", 0.0)
+        async with device(hub, tmp_path / "a", name="a", interest=EVERYTHING) as node, alice_at(node.server) as here:
+            with pytest.raises(NotFound):  # the first answer that it gives at all
+                await first_answer(here)
+            await erasure_of(hub, "e1", receipts=2)
+
+
+async def first_answer(memory: Memory) -> None:
+    while True:
+        try:
+            await memory.get_context("e1", budget_ms=100)
+        except Unavailable:
+            continue
+        return
+
+
+async def test_erasure_goes_on_where_it_was_after_a_restart(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up(), alice_at(hub.server) as there:
+            node: EdgeNode = await stack.enter_async_context(device(hub, tmp_path / "a", name="a", interest=EVERYTHING))
+            here = await stack.enter_async_context(alice_at(node.server))
+            written = await there.set_context("e1", attributes={"n": 1})
+            await here.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+        forgotten = await here.forget("e1")  # the hub is out of reach
+        with contextlib.suppress(MnemeshError):
+            await here.get_context("e1", consistency=since(forgotten))
+        shutil.rmtree(tmp_path / "hub" / "shard")  # the hub's stores come back from the log
+        async with hub.up(), alice_at(hub.server) as there:
+            with pytest.raises(NotFound):
+                await there.get_context("e1", consistency=since(forgotten), budget_ms=LONG_MS)
+            await until_logged(hub.options, "e1", ["forget a"])
+            await erasure_of(hub, "e1", receipts=2)
+
+
+def test_the_status_of_erasures_needs_a_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["erasure", "status", "--data", str(tmp_path)]) == 1
+    assert "is no site's data folder" in capsys.readouterr().err

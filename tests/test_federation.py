@@ -1,0 +1,151 @@
+"""Questions that span sites: a hub's devices answer too, a device's hub does, and the answer says who did not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+from sites import TENANT, HubSite, alice_at, device, since, status_of
+
+from bench.cable import Cable
+from cli.edge_node import EdgeNode
+from mnemesh import Memory, messages
+from mnemesh.messages import Hits, Interest, SiteCoverage, Traversal, Want
+
+KEEPS_ALL = "version: 1\notherwise: nothing\n"
+ONLY_SCORES = "version: 1\notherwise: scores\n"
+LONG_MS = 30_000
+
+
+@pytest_asyncio.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
+    async with HubSite(tmp_path / "hub").up() as hub:
+        yield hub
+
+
+async def until_current(node: EdgeNode) -> None:
+    while not (await status_of(node)).current:
+        pass
+
+
+async def asked(memory: Memory, state: str, **search: Any) -> tuple[Hits, SiteCoverage]:
+    """The answer to a search as soon as it says of the other site that it is in this state."""
+    while True:
+        found = await memory.search_embedding([1.0, 0.0], space="v", **search)
+        assert found.coverage is not None
+        if found.coverage.sites and found.coverage.sites[0].state == state:
+            return found, found.coverage.sites[0]
+        await asyncio.sleep(0)
+
+
+async def test_a_hub_finds_by_score_what_a_device_does_not_send(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "d", policy=ONLY_SCORES) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await until_current(node)
+        await there.set_context("hub:1", attributes={"n": 1}, vectors={"v": [0.0, 1.0]})
+        await here.set_context("secret:1", attributes={"n": 2}, vectors={"v": [1.0, 0.1]}, text="hidden words")
+        found, site = await asked(there, "answered", output_fields=["n"], include_vectors=True)
+        while len(found.hits) < 2:
+            found, site = await asked(there, "answered", output_fields=["n"], include_vectors=True)
+        best = found.hits[0]
+        assert (best.entity_id, best.attributes, best.vector) == ("secret:1", None, None)
+        assert (site.site, site.restricted) == ("sub7", True)
+        assert found.coverage is not None
+        assert found.coverage.complete
+        filtered, _ = await asked(there, "answered", filter={"n": 2})
+        assert filtered.hits == []  # to be found by what may not leave would tell it
+        words = await there.search_text("hidden")
+        assert [hit.entity_id for hit in words.hits] == ["secret:1"]
+        only_here = await there.search_embedding([1.0, 0.0], space="v", scope="here")
+        assert [hit.entity_id for hit in only_here.hits] == ["hub:1"]
+
+
+async def test_a_device_that_lets_nothing_out_has_refused(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "d", policy=KEEPS_ALL) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await until_current(node)
+        await there.set_context("hub:1", vectors={"v": [0.0, 1.0]})
+        await here.set_context("secret:1", vectors={"v": [1.0, 0.1]})
+        found, _ = await asked(there, "refused")
+        assert [hit.entity_id for hit in found.hits] == ["hub:1"]
+        assert found.coverage is not None
+        assert not found.coverage.complete
+
+
+async def test_a_device_that_is_cut_off_is_named_with_since_when(hub: HubSite, tmp_path: Path) -> None:
+    cable = Cable(hub.options.leaf_port)
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "d", line=f"nats://127.0.0.1:{port}") as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await until_current(node)
+        written = await here.set_context("own", vectors={"v": [1.0, 0.0]}, edges=[{"relation": "r", "target_id": "x"}])
+        await there.get_context("own", consistency=since(written), budget_ms=LONG_MS)
+        await asked(there, "answered")
+        cable.cut()
+        found, site = await asked(there, "unreachable")  # by its own deadline, long before it counts as gone
+        assert [hit.entity_id for hit in found.hits] == ["own"]
+        assert site.silent_s is not None
+        away, hub_coverage = await asked(here, "unreachable")
+        assert [hit.entity_id for hit in away.hits] == ["own"]
+        assert (hub_coverage.site, hub_coverage.silent_s is not None) == ("hub", True)
+        walked = await here.traverse("own", depth=2)
+        assert [node.entity_id for node in walked.nodes] == ["own", "x"]
+        assert not walked.coverage.complete
+
+
+async def test_a_device_finds_what_its_hub_has_and_walks_on_there(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "d") as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await there.set_context("b", type="bus", edges=[{"relation": "feeds", "target_id": "c"}], text="far away")
+        await there.set_context("v:1", vectors={"v": [1.0, 0.0]})
+        await until_current(node)
+        await here.set_context("a", edges=[{"relation": "feeds", "target_id": "b"}])
+        walked = await reached(here, "c")
+        assert [(node.entity_id, node.depth, node.via) for node in walked.nodes] == [
+            ("a", 0, None),
+            ("b", 1, "a"),
+            ("c", 2, "b"),
+        ]
+        assert [site.site for site in walked.coverage.sites] == ["hub"]
+        assert [hit.entity_id for hit in (await asked(here, "answered"))[0].hits] == ["v:1"]
+        assert [hit.entity_id for hit in (await here.search_text("far")).hits] == ["b"]
+        assert (await here.search_text("far", scope="here")).hits == []
+
+
+async def reached(memory: Memory, entity_id: str) -> Traversal:
+    while True:
+        walked = await memory.traverse("a", depth=3)
+        if entity_id in [node.entity_id for node in walked.nodes]:
+            return walked
+
+
+async def test_a_device_is_refused_the_memory_of_tenants_that_it_was_not_enrolled_for(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    await hub.enrol("sub7", tmp_path / "d", tenants=["other"])
+    async with (
+        device(hub, tmp_path / "d", interest=Interest(wants=[Want(tenant=TENANT)])) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await there.set_context("t:1", attributes={"n": 1}, vectors={"v": [1.0, 0.0]})
+        found, _ = await asked(here, "refused")
+        assert found.hits == []
+        status: messages.EdgeStatus = await status_of(node)
+        assert not status.current
+        assert status.downlinked == 0
