@@ -15,10 +15,14 @@ from mnemesh.host import run as run_process
 
 
 class Cable:
-    """A TCP line to `port` that can be cut: nothing passes then, and neither end is told."""
+    """A TCP line to `port` that can be cut: nothing passes then, and neither end is told.
 
-    def __init__(self, port: int) -> None:
+    `tap` gets a copy of all that the near end sends.
+    """
+
+    def __init__(self, port: int, *, tap: bytearray | None = None) -> None:
         self._port = port
+        self._tap = tap
         self._whole = asyncio.Event()
         self._whole.set()
         self._pipes: set[asyncio.Task[None]] = set()
@@ -61,13 +65,15 @@ class Cable:
             writer.close()
             return
         self._ends.add(far_writer)
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            self._pipes.add(asyncio.ensure_future(self._carry(source, sink)))
+        for source, sink, tap in ((reader, far_writer, self._tap), (far_reader, writer, None)):
+            self._pipes.add(asyncio.ensure_future(self._carry(source, sink, tap)))
 
-    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, tap: bytearray | None) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(65_536):
                 await self._whole.wait()
+                if tap is not None:
+                    tap += data
                 sink.write(data)
                 await sink.drain()
         sink.close()

@@ -1,7 +1,8 @@
 """`mnemesh doctor`: what is wrong with the mesh of a data folder, and what to do about it.
 
 `diagnose` is the order of the checks. Each needs what the ones before it found in order, so it ends at the first
-thing without which the others cannot be made. The checks are in `check_machine`, `check_access`, `check_mesh`.
+thing without which the others cannot be made. The checks are in `check_machine`, `check_access`, `check_mesh` and
+`check_edge`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
-from cli import check_access, check_machine, check_mesh
+from cli import check_access, check_edge, check_machine, check_mesh
 from cli.contract import load as load_contract
 from cli.finding import Finding, wrong
 from cli.server_config import ServerOptions
@@ -99,3 +100,9 @@ async def _services(asker: Asker, options: ServerOptions) -> AsyncIterator[Findi
         yield finding
     async for finding in check_mesh.lag(asker, options, found):
         yield finding
+    if options.leaf_port:
+        async for finding in check_edge.devices(asker, options):
+            yield finding
+    if options.kind == "device":
+        async for finding in check_edge.hub(asker, options):
+            yield finding

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -16,13 +17,13 @@ from cli.credentials import SYSTEM
 from cli.devices import Devices, new_seed, public_of, seed_of
 from cli.edge_node import EdgeNode, EdgeOptions
 from cli.interest import read_interest
+from cli.operator import asking
 from cli.policy import read_policy
 from cli.private import write_private
 from cli.provision import put_sites, sites_of
 from cli.server import monitoring, reload_running, running_pid
 from cli.server_config import ServerOptions, saved_options
 from mnemesh import subjects
-from mnemesh.asker import Asker
 from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, Unavailable
 from mnemesh.host import run as run_process
@@ -32,6 +33,8 @@ from mnemesh.inbox import Inbox
 from mnemesh.messages import AskDevices, DeviceSeen, Interest
 
 DEVICE_DATA = Path("mnemesh-edge")
+COLUMNS = ("site", "link", "hub has", "uplink lag", "downlink lag", "holds", "log", "clock", "quarantined", "enrolled")
+WIDTH = 160
 KICK_S = 5.0
 
 
@@ -44,6 +47,12 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
     verb.add_argument("--hub", required=True, metavar="URL", help="its hub, such as nats://hub.example:7422")
     verb.add_argument("--metrics-port", type=int, default=9464, help="0: a free one")
     verb.add_argument("--uplink-bytes-per-s", type=float, help="most that it sends its hub")
+    verb.add_argument(
+        "--erase-first-after-s",
+        type=float,
+        default=3600.0,
+        help="after how long an absence it erases what was forgotten before it serves (default: %(default)s)",
+    )
     verb.add_argument("--interest", type=Path, metavar="FILE", help="what it is to hold of what was written elsewhere")
     verb.add_argument("--region", default="", help="where it is, for policies on its own data")
     verb.add_argument(
@@ -111,6 +120,7 @@ def _options(flags: argparse.Namespace) -> EdgeOptions:
         uplink_bytes_per_s=flags.uplink_bytes_per_s,
         interest=read_interest(flags.interest) if flags.interest else Interest(),
         policy=read_policy(flags.policy) if flags.policy else None,
+        erase_first_after_s=flags.erase_first_after_s,
     )
 
 
@@ -158,35 +168,44 @@ def _hub(data: Path) -> ServerOptions:
 async def _list(devices: Devices, options: ServerOptions) -> None:
     """What is enrolled, and what the hub has heard of each, if it runs."""
     seen = {device.site: device for device in await _seen(options)}
-    table = Table("site", "link", "hub has", "waiting", "lag", "clock", "log", "enrolled", box=None)
+    table = Table(*COLUMNS, box=None)
     for device in devices.list():
         heard = seen.pop(device.name, None)
         table.add_row(device.name, *_told(heard), device.enrolled_at)
     for site, heard in seen.items():
         table.add_row(site, *_told(heard), "revoked")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def _told(heard: DeviceSeen | None) -> list[str]:
     if heard is None:
-        return ["never", *[""] * 5]
+        return ["never", *[""] * (len(COLUMNS) - 3)]
     link = "linked" if heard.linked else f"silent for {heard.silent_s:.0f} s"
-    if heard.waiting is None or heard.lag_s is None or heard.clock_offset_ms is None or heard.log_bytes is None:
-        return [link, str(heard.uplinked), *[""] * 4]
-    clock = f"{heard.clock_offset_ms / 1000:+.1f} s"
-    return [link, str(heard.uplinked), str(heard.waiting), f"{heard.lag_s:.1f} s", clock, decimal(heard.log_bytes)]
+    return [
+        link,
+        str(heard.uplinked),
+        _lag(heard.waiting, heard.lag_s),
+        _lag(heard.downlink_waiting, heard.downlink_lag_s),
+        "" if heard.held is None else f"{heard.held} ({decimal(heard.held_bytes or 0)})",
+        "" if heard.log_bytes is None else decimal(heard.log_bytes),
+        "" if heard.clock_offset_ms is None else f"{heard.clock_offset_ms / 1000:+.1f} s",
+        str(heard.quarantined),
+    ]
+
+
+def _lag(events: int | None, seconds: float | None) -> str:
+    """So many events, the oldest of them for so long."""
+    if events is None:
+        return ""
+    return str(events) if not events or seconds is None else f"{events}, {seconds:.1f} s"
 
 
 async def _seen(options: ServerOptions) -> list[DeviceSeen]:
     try:
-        link = await Link.open(options.credentials().load("operator").link_options("edge ls"))
+        async with asking(options, "edge ls") as asker:
+            return (await asker.ask(subjects.DEVICES, subjects.devices(), AskDevices(quarantined=True))).devices
     except Unavailable:
         return []
-    try:
-        asker = await Asker(link).open()
-        return (await asker.ask(subjects.DEVICES, subjects.devices(), AskDevices())).devices
-    finally:
-        await link.close()
 
 
 async def shut_out(options: ServerOptions) -> None:

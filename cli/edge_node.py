@@ -40,7 +40,8 @@ CONNECT_S = 30.0
 class EdgeOptions:
     """What a device runs. `interest` is what it holds of its hub's; `uplink_bytes_per_s` bounds what it sends.
 
-    `policy` is the text of its own one (`None`: it stays as it is); `metrics_port` 0 is a free port.
+    `policy` is the text of its own one (`None`: it stays as it is); `metrics_port` 0 is a free port. After an absence
+    of `erase_first_after_s` it erases what was forgotten before it serves.
     """
 
     server: ServerOptions
@@ -50,6 +51,7 @@ class EdgeOptions:
     interest: Interest = field(default_factory=Interest)
     policy: str | None = None
     uplink_bytes_per_s: float | None = None
+    erase_first_after_s: float = 3600.0
 
 
 class EdgeNode:
@@ -94,6 +96,7 @@ class EdgeNode:
             site=site,
             interest=self.options.interest,
             uplink_bytes_per_s=self.options.uplink_bytes_per_s,
+            erase_first_after_s=self.options.erase_first_after_s,
         )
         shard = Shard(
             await self._link("shard"),

@@ -19,6 +19,7 @@ from mnemesh.errors import MnemeshError
 from mnemesh.host import run as run_process
 
 DATA = Path("mnemesh-data")
+COMPRESSIONS = ("s2_auto", "s2_fast", "s2_better", "s2_best", "off")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--site", default="hub", help="the site's name (default: %(default)s)")
     command.add_argument("--region", default="", help="where the site is, for policies and for what devices want")
     command.add_argument("--leaf-port", type=int, default=0, help="where devices connect; NATS's own is 7422 (0: none)")
+    command.add_argument(
+        "--leaf-compression", default="s2_auto", choices=COMPRESSIONS, help="of what crosses to devices"
+    )
     command.add_argument("--shards", type=int, default=2, help="how many shards (default: %(default)s)")
     command.add_argument("--replicas", type=int, default=1, help="processes of each shard (default: %(default)s)")
     command.add_argument("--metrics-port", type=int, default=9464, help="first of the services' ports; 0: free ones")

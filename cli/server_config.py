@@ -33,7 +33,7 @@ class ServerOptions:
     disk), `interval` a crash of the process (nats-server's default: a sync every 2 minutes).
 
     A hub takes devices on `leaf_port` (0: none). A device names its `hub` (`nats://host:7422`), and has its key in the
-    data folder. `region` is where the site is.
+    data folder. `region` is where the site is. `leaf_compression` is nats-server's, of what crosses to devices.
     """
 
     data: Path
@@ -45,6 +45,7 @@ class ServerOptions:
     leaf_port: int = 0
     hub: str = ""
     region: str = ""
+    leaf_compression: str = "s2_auto"
 
     @property
     def kind(self) -> SiteKind:
@@ -90,7 +91,7 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
     if options.leaf_port:
         # A device reaches its hub by the URL that it was given. The hub's own addresses may lead nowhere from there.
         listen = [f"    host: {_quoted(options.host)}", f"    port: {options.leaf_port}", "    no_advertise: true"]
-        leaves = ["leafnodes {", *listen, "}"]
+        leaves = ["leafnodes {", *listen, f"    compression: {options.leaf_compression}", "}"]
     elif options.hub:
         # The logs of both sides take the same subjects: what crosses the leaf as such would be stored twice.
         closed = f"deny_exports: [{_quoted(subjects.LOG)}], deny_imports: [{_quoted(subjects.LOG)}]"

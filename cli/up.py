@@ -43,7 +43,7 @@ def options(flags: argparse.Namespace) -> MeshOptions:
         raise BadRequest(f"--metrics-port must be 0 (free ones) or up to {last_metrics_port}: each service has one")
     tenants, agents = users(flags)
     return MeshOptions(
-        server=server_options(flags, leaf_port=flags.leaf_port),
+        server=server_options(flags, leaf_port=flags.leaf_port, leaf_compression=flags.leaf_compression),
         shards=flags.shards,
         replicas=flags.replicas,
         tenants=tenants,
@@ -52,7 +52,9 @@ def options(flags: argparse.Namespace) -> MeshOptions:
     )
 
 
-def server_options(flags: argparse.Namespace, *, leaf_port: int = 0, hub: str = "") -> ServerOptions:
+def server_options(
+    flags: argparse.Namespace, *, leaf_port: int = 0, leaf_compression: str = "s2_auto", hub: str = ""
+) -> ServerOptions:
     """The server that the flags describe. Raises `BadRequest`."""
     check_name("site", flags.site)
     if not (1 <= flags.port <= LAST_PORT and 1 <= flags.monitoring_port <= LAST_PORT and 0 <= leaf_port <= LAST_PORT):
@@ -65,6 +67,7 @@ def server_options(flags: argparse.Namespace, *, leaf_port: int = 0, hub: str = 
         monitoring_port=flags.monitoring_port,
         durability=flags.durability,
         leaf_port=leaf_port,
+        leaf_compression=leaf_compression,
         hub=hub,
         region=flags.region and check_name("region", flags.region),
     )

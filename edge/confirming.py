@@ -1,6 +1,7 @@
-"""Telling the hub what was erased here: each receipt once it is kept, and again after a start, until the hub has it.
+"""Telling the hub what was erased here: each receipt once it is kept, until the hub has it.
 
-Looks at `mnemesh` only.
+Of an entity that the policy keeps back also the receipt stays here, unless the hub forgot it and so knows of it. Looks
+at `services.disclosure` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mnemesh.errors import MnemeshError
 from mnemesh.follower import Follower
 from mnemesh.jetstream import stream_state
 from mnemesh.messages import ConfirmErased, Receipt
+from services.disclosure import Disclosure
 
 logger = logging.getLogger("mnemesh.confirming")
 
@@ -30,8 +32,9 @@ TOLD = "told"
 class Confirming:
     """Sends the receipts of one device. `run` for ever."""
 
-    def __init__(self, asker: Asker, *, site: str) -> None:
+    def __init__(self, asker: Asker, disclosure: Disclosure, *, site: str) -> None:
         self._asker = asker
+        self._disclosure = disclosure
         self._site = site
 
     async def run(self) -> None:
@@ -51,11 +54,19 @@ class Confirming:
                     if stored.message.data and stored.message.subject.endswith(f".{self._site}")
                 ]
                 if receipts:
-                    await self._tell(receipts)
+                    await self._tell([receipt for receipt in receipts if await self._may_leave(receipt)])
                     await kv.put(inbox, bucket, TOLD, str(batch[-1].sequence).encode())
+
+    async def _may_leave(self, receipt: Receipt) -> bool:
+        if receipt.forget.rsplit("-", 2)[0] != self._site or not self._disclosure.restricts(receipt.tenant):
+            return True
+        leaves = await self._disclosure.leaves(receipt.tenant, [receipt.entity_id], receipt.sequence)
+        return leaves[receipt.entity_id].tells_fields
 
     async def _tell(self, receipts: list[Receipt]) -> None:
         """Tell the hub, for as long as it takes."""
+        if not receipts:
+            return
         asked = ConfirmErased(receipts=receipts)
         while True:
             try:

@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from edge.confirming import Confirming
 from edge.downlink import Downlink
 from edge.from_hub import FromHub
-from edge.returning import LONG_S
 from edge.uplink import Uplink
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
@@ -55,9 +54,11 @@ class Edge(Actor):
         interest: Interest | None = None,
         guard: Guard | None = None,
         uplink_bytes_per_s: float | None = None,
+        erase_first_after_s: float = 3600.0,
     ) -> None:
         super().__init__(link, guard=guard)
         self.site = site
+        self._erase_first_after_s = erase_first_after_s
         self._policy = SitePolicy(site)
         self._shards = ShardMap()
         self._inventory = inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
@@ -71,12 +72,12 @@ class Edge(Actor):
             says=self._says,
         )
         self._eraser = Eraser(self.asker, inventory, site=site, kind="device")
-        self._confirming = Confirming(self.asker, site=site)
         self._held = (0, 0)
         self._was_away = True  # until it is known better
         self._started_at = float("inf")
         self.hub = FromHub(self.asker, site=site, line=self._uplink)
         self._disclosure = Disclosure(self.asker, inventory, self._policy)
+        self._confirming = Confirming(self.asker, self._disclosure, site=site)
 
     def bindings(self, operation: AnyOperation) -> list[Mapping[str, str]]:
         return [{"site": self.site}]
@@ -176,7 +177,7 @@ class Edge(Actor):
         self._started_at = asyncio.get_running_loop().time()
         marks = await last_of_each(self.asker.inbox, subjects.log_stream(self.site), subjects.log_mark("*"))
         newest = max((stored.recorded_at for stored in marks), default=None)
-        self._was_away = newest is not None and abs(wall_ms() - newest) > LONG_S * 1000
+        self._was_away = newest is not None and abs(wall_ms() - newest) > self._erase_first_after_s * 1000
 
     def _has_erased(self) -> bool:
         downlink = self._downlink
@@ -195,5 +196,7 @@ class Edge(Actor):
             lag_s=uplink.lag_s,
             downlinked=downlink.sequence,
             current=downlink.current.is_set(),
+            clock_offset_ms=uplink.clock_offset_ms,
+            hub_contract=uplink.hub_contract,
             trouble=uplink.trouble,
         )

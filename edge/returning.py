@@ -16,9 +16,6 @@ from mnemesh.errors import Unavailable
 from mnemesh.guard import Guard
 from mnemesh.inbox import Inbox
 
-LONG_S = 3600.0
-"""From how long an absence on what was forgotten comes before what is asked."""
-
 
 class Homecoming(Protocol):
     """What the guard must know of the device."""

@@ -92,6 +92,7 @@ class Uplink:
         self._log_bytes = 0
         self._heard_at = 0.0
         self.linked = False
+        self.hub_contract = ""
         self.clock_offset_ms = 0
         """How far our clock is ahead of the hub's, as far as the way there and back lets us know."""
         self.waiting = 0
@@ -188,6 +189,7 @@ class Uplink:
                 lag_s=self.lag_s,
                 clock_ms=wall_ms(),
                 log_bytes=self._log_bytes,
+                contract=subjects.CONTRACT,
                 policy=self._policy.handed.version,
             )
         )
@@ -195,6 +197,7 @@ class Uplink:
             subjects.UPLINK_POSITION, subjects.uplink_position(self._site), told, budget_s=ASK_S
         )
         self._heard_at = asyncio.get_running_loop().time()
+        self.hub_contract = position.contract
         self.clock_offset_ms = (told.clock_ms + wall_ms()) // 2 - position.clock_ms
         if position.policy:  # before anything is sent that it may keep back
             await self._policy.take(self._asker.inbox, position.policy)

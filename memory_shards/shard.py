@@ -117,6 +117,16 @@ class Shard(Actor):
 
     def gauges(self) -> list[Gauge]:
         gauges = [Gauge("undecodable_events", "Events of the log that could not be read", lambda: self.undecodable)]
+        if self._projections:
+            gauges += [
+                Gauge(
+                    "quarantined_events",
+                    "Events that are stamped too far ahead and have no effect",
+                    lambda count=count: count,  # type: ignore[misc]
+                    {"site": site},
+                )
+                for site, count in self._documents.quarantined.items()
+            ]
         for projection in self._projections:
             gauges.append(
                 Gauge(
@@ -430,7 +440,6 @@ class Shard(Actor):
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
         documents, vectors = self._document_projection, self._vector_projection
-        quarantined = await self._scan(self._scanned.quarantined)
         counted = (
             documents.on_worker(_told, documents, lambda: _counts(self._documents), True)
             if request.digest
@@ -447,7 +456,7 @@ class Shard(Actor):
             edges=edges,
             vectors=count,
             skipped=self.undecodable + self._documents.rejected,
-            quarantined=quarantined,
+            quarantined=dict(self._documents.quarantined),
             digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )
 

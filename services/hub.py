@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from mnemesh.errors import BadRequest, Conflict, Denied, NotFound
 from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
 from mnemesh.ids import check_name, to_token
-from mnemesh.jetstream import Stored, last_of, last_of_each, stream_state
+from mnemesh.jetstream import Stored, last_of, last_of_each, message_at, stream_state
 from mnemesh.kv import BucketView
 from mnemesh.messages import DeviceSeen
 from mnemesh.origin import decode_mark, place_of
@@ -105,6 +105,9 @@ class Hub(Actor):
                 "How far a device's clock is ahead",
                 lambda heard: _offset_ms(heard) / 1000,
             ),
+            "device_downlink_sequence": ("Up to where a device has the log", lambda heard: heard.said.downlinked),
+            "device_held": ("Entities that a device holds of the hub's", lambda heard: heard.said.held),
+            "device_held_bytes": ("Bytes that it was sent of them", lambda heard: heard.said.held_bytes),
             "device_log_bytes": ("Size of a device's log", lambda heard: heard.said.log_bytes),
         }
         return [
@@ -143,7 +146,7 @@ class Hub(Actor):
         try:
             stored = await last_of(self.asker.inbox, self._log, subjects.log_mark(device))
         except NotFound:
-            return messages.Position(hub=self.site, clock_ms=wall_ms(), policy=policy)
+            return messages.Position(hub=self.site, clock_ms=wall_ms(), contract=subjects.CONTRACT, policy=policy)
         mark = decode_mark(stored.message.data)
         return messages.Position(
             hub=self.site,
@@ -152,6 +155,7 @@ class Hub(Actor):
             sequence=mark.sequence,
             last=mark.last,
             clock_ms=wall_ms(),
+            contract=subjects.CONTRACT,
             policy=policy,
         )
 
@@ -326,11 +330,22 @@ class Hub(Actor):
             place_of(stored.message.subject).origin: stored
             for stored in await last_of_each(self.asker.inbox, self._log, subjects.log_mark("*"))
         }
-        return messages.DevicesSeen(
-            devices=[self._seen(site, marks.get(site)) for site in sorted(marks.keys() | self._heard.keys())]
-        )
+        head = (await stream_state(self.asker.inbox, self._log)).last_sequence
+        quarantined = await self._quarantined() if request.quarantined else Counter()
+        seen = [
+            replace(await self._seen(site, marks.get(site), head), quarantined=quarantined[site])
+            for site in sorted(marks.keys() | self._heard.keys())
+        ]
+        return messages.DevicesSeen(devices=seen)
 
-    def _seen(self, site: str, mark: Stored | None) -> DeviceSeen:
+    async def _quarantined(self) -> Counter[str]:
+        counted: Counter[str] = Counter()
+        for shard in self._shards.shards:
+            status = await self.asker.ask(subjects.SHARD_STATUS, subjects.shard_status(shard), messages.Status())
+            counted.update(status.quarantined)
+        return counted
+
+    async def _seen(self, site: str, mark: Stored | None, head: int) -> DeviceSeen:
         entry = self._policy.entry(site)
         heard = self._heard.get(site)
         silent_s = _since_s(mark.recorded_at if heard is None and mark is not None else heard.at_ms if heard else 0)
@@ -344,17 +359,30 @@ class Hub(Actor):
         )
         if heard is None:
             return seen
+        said = heard.said
+        feeding = self._feeds.get(site)
+        downlinked = max(said.downlinked, feeding.feed.place if feeding else 0)
         return replace(
             seen,
-            downlinked=heard.said.downlinked,
-            erased=heard.said.erased,
-            held=heard.said.held,
-            held_bytes=heard.said.held_bytes,
-            waiting=heard.said.waiting,
-            lag_s=heard.said.lag_s,
+            waiting=said.waiting,
+            lag_s=said.lag_s,
+            downlinked=downlinked,
+            downlink_waiting=max(0, head - downlinked),
+            downlink_lag_s=await self._age_s(downlinked + 1) if head > downlinked else 0.0,
+            erased=said.erased,
+            held=said.held,
+            held_bytes=said.held_bytes,
+            contract=said.contract,
             clock_offset_ms=_offset_ms(heard),
-            log_bytes=heard.said.log_bytes,
+            log_bytes=said.log_bytes,
         )
+
+    async def _age_s(self, sequence: int) -> float | None:
+        """How old the message at a place of the log is, where it is still there."""
+        try:
+            return _since_s((await message_at(self.asker.inbox, self._log, sequence)).recorded_at)
+        except NotFound:
+            return None
 
 
 def _since_s(moment_ms: int) -> float:

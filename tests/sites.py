@@ -32,10 +32,10 @@ AGENT = (TENANT, "alice")
 class HubSite:
     """A hub with one shard, in this process."""
 
-    def __init__(self, data: Path) -> None:
-        self.options = ServerOptions(
-            data=data, port=free_port(), monitoring_port=free_port(), leaf_port=free_port(), durability="interval"
-        )
+    def __init__(self, data: Path, **options: Any) -> None:
+        """`options` are further ones of `ServerOptions`."""
+        ports = {"port": free_port(), "monitoring_port": free_port(), "leaf_port": free_port()}
+        self.options = ServerOptions(data=data, durability="interval", **ports, **options)
         self.server = NatsServer(self.options, agents=[AGENT])
 
     @contextlib.asynccontextmanager

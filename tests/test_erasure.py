@@ -102,9 +102,7 @@ async def test_a_forget_on_a_device_erases_what_the_hub_wrote_before_it(hub: Hub
         await erasure_of(hub, "e1", receipts=2)
 
 
-async def test_a_device_that_comes_back_after_long_erases_before_it_serves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_device_that_comes_back_after_long_erases_before_it_serves(tmp_path: Path) -> None:
     hub = HubSite(tmp_path / "hub")
     async with hub.up(), alice_at(hub.server) as there:
         async with device(hub, tmp_path / "a", name="a", interest=EVERYTHING) as node, alice_at(node.server) as here:
@@ -112,8 +110,10 @@ async def test_a_device_that_comes_back_after_long_erases_before_it_serves(
             await here.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
         await there.forget("e1")
         assert [waiting.site for waiting in (await erasure_of(hub, "e1", receipts=1)).pending] == ["a"]
-        monkeypatch.setattr("edge.node.LONG_S", 0.0)
-        async with device(hub, tmp_path / "a", name="a", interest=EVERYTHING) as node, alice_at(node.server) as here:
+        async with (
+            device(hub, tmp_path / "a", name="a", interest=EVERYTHING, erase_first_after_s=0.0) as node,
+            alice_at(node.server) as here,
+        ):
             with pytest.raises(NotFound):  # the first answer that it gives at all
                 await first_answer(here)
             await erasure_of(hub, "e1", receipts=2)

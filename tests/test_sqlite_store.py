@@ -450,10 +450,10 @@ def test_an_event_that_is_put_aside_has_no_effect_and_is_counted_by_its_site(tmp
     assert store.search_text("acme", "hums", 5) == []
     assert store.describe("acme", ["valve"]) == [Description()]
     assert store.list_entities("acme", "", 9, held=False, with_sites=True)[0].sites == ["edge-1"]
-    assert store.quarantined() == {"edge-1": 2, "edge-2": 2}
+    assert store.quarantined == {"edge-1": 2, "edge-2": 2}
     store.close()
     store = opened(tmp_path)
-    assert store.quarantined() == {"edge-1": 2, "edge-2": 2}
+    assert store.quarantined == {"edge-1": 2, "edge-2": 2}
     store.close()
 
 

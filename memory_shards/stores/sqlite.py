@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from contextlib import closing
 from pathlib import Path
@@ -49,6 +50,9 @@ class SqliteStore(SqliteReader):
         self._writer.executescript(SCHEMA)
         meta = dict(self._writer.execute("SELECT name, value FROM meta"))
         self._site = site
+        counted = self._writer.execute("SELECT site, count(*) FROM quarantine GROUP BY site")
+        self.quarantined: Counter[str] = Counter(dict(counted.fetchall()))
+        """How many events of each site were put aside."""
         self._watermark: int = meta.get("watermark", 0)
         self._rejected: int = meta.get("rejected", 0)
         self._erasing = bool(meta.get("erasing", 0))
@@ -92,6 +96,7 @@ class SqliteStore(SqliteReader):
                 self._writer.execute("ROLLBACK")
             raise
         self._watermark, self._rejected, self._erasing = watermark, rejected, batch.erasing
+        self.quarantined.update(batch.quarantined)
 
     def close(self) -> None:
         """Close the file, after its readers. Neither `apply` nor a read may be under way."""

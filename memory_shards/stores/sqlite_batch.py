@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ class Batch:
         self, connection: sqlite3.Connection, records: Sequence[Record], *, site: str, erasing: bool = False
     ) -> None:
         self.rejected = 0
+        self.quarantined: Counter[str] = Counter()
         self.erasing = erasing
         self._erased_more = False
         self._site = site
@@ -139,6 +141,7 @@ class Batch:
         if record.quarantined:
             told = record.sequence, event.tenant, event.entity_id, event.id, event.site, event.hlc
             self._connection.execute(_QUARANTINE, told)
+            self.quarantined[event.site] += 1
             return
         try:
             patch = merge.patch_of(event)

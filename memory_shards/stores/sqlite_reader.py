@@ -252,12 +252,6 @@ class SqliteReader:
             ).fetchone()
         return counted
 
-    def quarantined(self) -> dict[str, int]:
-        """How many events of each site were put aside."""
-        with self._snapshot:
-            rows = self._connection.execute("SELECT site, count(*) FROM quarantine GROUP BY site").fetchall()
-        return dict(rows)
-
     def counts(self) -> tuple[int, int]:
         """How many entities and edges are remembered. Walks an index of each: milliseconds a million."""
         with self._snapshot:

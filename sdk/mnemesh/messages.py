@@ -604,6 +604,7 @@ class AskPosition(Request, frozen=True, kw_only=True):
     erased: Annotated[int, Meta(ge=0)] = 0
     held: Annotated[int, Meta(ge=0)] = 0
     held_bytes: Annotated[int, Meta(ge=0)] = 0
+    contract: str = ""
     clock_ms: int = 0
     log_bytes: Annotated[int, Meta(ge=0)] = 0
     policy: int = 0
@@ -622,6 +623,7 @@ class Position(Reply, frozen=True, kw_only=True):
     sequence: int = 0
     last: str = ""
     clock_ms: int = 0
+    contract: str = ""
     policy: str = ""
 
 
@@ -733,20 +735,25 @@ class EdgeStatus(Reply, frozen=True, kw_only=True):
     lag_s: float
     downlinked: int = 0
     current: bool = False
+    clock_offset_ms: int = 0
+    hub_contract: str = ""
     trouble: str = ""
 
 
 class AskDevices(Request, frozen=True, kw_only=True):
-    """Request of `devices`."""
+    """Request of `devices`. Their `quarantined` events are counted only if asked for."""
+
+    quarantined: bool = False
 
 
 class DeviceSeen(Reply, frozen=True, kw_only=True):
     """What a hub knows of one device: up to where it has its log, and what the device last said of itself.
 
-    `silent_s` is how long ago that was, in seconds; after a restart of the hub it is when the last events came, and the
-    rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` up to where it
-    has the hub's log, of what it wants, and `downlink_waiting` how many messages of that log are beyond; up to `erased`
-    it has erased what was forgotten. It holds so much of the hub's. Of no `tenants`: it may have the memory of all.
+    `silent_s` is how long ago that was, in seconds; after a restart of the hub it is when the last events came, and
+    the rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` up to where
+    it has the hub's log, of what it wants, `downlink_waiting` how many messages of that log are beyond, and
+    `downlink_lag_s` how old the first of them is; up to `erased` it has erased what was forgotten. It holds so much of
+    the hub's. Of no `tenants`: it may have the memory of all.
     """
 
     site: str
@@ -755,8 +762,10 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
     uplinked: int
     region: str = ""
     tenants: list[str] = []
+    contract: str | None = None
     downlinked: int | None = None
     downlink_waiting: int | None = None
+    downlink_lag_s: float | None = None
     erased: int | None = None
     held: int | None = None
     held_bytes: int | None = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "40fa9cb5b521"
+CONTRACT = "1a1fcd1d3c8a"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -222,8 +222,8 @@ SHARD_TIMELINE_RANGE = Operation(
 SHARD_STATUS = Operation(
     name="shard_status",
     owner="shard",
-    callers=("operator",),
-    inboxes=("_INBOX_operator_0",),
+    callers=("operator", "hub",),
+    inboxes=("_INBOX_operator_0", "_INBOX_hub_0",),
     subject="mnemesh.v1.shard.status.<shard>",
     served="mnemesh.v1.shard.status.<shard>",
     request=messages.Status,

@@ -1,0 +1,224 @@
+"""What a policy keeps on a device is nowhere at its hub: not on the line, not on the disk, whatever is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from sites import TENANT, HubSite, alice_at, device, since, status_of
+
+from bench.cable import Cable
+from cli.edge_node import EdgeNode
+from cli.main import main
+from cli.operator import asking
+from mnemesh import Memory, kv, subjects
+from mnemesh.errors import MnemeshError, NotFound
+from mnemesh.messages import Interest, Want
+
+LONG_MS = 30_000
+PUBLIC, SECRET = "PUBLIC-BYTES", "PROTECTED-BYTES"
+POLICY = """
+version: 1
+rules:
+  - {type: meter, leaves: nothing}
+  - {type: forecast, leaves: scores}
+  - {type: transformer, leaves: {attributes: [kv], edges: [feeds]}}
+"""
+SECRET_VECTOR = np.array([0.123456, 0.654321, 0.111213], np.float32)
+
+
+@pytest_asyncio.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
+    async with HubSite(tmp_path / "hub", leaf_compression="off").up() as hub:
+        yield hub
+
+
+async def write_all(memory: Memory) -> None:
+    """Every kind of write, with what is protected in every part that can hold it."""
+    hidden = {
+        "attributes": {SECRET: SECRET, "kv": 20, "list": [SECRET, {"deep": SECRET}]},
+        "edges": [{"relation": f"r {SECRET}", "target_id": f"t {SECRET}", "properties": {SECRET: SECRET}}],
+        "text": f"words {SECRET}",
+        "vectors": {"shape": SECRET_VECTOR},
+    }
+    for n, kind in enumerate(("meter", "forecast", "transformer")):
+        name = f"{SECRET}:{kind}" if kind == "meter" else f"{kind}:1"
+        await memory.set_context(name, type=kind, **hidden, message_id=f"{SECRET} {n}")  # type: ignore[arg-type]
+        await memory.set_context(name, attributes={SECRET: n}, remove_edges=[{"relation": SECRET, "target_id": SECRET}])
+        await memory.upsert_embedding(name, SECRET_VECTOR, space="shape", attributes={SECRET: SECRET})
+        await memory.ingest([{"entity_id": name, "text": SECRET}] * 2)
+    await memory.set_context(f"{SECRET}:gone", type="meter", attributes={SECRET: SECRET})
+    await memory.set_context(f"{SECRET}:gone", attributes={"more": SECRET})
+    await memory.forget(f"{SECRET}:gone", message_id=SECRET)
+    await memory.set_context("transformer:1", edges=[{"relation": "feeds", "target_id": "bus:1"}])
+
+
+async def ask_all(memory: Memory) -> None:
+    """Every kind of read, and some that fail."""
+    for name in (f"{SECRET}:meter", "forecast:1", "transformer:1", f"{SECRET}:gone"):
+        for read in (memory.get_context(name, include_vectors=True), memory.timeline(name)):
+            with contextlib.suppress(MnemeshError):
+                await read
+    for vector in (SECRET_VECTOR, [1.0]):
+        for space in ("shape", "nowhere"):
+            for filter in ({}, {SECRET: SECRET}, {"kv": 20}):
+                with contextlib.suppress(MnemeshError):
+                    await memory.search_embedding(
+                        vector,
+                        space=space,
+                        k=50,
+                        filter=filter,
+                        output_fields=[SECRET, "kv"],
+                        include_vectors=True,
+                    )
+    for words in (SECRET, "words"):
+        await memory.search_text(words)
+    for start in (f"{SECRET}:meter", "forecast:1", "transformer:1", "bus:1", f"t {SECRET}"):
+        for direction in ("out", "in", "both"):
+            await memory.traverse(start, depth=3, direction=direction)  # type: ignore[arg-type]
+    await memory.timeline(limit=1000)
+
+
+def on_disk(folder: Path, wanted: bytes) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and wanted in path.read_bytes()]
+
+
+async def test_no_protected_byte_is_on_the_line_or_on_the_hubs_disk(hub: HubSite, tmp_path: Path) -> None:
+    sent = bytearray()
+    cable = Cable(hub.options.leaf_port, tap=sent)
+    async with (
+        cable.laid() as port,
+        device(
+            hub,
+            tmp_path / "d",
+            line=f"nats://127.0.0.1:{port}",
+            policy=POLICY,
+            interest=Interest(wants=[Want(tenant=TENANT)]),
+        ) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await write_all(here)
+        written = await here.set_context("bus:1", type="bus", attributes={"note": PUBLIC})
+        found = await there.get_context("bus:1", consistency=since(written), budget_ms=LONG_MS)
+        assert found.attributes == {"note": PUBLIC}
+        transformer = await there.get_context("transformer:1")
+        assert (transformer.type, transformer.attributes, transformer.text) == ("transformer", {"kv": 20}, None)
+        assert [edge["relation"] for edge in transformer.edges] == ["feeds"]
+        for kept in (f"{SECRET}:meter", "forecast:1"):
+            with pytest.raises(NotFound):
+                await there.get_context(kept)
+        while not (await status_of(node)).current:
+            pass
+        line_before = bytes(sent)
+        assert SECRET.encode() not in line_before
+        await ask_all(here)
+        await until_answered(there)
+        sent_before_questions = len(sent)
+        await ask_all(there)
+        assert len(sent) > sent_before_questions  # the device was asked, and answered
+    assert PUBLIC.encode() in sent
+    assert on_disk(tmp_path / "hub", PUBLIC.encode())
+    for protected in (SECRET.encode(), SECRET_VECTOR.tobytes()):
+        assert protected not in line_before
+        assert on_disk(tmp_path / "d", protected)
+        assert not on_disk(tmp_path / "hub", protected)
+
+
+async def until_answered(memory: Memory) -> None:
+    """Once the hub's router asks the device."""
+    while True:
+        with contextlib.suppress(NotFound):  # as long as no site is known that may have such a space
+            found = await memory.search_embedding(SECRET_VECTOR, space="shape")
+            assert found.coverage is not None
+            if found.hits:
+                assert [hit.entity_id for hit in found.hits] == ["forecast:1", "transformer:1"]
+                return
+
+
+async def test_a_hub_hands_its_policy_to_devices_before_they_send_and_their_own_copy_wins(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with asking(hub.options, "test") as asker:
+        await kv.put(asker.inbox, subjects.POLICIES.name, "own", b"version: 7\notherwise: nothing\n")
+    async with alice_at(hub.server) as there:
+        async with device(hub, tmp_path / "a", name="a") as node, alice_at(node.server) as here:
+            await here.set_context("e1", attributes={"n": 1})
+            written = await here.set_context("e2", attributes={"n": 1})
+            with pytest.raises(NotFound):  # the token is reached, for the mark passes over what is kept back
+                await there.get_context("e2", consistency=since(written), budget_ms=LONG_MS)
+        open_copy = "version: 1\notherwise: all\n"
+        async with device(hub, tmp_path / "b", name="b", policy=open_copy) as node, alice_at(node.server) as here:
+            written = await here.set_context("e3", attributes={"n": 1})
+            await there.get_context("e3", consistency=since(written), budget_ms=LONG_MS)
+
+
+async def test_what_a_hub_keeps_back_its_devices_do_not_get(hub: HubSite, tmp_path: Path) -> None:
+    async with asking(hub.options, "test") as asker:
+        await kv.put(asker.inbox, subjects.POLICIES.name, "own", POLICY.encode())
+    own_copy = "version: 1\notherwise: all\n"
+    everything = Interest(wants=[Want(tenant=TENANT)])
+    async with (
+        device(hub, tmp_path / "d", policy=own_copy, interest=everything) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await write_all(there)
+        await there.set_context("bus:1", attributes={"note": PUBLIC})
+        await until_public(here)
+        await until_current(node)
+        await ask_all(here)
+        transformer = await here.get_context("transformer:1")
+        assert transformer.attributes == {"kv": 20}
+        with pytest.raises(MnemeshError):
+            await here.get_context("forecast:1")
+    assert on_disk(tmp_path / "d", PUBLIC.encode())
+    assert not on_disk(tmp_path / "d" / "shard", SECRET.encode())
+    assert not on_disk(tmp_path / "d" / "jetstream", SECRET.encode())
+
+
+async def until_public(memory: Memory) -> None:
+    while True:
+        with contextlib.suppress(MnemeshError):
+            if (await memory.get_context("bus:1")).attributes:
+                return
+
+
+async def until_current(node: EdgeNode) -> None:
+    while not (await status_of(node)).current:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("rules: 7", "version"), ("version: 1\notherwise: some", "some"), ("{", "YAML")]
+)
+def test_a_policy_that_is_none_is_named(
+    tmp_path: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(text)
+    assert main(["policy", "set", str(file), "--data", str(tmp_path)]) == 1
+    assert says in capsys.readouterr().err
+    assert main(["edge", "up", "--site", "a", "--hub", "nats://x", "--policy", str(file)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("interest", "says"),
+    [
+        ({"wants": [{"tenant": "a", "hops": 2}]}, "hops"),
+        ({"wants": [{"types": ["x"]}]}, "tenant"),
+        ({"wants": [], "most_entites": 3}, "most_entites"),
+    ],
+)
+def test_an_interest_that_cannot_be_is_named(
+    tmp_path: Path, interest: object, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "interest.json"
+    file.write_text(json.dumps(interest))
+    assert main(["edge", "up", "--site", "a", "--hub", "nats://x", "--interest", str(file)]) == 1
+    assert says in capsys.readouterr().err
