@@ -11,10 +11,11 @@ A pure function over an entity's history. Looks at `merge` and `mnemesh`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from memory_shards.merge import Change
+from mnemesh import wire
 from mnemesh.clock import from_ms, stamp_ms
 from mnemesh.messages import Suspect
 
@@ -32,7 +33,10 @@ class _Write(NamedTuple):
 
 
 def suspects(history: Iterable[Change]) -> list[Suspect]:
-    """The writes to each part of an entity that lost, though no later write knew of them; in the order of the parts."""
+    """The writes to each part of an entity that lost to writes that they had nothing to do with.
+
+    In the order of the parts, and of one part those first that came nearest to winning.
+    """
     things: dict[tuple[str, str], list[_Write]] = defaultdict(list)
     for change in history:
         for turn, (thing, value) in enumerate(_writes(change)):
@@ -41,7 +45,7 @@ def suspects(history: Iterable[Change]) -> list[Suspect]:
         Suspect(
             part=part,
             name=name,
-            value=loser.value,
+            value=None if loser.value is _VECTOR else loser.value,
             site=loser.change.site,
             written_at=from_ms(stamp_ms(loser.change.stamp)),
         )
@@ -50,27 +54,33 @@ def suspects(history: Iterable[Change]) -> list[Suspect]:
     ]
 
 
-def _losers(writes: Sequence[_Write]) -> Iterator[_Write]:
-    winner = max(writes, key=lambda write: write.key)
-    for write in writes:
-        if write.value == winner.value != {} or knew(winner.change, write.change) or knew(write.change, winner.change):
-            continue
-        if not any(knew(other.change, write.change) or _is_later_turn(other, write) for other in writes):
-            yield write
+def _losers(writes: Iterable[_Write]) -> Iterator[_Write]:
+    """Of the writes to one thing those that lost, though of all that win over them none knew of them or was known.
+
+    So a write that was dated back on purpose is no loser, nor does it settle what it was dated back below.
+    """
+    winner, *rest = ordered = sorted(writes, key=lambda write: write.key, reverse=True)
+    sites = {winner.change.site}
+    for place, (change, *_) in enumerate(rest, 1):
+        if change.site in sites:
+            continue  # a write of its own site wins over it
+        sites.add(change.site)
+        is_settled = any(knew(above.change, change) or knew(change, above.change) for above in ordered[:place])
+        if not is_settled and not _say_the_same(ordered[place], winner):
+            yield ordered[place]
 
 
 def knew(one: Change, other: Change) -> bool:
-    """Whether the site of `one` had `other` when it wrote `one`."""
-    if one.site == other.site:
-        return other.stamp < one.stamp
+    """Whether the site of `one` had `other`, which is of another site, when it wrote `one`."""
     if other.hub is None:  # it has not been at the hub, so nobody else has heard of it
         return False
     seen = one.hub if one.saw is None else one.saw + 1
     return seen is not None and other.hub < seen
 
 
-def _is_later_turn(other: _Write, write: _Write) -> bool:
-    return other.change is write.change and other.turn > write.turn
+def _say_the_same(one: _Write, other: _Write) -> bool:
+    """Whether two writes wrote the same. Of vectors the history keeps too little to say so."""
+    return one.value is not _VECTOR and wire.plain(one.value) == wire.plain(other.value)
 
 
 def _writes(change: Change) -> Iterator[tuple[tuple[str, str], Any]]:
@@ -91,4 +101,8 @@ def _writes(change: Change) -> Iterator[tuple[tuple[str, str], Any]]:
     for space in patch.remove_vectors:
         yield ("vector", space), None
     for space in patch.vectors:
-        yield ("vector", space), {}
+        yield ("vector", space), _VECTOR
+
+
+_VECTOR: Any = object()
+"""What a write of a vector wrote."""

@@ -1,7 +1,8 @@
 """The roster of a device: which entities it is to hold, by what it wants and how much fits.
 
 Wants have their order, and so has the roster: what no longer fits is evicted from the last want backwards, and of one
-want the entity that has not changed for longest goes first. Pure: no NATS, no clock. Looks at `mnemesh.messages`.
+want the entity that has not changed for longest goes first. One that is larger than all that fits goes alone, and makes
+room for nobody. Pure: no NATS, no clock. Looks at `mnemesh.messages`.
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ class Roster:
 
     def admit(self, key: Key, want: int, size: int) -> list[Key]:
         """Take an entity in, as the one of its want that changed last. Returns those that had to go, maybe itself."""
+        if key in self:
+            self._drop(key)
         self._want_of[key] = want
         self._members[want][key] = size
         self.bytes += size
-        return self._evicted()
+        return self._evicted(key)
 
     def grow(self, key: Key, size: int) -> list[Key]:
         """Note that a member changed, by so many bytes. Returns those that had to go."""
@@ -97,18 +100,22 @@ class Roster:
         members[key] += size
         members.move_to_end(key)
         self.bytes += size
-        return self._evicted()
+        return self._evicted(key)
 
     def size_of(self, key: Key) -> int:
         return self._members[self._want_of[key]][key]
 
-    def _evicted(self) -> list[Key]:
+    def _evicted(self, changed: Key) -> list[Key]:
         gone = []
         while self.bytes > self.interest.most_bytes or len(self) > self.interest.most_entities:
-            last = next(members for members in reversed(self._members) if members)
-            key, size = last.popitem(last=False)
-            del self._want_of[key]
-            self.bytes -= size
+            if changed in self and self.size_of(changed) > self.interest.most_bytes:
+                key = changed
+            else:
+                key = next(iter(next(members for members in reversed(self._members) if members)))
+            self._drop(key)
             self.left_out += 1
             gone.append(key)
         return gone
+
+    def _drop(self, key: Key) -> None:
+        self.bytes -= self._members[self._want_of.pop(key)].pop(key)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memory_shards import merge
 from memory_shards.merge import Change, State
 from mnemesh.errors import BadRequest
-from mnemesh.event import Event, Record
+from mnemesh.event import Birth, Event, Record
 
 SITES = ("hub", "edge-1", "edge-2", "edge-3", "edge-4")
 FUTURE = 4_000_000_000_000
@@ -39,6 +39,11 @@ def records(events: list[Event], every_ms: int = 5) -> list[Record]:
     return [Record(n, n * every_ms, 0, event) for n, event in enumerate(events, 1)]
 
 
+def carried(sequence: int, event: Event, born: int, log: str = "1", **more: Any) -> Record:
+    """A record of an event that was born as `born` in a log of its site, and stands at `sequence` in this one."""
+    return Record(sequence, sequence * 5, 0, event, Birth(f"{event.site} {log}", born), **more)
+
+
 def changes(events: list[Event]) -> list[Change]:
     stamps: dict[str, int] = {}
     return [merge.stamped(record, merge.patch_of(record.event), stamps) for record in records(events)]
@@ -55,7 +60,7 @@ _names = st.sampled_from("xyz")
 _edge = st.fixed_dictionaries(
     {"relation": st.sampled_from(("near", "feeds")), "target_id": st.sampled_from(("pump", "valve", "tank"))}
 )
-_bodies = st.fixed_dictionaries(
+bodies = st.fixed_dictionaries(
     {},
     optional={
         "type": st.sampled_from(("pump", "valve")),
@@ -92,7 +97,7 @@ def site_logs(draw: st.DrawFn, entities: tuple[str, ...] = ("pump",)) -> list[li
                     },
                 )
             )
-            log.append(put(site, ms, id=f"{site}-{n}", entity_id=entity_id, **times, **draw(_bodies)))
+            log.append(put(site, ms, id=f"{site}-{n}", entity_id=entity_id, **times, **draw(bodies)))
         logs.append(log)
     return logs
 
@@ -199,3 +204,35 @@ def test_a_writer_whose_clock_runs_ahead_is_seen_as_soon_as_it_is_recorded() -> 
 def test_an_event_that_breaks_the_layout_is_refused(event: Event) -> None:
     with pytest.raises(BadRequest):
         merge.patch_of(event)
+
+
+# ── once ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def repeated(*log: Record) -> list[bool]:
+    births: dict[str, int] = {}
+    return [merge.is_repeated(record, births) for record in log]
+
+
+def test_an_event_is_taken_once_by_where_it_was_born() -> None:
+    one, two = put("edge-1", 1), put("edge-1", 2)
+    assert repeated(carried(1, one, 7), carried(2, two, 8), carried(3, one, 7), carried(4, two, 8)) == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_what_a_log_had_before_is_not_taken_after_what_came_later() -> None:
+    assert repeated(carried(1, put("edge-1", 2), 8), carried(2, put("edge-1", 1), 7)) == [False, True]
+
+
+def test_each_log_has_its_own_count_also_those_of_one_site() -> None:
+    log = [carried(1, put("edge-1"), 7), carried(2, put("edge-2"), 7), carried(3, put("edge-1"), 1, "2")]
+    assert repeated(*log, *log) == [False, False, False, True, True, True]
+
+
+def test_what_was_born_here_is_never_repeated() -> None:
+    own = Record(1, 5, 0, put())
+    assert repeated(own, own) == [False, False]

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_merge import FUTURE, forget, interleaved, put, records, site_logs
+from test_merge import FUTURE, carried, forget, interleaved, put, records, site_logs
 
 from memory_shards.merge import Document
+from memory_shards.stores import sqlite_batch
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh.clock import stamp_ms
 from mnemesh.event import Event, Record
+from mnemesh.messages import Description
 
 ENTITIES = ("pump", "valve")
 ALL = frozenset(range(64))
@@ -41,6 +43,21 @@ def write(store: SqliteStore, *events: Event) -> None:
     first = store.watermark + 1
     log = [Record(n, n * 5, 0, event) for n, event in enumerate(events, first)]
     store.apply(log, log[-1].sequence)
+
+
+def take(store: SqliteStore, *log: Record) -> None:
+    """Apply records as one batch."""
+    store.apply(log, log[-1].sequence)
+
+
+def note(sequence: int, op: Any, entity_id: str = "pump", **body: Any) -> Record:
+    """A device's note of what it holds."""
+    event = Event(id="", tenant="acme", entity_id=entity_id, op=op, agent="", site="edge-1", hlc=0, body=body)
+    return Record(sequence, sequence * 5, 0, event)
+
+
+def told(store: SqliteStore, entity_id: str = "pump") -> list[str]:
+    return [event.event_id for event in store.timeline("acme", entity_id)]
 
 
 def got(store: SqliteStore, entity_id: str = "pump", **times: int) -> Document:
@@ -284,6 +301,248 @@ def test_reads_go_on_while_a_thread_applies_and_each_sees_one_commit(store: Sqli
     assert got(store).attributes == {"n": 400}
 
 
+# ── events once ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("cuts", [[], [1, 2, 3, 4], [2]])
+def test_an_event_that_comes_again_has_no_effect_in_whatever_batch(store: SqliteStore, cuts: list[int]) -> None:
+    old, new = put("edge-1", 10, attributes={"a": "old"}), put("edge-1", 11, attributes={"a": "new"})
+    log = [carried(1, old, 4), carried(2, new, 5), carried(3, old, 4), carried(4, old, 4), carried(5, new, 5)]
+    apply_in(store, log, cuts)
+    assert got(store).attributes == {"a": "new"}
+    assert told(store) == ["edge-1-10", "edge-1-11"]
+    assert got(store).version == 5, "a compare-and-set must name the last event on the subject, repeated or not"
+
+
+def test_a_log_that_began_anew_counts_from_one_again(store: SqliteStore) -> None:
+    take(store, carried(1, put("edge-1", 10, attributes={"a": "old"}), 9, "1"))
+    take(store, carried(2, put("edge-1", 20, attributes={"a": "new"}), 1, "2"))
+    assert got(store).attributes == {"a": "new"}
+    assert told(store) == ["edge-1-10", "edge-1-20"]
+
+
+def test_what_a_forget_erased_does_not_come_again(store: SqliteStore) -> None:
+    history = [put("edge-1", 10, text="old"), forget("edge-1", 20), put("edge-1", 30, attributes={"b": 2})]
+    once = [carried(n, event, n) for n, event in enumerate(history, 1)]
+    again = [carried(n + 3, event, n) for n, event in enumerate(history, 1)]
+    take(store, *once)
+    before = store.digest()
+    take(store, *again)
+    assert store.digest() == before
+    assert told(store) == ["forget-edge-1-20", "edge-1-30"]
+    assert (got(store).text, got(store).attributes) == (None, {"b": 2})
+
+
+def test_an_event_that_broke_a_rule_does_not_hide_the_next(store: SqliteStore) -> None:
+    take(store, carried(1, put("edge-1", attributes=[1]), 4), carried(2, put("edge-1", 11, attributes={"a": 1}), 5))
+    assert got(store).attributes == {"a": 1}
+
+
+# ── what a device holds ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = opened(tmp_path, "edge-1")
+    yield store
+    store.close()
+
+
+EVERY_PART: dict[str, Any] = {
+    "type": "pump",
+    "text": "hunter2 leaks",
+    "attributes": {"pin": "hunter2"},
+    "edges": [{"relation": "at", "target_id": "hunter2"}],
+    "vectors": {"v": np.ones(3, np.float32)},
+}
+
+
+@pytest.mark.parametrize("one_batch", [False, True])
+def test_what_a_device_releases_leaves_no_trace_where_it_wrote_none_of_it(tmp_path: Path, one_batch: bool) -> None:
+    device = opened(tmp_path, "edge-1")
+    log = [
+        carried(1, put("hub", 10, **EVERY_PART), 1),
+        carried(2, put("edge-2", 11, entity_id="valve", text="leaks"), 1),
+        note(3, "hold", bytes=70),
+        note(4, "hold", "valve", bytes=7),
+        note(5, "release"),
+    ]
+    apply_in(device, log, [] if one_batch else [1, 2, 3, 4])
+    assert device.get("acme", "pump") is None
+    assert told(device) == []
+    assert [event.event_id for event in device.timeline_range("acme")] == ["edge-2-11"]
+    assert device.expand("acme", ["pump", "hunter2"], direction="both") == ([], False)
+    assert [hit.entity_id for hit in device.search_text("acme", "hunter2 leaks", 5)] == ["valve"]
+    assert (device.counts(), device.held()) == ((1, 0), (1, 7))
+    assert (device.holds("acme", "pump"), device.holds("acme", "valve")) == (False, True)
+    assert device.describe("acme", ["pump"]) == [Description()]
+    assert device.suspects("acme", "pump") == []
+    device._writer.execute("INSERT INTO entity_text (entity_text, rank) VALUES ('integrity-check', 1)")
+    device.close()
+    assert b"hunter2" not in files_of(tmp_path)
+
+
+def test_a_device_keeps_what_it_releases_where_it_wrote_some_of_it(device: SqliteStore) -> None:
+    own = Record(2, 10, 0, put("edge-1", 20, attributes={"a": 1}))
+    take(device, carried(1, put("hub", 10, **EVERY_PART), 1), own, note(3, "hold", bytes=7))
+    assert device.holds("acme", "pump")
+    before = device.digest()
+    take(device, note(4, "release"))
+    assert (device.digest(), device.holds("acme", "pump"), device.held()) == (before, False, (0, 0))
+    assert told(device) == ["hub-10", "edge-1-20"]
+
+
+def test_a_device_keeps_what_it_wrote_before_another_site_forgot_it(device: SqliteStore) -> None:
+    take(device, Record(1, 5, 0, put("edge-1", 10)), carried(2, forget("hub", 20), 2), note(3, "release"))
+    assert device.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], True)]
+    take(device, carried(4, put("edge-2", 15, text="late"), 1))
+    assert device.get("acme", "pump") is None, "for the forget is still known"
+
+
+def test_the_device_that_wrote_is_not_the_hub_that_says_so(device: SqliteStore) -> None:
+    take(device, carried(1, put("hub", 10), 1), carried(2, put("edge-2", 11), 1), note(3, "release"))
+    assert device.get("acme", "pump") is None
+
+
+def test_what_is_held_again_after_a_release_is_taken_from_its_beginning(device: SqliteStore) -> None:
+    history = [put("hub", 10, **EVERY_PART), put("hub", 20, attributes={"a": 2})]
+    take(device, *(carried(n, event, n) for n, event in enumerate(history, 1)), note(3, "hold", bytes=7))
+    before, shown_before = device.digest(), shown(device.get("acme", "pump"))
+    again = [carried(n + 4, event, n) for n, event in enumerate(history, 1)]
+    take(device, note(4, "release"), *again, note(7, "hold", bytes=9))
+    assert (device.digest(), shown(device.get("acme", "pump"))) == (before, shown_before)
+    assert (told(device), device.held()) == (["hub-10", "hub-20"], (1, 9))
+    assert [hit.entity_id for hit in device.search_text("acme", "leaks", 5)] == ["pump"]
+
+
+def test_a_device_may_hold_an_entity_of_which_nothing_is_remembered(device: SqliteStore) -> None:
+    take(device, note(1, "hold", bytes=0), note(2, "release", "valve"))
+    assert (device.holds("acme", "pump"), device.holds("acme", "valve"), device.held()) == (True, False, (1, 0))
+    assert device.get("acme", "pump") is None
+    assert device.list_entities("acme", "", 9, held=False, with_sites=False) == []
+    assert [each.entity_id for each in device.list_entities("acme", "", 9, held=True, with_sites=True)] == ["pump"]
+    take(device, carried(3, put("hub", 10, attributes={"a": 1}), 1), carried(4, forget("hub", 20), 2))
+    assert device.holds("acme", "pump")
+
+
+def test_notes_of_what_is_held_are_neither_in_timelines_nor_versions(device: SqliteStore) -> None:
+    take(device, carried(1, put("hub", 10), 1), note(2, "hold", bytes=7))
+    assert (told(device), got(device).version) == (["hub-10"], 1)
+
+
+# ── what is put aside ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_event_that_is_put_aside_has_no_effect_and_is_counted_by_its_site(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    take(store, carried(1, put("edge-1", 10, attributes={"a": 1}, text="leaks"), 1))
+    before = store.digest()
+    take(
+        store,
+        carried(2, put("edge-1", 99, attributes={"a": 2}, text="hums"), 2, quarantined=True),
+        carried(3, forget("edge-1", 98), 3, quarantined=True),
+        carried(4, put("edge-2", 99, entity_id="valve", type="valve"), 1, quarantined=True),
+        carried(5, put("edge-2", 99, attributes=[1]), 2, quarantined=True),
+    )
+    assert (store.digest(), store.rejected) == (before, 0)
+    assert (got(store).attributes, told(store), store.counts()) == ({"a": 1}, ["edge-1-10"], (1, 0))
+    assert got(store).version == 5, "a compare-and-set must name the last event on the subject, put aside or not"
+    assert store.search_text("acme", "hums", 5) == []
+    assert store.describe("acme", ["valve"]) == [Description()]
+    assert store.list_entities("acme", "", 9, held=False, with_sites=True)[0].sites == ["edge-1"]
+    assert store.quarantined == {"edge-1": 2, "edge-2": 2}
+    store.close()
+    store = opened(tmp_path)
+    assert store.quarantined == {"edge-1": 2, "edge-2": 2}
+    store.close()
+
+
+def test_what_a_site_writes_after_an_event_that_was_put_aside_counts(store: SqliteStore) -> None:
+    take(store, carried(1, put("edge-1", 99, attributes={"a": 1}), 1, quarantined=True))
+    take(
+        store, carried(2, put("edge-1", 20, attributes={"b": 2}), 2), carried(3, put("hub", 30, attributes={"b": 3}), 1)
+    )
+    assert got(store).attributes == {"b": 3}, "the stamp that was put aside does not push those after it ahead"
+
+
+# ── what is told of entities ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_entities_are_described_in_the_order_asked_by_their_type_and_who_wrote_them(store: SqliteStore) -> None:
+    write(store, put("hub", 10, type="pump"), put("edge-1", 20), put(entity_id="valve", id="v"))
+    assert store.describe("acme", ["valve", "nobody", "pump"]) == [
+        Description(None, ["hub"]),
+        Description(),
+        Description("pump", ["hub", "edge-1"]),
+    ]
+    assert store.describe("rival", ["pump"]) == [Description()]
+    assert store.describe("acme", []) == []
+
+
+def test_more_entities_than_a_statement_takes_are_described(store: SqliteStore) -> None:
+    ids = [f"e{n}" for n in range(1_201)]
+    write(store, *(put(entity_id=each, id=each, type=each) for each in ids))
+    assert [each.type for each in store.describe("acme", [*reversed(ids)])] == ids[::-1]
+
+
+def test_of_what_is_gone_the_type_of_then_is_told(store: SqliteStore) -> None:
+    write(store, put("edge-1", 10, type="pump"), forget("hub", 20))
+    gone = Description("pump", ["edge-1", "hub"], True)
+    assert store.describe("acme", ["pump"]) == [gone]
+    write(store, forget("hub", 30))
+    assert store.describe("acme", ["pump"]) == [gone], "also after it was forgotten once more"
+    write(store, put("hub", 40))
+    assert store.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"])]
+    write(store, put("hub", 50, type="valve"), forget("hub", 60))
+    assert store.describe("acme", ["pump"]) == [Description("valve", ["edge-1", "hub"], True)]
+
+
+def test_of_what_was_forgotten_before_it_came_no_type_is_told(store: SqliteStore) -> None:
+    write(store, forget("hub", 20), put("edge-1", 10, type="pump"))
+    assert store.describe("acme", ["pump"]) == [Description(None, ["hub", "edge-1"], True)]
+
+
+def test_entities_are_listed_by_id_in_pages_of_types(store: SqliteStore) -> None:
+    write(store, *(put(entity_id=f"e{n}", id=str(n), type=f"t{n % 3}", attributes={"n": n}) for n in range(9)))
+    write(store, forget(entity_id="e4", ms=20), put("edge-1", 30, entity_id="e7", id="7b", attributes={"n": 70}))
+
+    def listed(after: str = "", limit: int = 9, **more: Any) -> list[str]:
+        found = store.list_entities("acme", after, limit, held=False, with_sites=False, **more)
+        return [each.entity_id for each in found]
+
+    assert listed() == ["e0", "e1", "e2", "e3", "e5", "e6", "e7", "e8"]
+    assert listed("e2", 3) == ["e3", "e5", "e6"]
+    assert listed(types=["t1"]) == ["e1", "e7"]
+    assert listed("e1", 2, types=["t1", "t2"]) == ["e2", "e5"]
+    assert listed("e8") == []
+    assert store.list_entities("rival", "", 9, held=False, with_sites=False) == []
+    (one,) = store.list_entities("acme", "e6", 1, held=False, with_sites=True)
+    assert (one.type, one.version, one.sites) == ("t1", 11, ["hub", "edge-1"])
+    assert one.bytes == sum(
+        len(body)
+        for body in (b"\x81\xaaattributes\x81\xa1n\x46", b"\x82\xa4type\xa2t1" + b"\xaaattributes\x81\xa1n\x07")
+    )
+
+
+def test_of_what_is_held_the_bytes_that_the_hub_sent_are_listed(device: SqliteStore) -> None:
+    take(
+        device,
+        carried(1, put("hub", 10, type="pump"), 1),
+        carried(2, put("hub", 11, entity_id="valve", type="valve"), 2),
+        carried(3, put("hub", 12, entity_id="tank", type="valve"), 3),
+        note(4, "hold", bytes=1_234),
+        note(5, "hold", "valve", bytes=5),
+    )
+    found = device.list_entities("acme", "", 9, held=True, with_sites=False)
+    assert [(each.entity_id, each.bytes) for each in found] == [("pump", 1_234), ("valve", 5)]
+    assert [
+        each.entity_id for each in device.list_entities("acme", "", 9, types=["valve"], held=True, with_sites=False)
+    ] == ["valve"]
+    assert device.held() == (2, 1_239)
+    take(device, note(6, "hold", bytes=2_000))
+    assert device.held() == (2, 2_005)
+
+
 # ── documents ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -379,7 +638,43 @@ def test_what_was_forgotten_is_no_longer_in_the_file(tmp_path: Path) -> None:
     write(store, put(attributes={"pin": "hunter2"}, edges=[{"relation": "at", "target_id": "hunter2"}]))
     write(store, forget(ms=20))
     store.close()
-    assert b"hunter2" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert b"hunter2" not in files_of(tmp_path)
+
+
+def files_of(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.iterdir())
+
+
+def test_the_words_of_a_forgotten_text_are_no_longer_in_the_index(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    write(store, put(text="hunter2 leaks"), put(entity_id="valve", id="v", text="it leaks"))
+    write(store, put(entity_id="tank", id="t", text="swordfish"), forget(ms=20), forget(ms=20, entity_id="tank"))
+    assert [hit.entity_id for hit in store.search_text("acme", "leaks hunter2 swordfish", 5)] == ["valve"]
+    store.close()
+    assert b"hunter2" not in files_of(tmp_path)
+    assert b"swordfish" not in files_of(tmp_path)
+
+
+def test_words_are_erased_from_a_large_index_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_batch, "PAGES_MERGED", 1)
+    store = opened(tmp_path)
+    write(store, put(text="hunter2 leaks"))
+    for n in range(10):
+        names = [f"e{n}-{m}" for m in range(100)]
+        write(store, *(put(entity_id=name, id=name, text=f"{name} hums {name[::-1]}") for name in names))
+    write(store, forget(ms=20))
+    assert store._erasing
+    store.close()
+    store = opened(tmp_path)
+    batches = 0
+    while store._erasing:
+        store.apply([], store.watermark + 1)
+        batches += 1
+        assert batches < 200
+    assert len(store.search_text("acme", "hums", 2_000)) == 1_000
+    store.close()
+    assert batches > 1
+    assert b"hunter2" not in files_of(tmp_path)
 
 
 def test_a_put_after_a_forget_makes_the_entity_anew_also_within_one_batch(store: SqliteStore) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from memory_shards.stores import space as space_module
 from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
-from mnemesh.event import Event, Record
+from mnemesh.event import Birth, Event, Record
 from mnemesh.messages import Hit
 from mnemesh.wire import Vector
 
@@ -48,6 +48,19 @@ class Log:
         )
         self.records.append(Record(sequence, sequence, sequence % 64, event))
         return self.records[-1]
+
+
+class DeviceLog(Log):
+    """A device's log: what comes from elsewhere says where it was born, and notes say what is held."""
+
+    def carry(self, record: Record, *, log: str = "1") -> Record:
+        """A record of another log, at its place in this one."""
+        birth = Birth(f"{record.event.site} {log}", record.sequence)
+        self.records.append(record._replace(sequence=len(self.records) + 1, birth=birth))
+        return self.records[-1]
+
+    def note(self, op: str, entity_id: str) -> Record:
+        return self._append(entity_id, op, TENANT, "edge", 1, {})
 
 
 def vector(*numbers: float) -> Vector:
@@ -280,6 +293,159 @@ def test_a_failed_commit_leaves_the_store_as_it_was(store: FaissStore, log: Log)
     assert store.watermark == 1
     assert ids(find(store, vector(1, 0))) == ["e"]
     assert [info.name for info in store.spaces(TENANT)] == ["default"]
+
+
+# ── events once, and what a device holds ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def here() -> DeviceLog:
+    return DeviceLog()
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[FaissStore]:
+    opened = FaissStore(tmp_path, site="edge")
+    yield opened
+    opened.close()
+
+
+def applied_in(store: FaissStore, records: Sequence[Record], size: int) -> None:
+    for start in range(0, len(records), size):
+        applied(store, records[start : start + size])
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_an_event_that_comes_again_has_no_effect_in_whatever_batch(
+    device: FaissStore, log: Log, here: DeviceLog, size: int
+) -> None:
+    old = log.put("e", vectors={"v": vector(1, 0)}, attributes={"x": "old"})
+    new = log.put("e", vectors={"v": vector(0, 1)}, attributes={"x": "new"})
+    for each in (old, new, old, old, new):
+        here.carry(each)
+    applied_in(device, here.records, size)
+    assert device.vectors_of(TENANT, "e")["v"] == pytest.approx([0, 1])
+    assert ids(find(device, vector(0, 1), space="v", filter={"x": "new"})) == ["e"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_a_put_that_waits_and_comes_again_has_no_effect(
+    device: FaissStore, log: Log, here: DeviceLog, size: int
+) -> None:
+    old, new = log.put("e", attributes={"x": "old"}, type="a"), log.put("e", attributes={"x": "new"}, type="b")
+    for each in (old, new, old, old):
+        here.carry(each)
+    here.carry(log.put("e", vectors={"v": vector(1, 0)}))
+    here.carry(old)
+    here.carry(new)
+    applied_in(device, here.records, size)
+    (hit,) = find(device, vector(1, 0), space="v", type="b", output_fields=["x"])
+    assert hit.attributes == {"x": "new"}
+
+
+def test_many_repeats_of_a_put_that_waits_take_bounded_room(device: FaissStore, log: Log, here: DeviceLog) -> None:
+    old, new = log.put("e", attributes={"x": "old"}), log.put("e", attributes={"x": "new"})
+    here.carry(old)
+    here.carry(new)
+    for _ in range(500):
+        here.carry(old)
+    applied_in(device, here.records, 50)
+    applied(device, [here.carry(log.put("e", vectors={"v": vector(1, 0)}))])
+    assert ids(find(device, vector(1, 0), space="v", filter={"x": "new"})) == ["e"]
+
+
+def test_a_log_that_began_anew_counts_from_one_again(device: FaissStore, here: DeviceLog) -> None:
+    for number, incarnation in ((1, "1"), (2, "2")):
+        applied(
+            device, [here.carry(Log().put("e", hlc=number << 16, vectors={"v": vector(number, 0)}), log=incarnation)]
+        )
+    assert device.vectors_of(TENANT, "e")["v"] == pytest.approx([2, 0])
+
+
+def test_what_a_forget_erased_does_not_come_again(device: FaissStore, log: Log, here: DeviceLog) -> None:
+    log.put("e", vectors={"v": vector(1, 0)}, attributes={"x": 1})
+    log.forget("e")
+    log.put("e", vectors={"w": vector(0, 1)})
+    for each in (*log.records, *log.records[:2]):
+        applied(device, [here.carry(each)])
+    assert list(device.vectors_of(TENANT, "e")) == ["w"]
+    assert ids(find(device, vector(0, 1), space="w", filter={"x": 1})) == []
+
+
+def test_what_is_put_aside_has_no_effect(store: FaissStore, log: Log) -> None:
+    applied(store, [log.put("e", vectors={"v": vector(1, 0)})])
+    before = store.digest()
+    put_aside = [
+        log.put("e", hlc=999 << 16, vectors={"v": vector(0, 1)}),
+        log.forget("e", hlc=999 << 16),
+        log.put("f", hlc=999 << 16, attributes={"x": 1}),
+        log.put("g", vectors={"v": vector(1, 0, 0)}, attributes=[1]),
+    ]
+    applied(store, [record._replace(quarantined=True) for record in put_aside])
+    assert (store.digest(), store.rejected) == (before, 0)
+    applied(store, [log.put("e", vectors={"v": vector(0, 2)})])
+    assert store.vectors_of(TENANT, "e")["v"] == pytest.approx([0, 2]), "its stamp is not taken for the site's last"
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_what_a_device_releases_leaves_nothing_where_it_wrote_none_of_it(
+    tmp_path: Path, log: Log, here: DeviceLog, size: int
+) -> None:
+    device = FaissStore(tmp_path, site="edge")
+    here.carry(log.put("e", vectors={"v": vector(1, 0)}, attributes={"pin": "hunter2"}))
+    here.carry(log.put("waits", attributes={"pin": "hunter2"}))
+    here.carry(log.put("f", vectors={"v": vector(1, 1)}))
+    for entity_id in ("e", "waits", "nobody"):
+        here.note("hold", entity_id)
+        here.note("release", entity_id)
+    applied_in(device, here.records, size)
+    assert ids(find(device, vector(1, 0), space="v")) == ["f"]
+    assert (device.count(), device.vectors_of(TENANT, "e")) == (1, {})
+    device.close()
+    assert b"hunter2" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    device = FaissStore(tmp_path, site="edge")
+    assert device.count() == 1
+    device.close()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_device_keeps_what_it_releases_where_it_wrote_some_of_it(
+    device: FaissStore, log: Log, here: DeviceLog, waits: bool
+) -> None:
+    applied(
+        device, [here.carry(log.put("e", attributes={"x": 1}, **({} if waits else {"vectors": {"v": vector(1, 0)}})))]
+    )
+    applied(device, [here.put("e", site="edge", attributes={"y": 2})])
+    applied(device, [here.note("release", "e")])
+    if waits:
+        applied(device, [here.put("e", site="edge", vectors={"v": vector(1, 0)})])
+    assert ids(find(device, vector(1, 0), space="v", filter={"x": 1, "y": 2})) == ["e"]
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_what_is_held_again_after_a_release_is_what_it_was(
+    device: FaissStore, log: Log, here: DeviceLog, size: int
+) -> None:
+    log.put("e", type="room", attributes={"x": 1})
+    log.put("e", vectors={"v": vector(1, 0), "w": vector(0, 1)}, attributes={"y": 2})
+    log.put("e", remove_vectors=["w"])
+    for each in log.records:
+        applied(device, [here.carry(each)])
+    before = device.digest()
+    fresh = [here.note("release", "e"), *map(here.carry, log.records), here.note("hold", "e")]
+    applied_in(device, fresh, size)
+    assert device.digest() == before
+    assert ids(find(device, vector(1, 0), space="v", type="room", filter={"x": 1, "y": 2})) == ["e"]
+    assert device.count() == 1
+
+
+def test_a_filter_does_not_find_by_an_attribute_that_was_released(
+    device: FaissStore, log: Log, here: DeviceLog
+) -> None:
+    applied(device, [here.carry(log.put("e", vectors={"v": vector(1, 0)}, attributes={"x": 1}))])
+    applied(device, [here.note("release", "e"), here.put("e", site="edge", vectors={"v": vector(1, 0)})])
+    assert ids(find(device, vector(1, 0), space="v")) == ["e"]
+    assert ids(find(device, vector(1, 0), space="v", filter={"x": 1})) == []
 
 
 NAMES = st.sampled_from("abcdefghij")

@@ -55,6 +55,7 @@ class SqliteStore(SqliteReader):
         """How many events of each site were put aside."""
         self._watermark: int = meta.get("watermark", 0)
         self._rejected: int = meta.get("rejected", 0)
+        self._erasing = bool(meta.get("erasing", 0))
         super().__init__(self._file)
 
     @property
@@ -82,19 +83,19 @@ class SqliteStore(SqliteReader):
         self._writer.execute("BEGIN IMMEDIATE")
         try:
             fresh = [record for record in records if record.sequence > self._watermark]
-            batch = Batch(self._writer, fresh, site=self._site)
+            batch = Batch(self._writer, fresh, site=self._site, erasing=self._erasing)
             batch.write()
             rejected = self._rejected + batch.rejected
             self._writer.executemany(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-                [("watermark", watermark), ("rejected", rejected)],
+                [("watermark", watermark), ("rejected", rejected), ("erasing", batch.erasing)],
             )
             self._writer.execute("COMMIT")
         except BaseException:
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
             raise
-        self._watermark, self._rejected = watermark, rejected
+        self._watermark, self._rejected, self._erasing = watermark, rejected, batch.erasing
         self.quarantined.update(batch.quarantined)
 
     def close(self) -> None:

@@ -114,6 +114,7 @@ class VectorState:
         if site in self.stamps:
             return
         self.vectors |= dict.fromkeys(self.spaces)
+        self.changed.update(self._attributes)
         self.stamps, self.births, self._tombstone, self._type, self._attributes, self._spaces = {}, {}, None, [], {}, {}
 
     def _forget(self, mark: Mark) -> None:
