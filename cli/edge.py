@@ -15,6 +15,7 @@ from cli import up
 from cli.credentials import SYSTEM
 from cli.devices import Devices, new_seed, public_of, seed_of
 from cli.edge_node import EdgeNode, EdgeOptions
+from cli.interest import read_interest
 from cli.private import write_private
 from cli.server import monitoring, reload_running
 from cli.server_config import ServerOptions, saved_options
@@ -26,7 +27,7 @@ from mnemesh.host import run as run_process
 from mnemesh.host import until_stopped
 from mnemesh.ids import check_name
 from mnemesh.inbox import Inbox
-from mnemesh.messages import AskDevices, DeviceSeen
+from mnemesh.messages import AskDevices, DeviceSeen, Interest
 
 DEVICE_DATA = Path("mnemesh-edge")
 KICK_S = 5.0
@@ -41,6 +42,7 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
     verb.add_argument("--hub", required=True, metavar="URL", help="its hub, such as nats://hub.example:7422")
     verb.add_argument("--metrics-port", type=int, default=9464, help="0: a free one")
     verb.add_argument("--uplink-bytes-per-s", type=float, help="most that it sends its hub")
+    verb.add_argument("--interest", type=Path, metavar="FILE", help="what it is to hold of what was written elsewhere")
 
     verb = verbs.add_parser("key", help="on a device: print its public key, which the hub enrols")
     verb.add_argument("--data", type=Path, default=DEVICE_DATA, help="the device's folder (default: %(default)s)")
@@ -91,6 +93,7 @@ def _options(flags: argparse.Namespace) -> EdgeOptions:
         agents=agents,
         metrics_port=flags.metrics_port,
         uplink_bytes_per_s=flags.uplink_bytes_per_s,
+        interest=read_interest(flags.interest) if flags.interest else Interest(),
     )
 
 
