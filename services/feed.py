@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
 from functools import reduce
 from operator import and_
 from typing import NamedTuple, TypeAlias
@@ -174,6 +174,10 @@ class Feed:
         await self._surround(head)
         for key, candidate in (await self._described(set(self.roster.named()) - found.keys(), head)).items():
             found[key] = head, candidate, 0
+        # What was forgotten is not listed, but stays held: a device knows by it that there is nothing.
+        for key, candidate in (await self._described(self._held.keys() - found.keys(), head)).items():
+            if candidate.is_gone:
+                found[key] = 0, candidate, 0
         return [
             (number, changed, candidate, size)
             for changed, candidate, size in found.values()
@@ -188,14 +192,14 @@ class Feed:
             new.update(self.roster.surround(number, near))
         return new
 
-    async def _described(self, keys: set[Key], upto: int) -> dict[Key, Candidate]:
+    async def _described(self, keys: Set[Key], upto: int) -> dict[Key, Candidate]:
         found = {}
         for tenant in sorted({tenant for tenant, _ in keys}):
             ids = sorted(entity_id for owner, entity_id in keys if owner == tenant)
             described = await self._inventory.describe(tenant, ids, upto=upto)
             for entity_id, told in described.items():
                 key = tenant, entity_id
-                found[key] = Candidate(key, told.type, self._regions(told.sites))
+                found[key] = Candidate(key, told.type, self._regions(told.sites), told.is_gone)
                 if self._device in told.sites:
                     self._wrote.add(key)
         return found

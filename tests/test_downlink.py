@@ -114,6 +114,27 @@ async def test_what_a_device_wrote_itself_comes_back_neither_twice_nor_at_all(hu
         assert len((await there.timeline("t:1")).events) == 6
 
 
+async def test_what_was_forgotten_stays_held_when_the_feed_opens_anew(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up(), alice_at(hub.server) as there:
+            await there.set_context("w:1", type="weather", attributes={"t": 1})
+            await there.set_context("w:2", type="weather", attributes={"t": 1})
+            interest = wants({"types": ["weather"]})
+            async with device(hub, tmp_path / "d", interest=interest) as node:
+                await current(node)
+                await there.forget("w:1")
+                await current(node)
+            node = await stack.enter_async_context(device(hub, tmp_path / "d", interest=interest))
+            here = await stack.enter_async_context(alice_at(node.server))
+            written = await there.set_context("w:2", attributes={"t": 2})
+            await here.get_context("w:2", consistency=since(written), budget_ms=LONG_MS)
+        while (await status_of(node)).linked:
+            pass
+        with pytest.raises(NotFound):
+            await here.get_context("w:1")
+
+
 async def test_two_devices_hear_of_each_other_by_way_of_the_hub(hub: HubSite, tmp_path: Path) -> None:
     async with (
         device(hub, tmp_path / "a", name="a", interest=wants({})) as one,
