@@ -236,8 +236,7 @@ async def test_what_the_hub_forgets_a_device_forgets_that_held_it_or_wrote_it(hu
             forgotten = await there.forget(name)
             with pytest.raises(NotFound):
                 await here.get_context(name, consistency=since(forgotten), budget_ms=LONG_MS)
-        await current(node)
-        assert (await here.search_embedding([1.0], space="v")).hits == []
+        assert (await here.search_embedding([1.0], space="v", consistency=since(forgotten))).hits == []
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:
