@@ -110,7 +110,7 @@ async def test_what_a_device_wrote_itself_comes_back_neither_twice_nor_at_all(hu
         written = await there.set_context("t:1", attributes={"there": 1})
         found = await here.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
         assert found.attributes == {"here": 4, "there": 1}
-        assert len((await here.timeline("t:1")).events) == 6
+        assert len((await here.timeline("t:1", consistency=since(written))).events) == 6
         assert len((await there.timeline("t:1")).events) == 6
 
 
@@ -237,6 +237,35 @@ async def test_what_the_hub_forgets_a_device_forgets_that_held_it_or_wrote_it(hu
             with pytest.raises(NotFound):
                 await here.get_context(name, consistency=since(forgotten), budget_ms=LONG_MS)
         assert (await here.search_embedding([1.0], space="v", consistency=since(forgotten))).hits == []
+
+
+async def test_where_many_entities_are_lacking_the_log_is_read_again_for_these_alone(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    names = [f"w:{number}" for number in range(50)]
+    async with alice_at(hub.server) as there:
+        await there.set_context("before", attributes={"n": 1})
+        for n in range(3):
+            await there.ingest([{"entity_id": name, "type": "weather", "attributes": {"n": n}} for name in names])
+        async with device(hub, tmp_path / "d", interest=wants({"entities": ["before"]})) as node:
+            await current(node)
+        interest = wants({"entities": ["before"]}, {"types": ["weather"]})
+        async with device(hub, tmp_path / "d", interest=interest) as node, alice_at(node.server) as here:
+            await current(node)
+            written = await there.set_context("w:0", attributes={"n": 3})
+            await here.get_context("w:0", consistency=since(written), budget_ms=LONG_MS)
+            for name in names:
+                page = await here.timeline(name)
+                assert page.complete
+                told = [event.body["attributes"]["n"] for event in page.events]
+                assert told == ([0, 1, 2, 3] if name == "w:0" else [0, 1, 2])
+            operator = await Link.open(node.server.credentials.load("operator").link_options())
+            inbox = Inbox(operator)
+            await inbox.open()
+            kept = await api(inbox, f"STREAM.INFO.{subjects.log_stream('sub7')}", {"subjects_filter": ">"})
+            counts = [count for subject, count in kept["state"]["subjects"].items() if ".log.hub." in subject]
+            assert sorted(counts) == [1, 1, *[3] * 49, 4]  # the mark, what was held before, and the others
+            await operator.close()
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:
