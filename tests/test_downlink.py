@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from mnemesh import Memory, messages, subjects
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound, Unavailable
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import api
+from mnemesh.jetstream import StreamState, api
 from mnemesh.messages import Interest, Want
+from services.feed import Feed
 
 LONG_MS = 30_000
 
@@ -237,6 +239,23 @@ async def test_what_the_hub_forgets_a_device_forgets_that_held_it_or_wrote_it(hu
             with pytest.raises(NotFound):
                 await here.get_context(name, consistency=since(forgotten), budget_ms=LONG_MS)
         assert (await here.search_embedding([1.0], space="v", consistency=since(forgotten))).hits == []
+
+
+async def test_an_opening_whose_answer_is_lost_is_soon_tried_again(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Feed.open
+    lost = [asyncio.Event()]
+
+    async def open(feed: Feed, after: int, state: StreamState) -> None:
+        if lost:
+            await lost.pop().wait()
+        await opened(feed, after, state)
+
+    monkeypatch.setattr(Feed, "open", open)
+    async with device(hub, tmp_path / "d", interest=wants({})) as node, asyncio.timeout(30):
+        await current(node)
+    assert not lost
 
 
 async def test_where_many_entities_are_lacking_the_log_is_read_again_for_these_alone(
