@@ -19,7 +19,7 @@ SPACE = "site-ledger"
 DIMENSION = 8
 OWN, SHARED = 8, 24
 """How many entities a writer has of its own at a time, and how many all writers share."""
-OWN_FOR, SHARED_FOR = 400, 4000
+OWN_FOR, SHARED_FOR = 1000, 8000
 """After so many writes come others: memory grows, and entities are new to devices all the time."""
 MOST_DOCUMENTS = 120
 BUDGET_MS = 4000
