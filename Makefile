@@ -1,5 +1,6 @@
 # make demo      the smart-grid demo                 make test     lint, types, contract drift, all tests
 # make bench     measure (ARGS="--suite core --json")  make ledger   the long crash test (ARGS="--seconds 600")
+# make site-ledger   a million writes at five sites, cut and killed (ARGS="--writes 200000 --seed 7")
 # Everything is installed into .venv, from constraints.txt.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: test lint types contract unit demo bench ledger generate clean
+.PHONY: test lint types contract unit demo bench ledger site-ledger generate clean
 
 test: lint types contract unit
 
@@ -32,6 +33,9 @@ bench: $(VENV)/demo
 
 ledger: $(VENV)/dev
 	$(BIN)/python -m tests.ledger $(ARGS)
+
+site-ledger: $(VENV)/dev
+	$(BIN)/python -m tests.site_ledger $(ARGS)
 
 generate: $(VENV)/dev
 	$(BIN)/mnemesh contract generate

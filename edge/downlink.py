@@ -20,7 +20,7 @@ import nats.nuid
 from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all, without_erased
-from mnemesh.errors import Conflict, MnemeshError, NotFound
+from mnemesh.errors import Conflict, MnemeshError, NotFound, Timeout
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import api, last_of, stream_state
@@ -33,6 +33,9 @@ logger = logging.getLogger("mnemesh.downlink")
 
 RETRY_S = 0.5
 APPEND_S = 5.0
+OPEN_S = 5.0
+"""How long a hub may take to open a feed at first. Each time that it takes longer it may twice as long the next time:
+much to choose from takes long, but with a line that was cut meanwhile the answer never comes."""
 HELD_A_PAGE = 20_000
 
 
@@ -47,6 +50,7 @@ class Downlink:
         self._log = subjects.log_stream(site)
         self._hub = ""
         self._incarnation = ""
+        self._open_s = OPEN_S
         self._place = 0
         """Where in our log the hub's last mark is; 0: there is none."""
         self.sequence = 0
@@ -101,7 +105,14 @@ class Downlink:
                 incarnation=mark.incarnation,
                 after=mark.sequence,
             )
-            opened = await self._asker.ask(subjects.OPEN_FEED, subjects.open_feed(self._site), opening)
+            try:
+                opened = await self._asker.ask(
+                    subjects.OPEN_FEED, subjects.open_feed(self._site), opening, budget_s=self._open_s
+                )
+            except Timeout:
+                self._open_s = min(2 * self._open_s, subjects.OPEN_FEED.budget_ms / 1000)
+                raise
+        self._open_s = OPEN_S
         self._incarnation = opened.incarnation
         self.sequence = mark.sequence if mark.incarnation == opened.incarnation else 0
         return session

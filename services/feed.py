@@ -3,7 +3,7 @@
     open    which entities does it want → of those that it lacks comes the history, up to where it stands
     next    follow the log from there → events of what it wants; whose turn it becomes brings its history along
 
-The device only appends what it is given. An entity counts as held there once all that the hub has of it has come; what
+The device only appends what it is given. An entity counts as held there once all that the hub had of it has come; what
 does not fit any more, or is not wanted any more, it is told to release. What comes twice has no effect there, for
 each event says where it was born. Forgets go also to a device that wrote the entity, whatever it holds.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Set
 from functools import reduce
 from operator import and_
 from typing import NamedTuple, TypeAlias
@@ -38,6 +38,10 @@ from services.roster import Candidate, Key, Roster
 from services.sovereignty import Leaves, reduced_event
 
 MOST_READ = 500
+MOST_HISTORIES = 16
+"""Entities whose history is fetched one by one: in a log of 180,000 messages each takes 3 to 60 ms of the server. For
+more the log is read once from its beginning."""
+
 MOST_ITEMS = 900
 """Messages in one batch: with its marks it is one atomic batch in the device's log."""
 
@@ -85,7 +89,12 @@ class Feed:
         self._log = subjects.log_stream(site)
         self._items: deque[Item] = deque()
         self._types: dict[Key, str | None] = {}
-        self._to_hold: set[Key] = set()
+        self._to_hold: deque[tuple[int, Key]] = deque()
+        """What the device lacks, by where it will have come: the entity's last event when this opened."""
+        self._has_upto = 0
+        self._lacking: Set[tuple[str, str]] = frozenset()
+        """(tenant, token) of what is read from before that, where the device has the rest."""
+        self._position = 0
         self._unwanted: set[Key] = set()
         self._wrote: set[Key] = set()
         """Entities of the batch at hand that the device wrote itself."""
@@ -105,19 +114,33 @@ class Feed:
         self._incarnation = state.incarnation
         self._last = FeedBatch(turn=0, place=after)
         self._current_at = state.last_sequence
-        for want, candidate in await self._fitting(state.last_sequence):
+        self._has_upto = after
+        lacks: dict[Key, int] = {}
+        for want, candidate, version in await self._fitting(state.last_sequence):
             key = candidate.key
             self._types[key] = candidate.type
-            if key in self._held:
-                size = self._held[key]
-            else:
-                size = self._send_history(await self._history(key, after)) if after else 0
-                self._to_hold.add(key)
-            self._evict(self.roster.admit(key, want, size))
+            if key not in self._held:
+                lacks[key] = version
+            self._evict(self.roster.admit(key, want, self._held.get(key, 0)))
         self._unwanted |= {key for key in self._held if key not in self.roster}
-        follower = Follower(self._asker.link, self._asker.inbox, self._log, after=after, incarnation=state.incarnation)
+        self._to_hold.extend(sorted((version, key) for key, version in lacks.items()))
+        begin = await self._bring(lacks, after)
+        follower = Follower(self._asker.link, self._asker.inbox, self._log, after=begin, incarnation=state.incarnation)
         self._batches = follower.batches(MOST_READ)
-        self._settle_if_current(after)
+        self._settle(begin)
+
+    async def _bring(self, lacks: Iterable[Key], after: int) -> int:
+        """See that the device gets what it lacks up to where it stands. Returns from where on the log is followed."""
+        keys = [key for key in lacks if key in self.roster]
+        if after and len(keys) > MOST_HISTORIES:
+            self._lacking = {(tenant, to_token(entity_id)) for tenant, entity_id in keys}
+            return 0
+        if after:
+            for key in keys:
+                size = self._send_history(await self._history(key, after))
+                if key in self.roster:
+                    self._evict(self.roster.grow(key, size))
+        return after
 
     async def next(self, turn: int, most_bytes: int, wait_s: float) -> FeedBatch:
         """The batch of this turn. Raises `Conflict` where the device and this feed are not at the same turn."""
@@ -145,18 +168,20 @@ class Feed:
 
     # ── what is wanted ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def _fitting(self, head: int) -> list[tuple[int, Candidate]]:
-        """(want, entity) of what is wanted and likely fits, in the order in which it is admitted.
+    async def _fitting(self, head: int) -> list[tuple[int, Candidate, int]]:
+        """(want, entity, last change) of what is wanted and likely fits, in the order in which it is admitted.
 
         By the bytes of events, vectors left out: what is too much after all is evicted when it comes.
         """
         entities, size = 0, 0
         fitting = []
-        for want, _, candidate, bytes in sorted(await self._wanted(head), key=lambda entry: (entry[0], -entry[1])):
+        for want, changed, candidate, bytes in sorted(
+            await self._wanted(head), key=lambda entry: (entry[0], -entry[1])
+        ):
             entities, size = entities + 1, size + self._held.get(candidate.key, bytes)
             if entities > self.roster.interest.most_entities or size > self.roster.interest.most_bytes:
                 break
-            fitting.append((want, candidate))
+            fitting.append((want, candidate, changed))
         return fitting[::-1]
 
     async def _wanted(self, head: int) -> list[tuple[int, int, Candidate, int]]:
@@ -174,6 +199,10 @@ class Feed:
         await self._surround(head)
         for key, candidate in (await self._described(set(self.roster.named()) - found.keys(), head)).items():
             found[key] = head, candidate, 0
+        # What was forgotten is not listed, but stays held: a device knows by it that there is nothing.
+        for key, candidate in (await self._described(self._held.keys() - found.keys(), head)).items():
+            if candidate.is_gone:
+                found[key] = 0, candidate, 0
         return [
             (number, changed, candidate, size)
             for changed, candidate, size in found.values()
@@ -188,14 +217,14 @@ class Feed:
             new.update(self.roster.surround(number, near))
         return new
 
-    async def _described(self, keys: set[Key], upto: int) -> dict[Key, Candidate]:
+    async def _described(self, keys: Set[Key], upto: int) -> dict[Key, Candidate]:
         found = {}
         for tenant in sorted({tenant for tenant, _ in keys}):
             ids = sorted(entity_id for owner, entity_id in keys if owner == tenant)
             described = await self._inventory.describe(tenant, ids, upto=upto)
             for entity_id, told in described.items():
                 key = tenant, entity_id
-                found[key] = Candidate(key, told.type, self._regions(told.sites))
+                found[key] = Candidate(key, told.type, self._regions(told.sites), told.is_gone)
                 if self._device in told.sites:
                     self._wrote.add(key)
         return found
@@ -231,6 +260,8 @@ class Feed:
         events: list[tuple[Stored, Place, Event]] = []
         for stored in batch:
             place = place_of(stored.message.subject)
+            if stored.sequence <= self._has_upto and (place.tenant, place.entity) not in self._lacking:
+                continue
             if place.is_mark:
                 self._take_mark(stored, place, marks)
             elif place.is_event and (event := self._event(stored, place)) is not None:
@@ -250,8 +281,8 @@ class Feed:
         if self._items and isinstance(last := self._items[-1], Reached):
             self._items.pop()
             marks, newest = {**last.marks, **marks}, max(last.hlc, newest)
-        self._items.append(Reached(upto, marks, newest))
-        self._settle_if_current(upto)
+        self._items.append(Reached(max(upto, self._has_upto), marks, newest))
+        self._settle(upto)
 
     def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
         if place.origin != self._device:
@@ -309,20 +340,19 @@ class Feed:
             for number, want in self.roster.hoods()
         )
 
-    def _settle_if_current(self, place: int) -> None:
-        """Once the device has all that there was when it opened: what it lacked it holds now, the unwanted goes."""
-        if place < self._current_at:
-            return
-        for key in self._to_hold:
+    def _settle(self, position: int) -> None:
+        """The log was read up to here: what the device lacked it holds once all of then has come, the unwanted goes."""
+        self._position = position
+        while self._to_hold and self._to_hold[0][0] <= position:
+            _, key = self._to_hold.popleft()
             if key in self.roster:
                 self._items.append(Holding(*key, self.roster.size_of(key)))
-        self._items.extend(Holding(*key, None) for key in self._unwanted)
-        self._to_hold.clear()
-        self._unwanted.clear()
+        if position >= self._current_at:
+            self._items.extend(Holding(*key, None) for key in self._unwanted)
+            self._unwanted.clear()
 
     def _evict(self, keys: Sequence[Key]) -> None:
         for key in keys:
-            self._to_hold.discard(key)
             self._types.pop(key, None)
             self._items.append(Holding(*key, None))
 
@@ -383,5 +413,5 @@ class Feed:
             else:
                 items.append(item)
                 size += len(item.payload) if isinstance(item, Carried) else len(item.entity_id)
-        current = not self._items and place >= self._current_at
+        current = not self._items and self._position >= self._current_at
         return FeedBatch(turn=turn, place=place, items=items, marks=marks, hlc=hlc, current=current)

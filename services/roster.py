@@ -20,11 +20,15 @@ Key: TypeAlias = tuple[str, str]
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """An entity that a device may want: its type, and the regions in which it was written."""
+    """An entity that a device may want: its type, and the regions in which it was written.
+
+    One that `is_gone` was forgotten, and its type is that of then.
+    """
 
     key: Key
     type: str | None = None
     regions: Set[str] = frozenset()
+    is_gone: bool = False
 
 
 class Roster:

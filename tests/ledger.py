@@ -453,6 +453,8 @@ def fold(entity_id: str, patches: Iterable[Mapping[str, Any]]) -> Folded:
     for patch in patches:
         type, text = patch.get("type", type), patch.get("text", text)
         attributes |= patch["attributes"]
+        for space in patch.get("remove_vectors", ()):
+            vectors.pop(space, None)
         vectors |= patch.get("vectors", {})
         for edge in patch.get("remove_edges", ()):
             edges.pop((edge["relation"], edge["target_id"]), None)

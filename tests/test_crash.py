@@ -313,6 +313,24 @@ async def test_a_connection_that_is_down_with_data_waiting_closes_quietly_on_uvl
     await asyncio.to_thread(on_uvloop)
 
 
+async def test_a_flush_on_a_socket_that_closed_unnoticed_is_unavailable_on_uvloop(own_mesh_server: NatsServer) -> None:
+    async def flush_when_closed() -> None:
+        link = await Link.open(own_mesh_server.credentials.load("gateway").link_options())
+        assert link._client._socket is not None
+        link._client._socket.abort()
+        await asyncio.sleep(0)  # the round of the loop in which the socket has closed and nats-py does not know it
+        assert link.is_connected
+        with pytest.raises(Unavailable):
+            await link.flush()
+        await link.close()
+
+    def on_uvloop() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(flush_when_closed())
+
+    await asyncio.to_thread(on_uvloop)
+
+
 # ── all of it ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from mnemesh import Memory, messages, subjects
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound, Unavailable
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import api
+from mnemesh.jetstream import StreamState, api
 from mnemesh.messages import Interest, Want
+from services.feed import Feed
 
 LONG_MS = 30_000
 
@@ -113,6 +115,27 @@ async def test_what_a_device_wrote_itself_comes_back_neither_twice_nor_at_all(hu
         assert found.attributes == {"here": 4, "there": 1}
         assert len((await here.timeline("t:1", consistency=since(written), budget_ms=LONG_MS)).events) == 6
         assert len((await there.timeline("t:1")).events) == 6
+
+
+async def test_what_was_forgotten_stays_held_when_the_feed_opens_anew(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up(), alice_at(hub.server) as there:
+            await there.set_context("w:1", type="weather", attributes={"t": 1})
+            await there.set_context("w:2", type="weather", attributes={"t": 1})
+            interest = wants({"types": ["weather"]})
+            async with device(hub, tmp_path / "d", interest=interest) as node:
+                await current(node)
+                await there.forget("w:1")
+                await current(node)
+            node = await stack.enter_async_context(device(hub, tmp_path / "d", interest=interest))
+            here = await stack.enter_async_context(alice_at(node.server))
+            written = await there.set_context("w:2", attributes={"t": 2})
+            await here.get_context("w:2", consistency=since(written), budget_ms=LONG_MS)
+        while (await status_of(node)).linked:
+            pass
+        with pytest.raises(NotFound):
+            await here.get_context("w:1")
 
 
 async def test_two_devices_hear_of_each_other_by_way_of_the_hub(hub: HubSite, tmp_path: Path) -> None:
@@ -219,6 +242,52 @@ async def test_what_the_hub_forgets_a_device_forgets_that_held_it_or_wrote_it(hu
             with pytest.raises(NotFound):
                 await here.get_context(name, consistency=since(forgotten), budget_ms=LONG_MS)
         assert (await here.search_embedding([1.0], space="v", consistency=since(forgotten))).hits == []
+
+
+async def test_an_opening_whose_answer_is_lost_is_soon_tried_again(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Feed.open
+    lost = [asyncio.Event()]
+
+    async def open(feed: Feed, after: int, state: StreamState) -> None:
+        if lost:
+            await lost.pop().wait()
+        await opened(feed, after, state)
+
+    monkeypatch.setattr(Feed, "open", open)
+    async with device(hub, tmp_path / "d", interest=wants({})) as node, asyncio.timeout(30):
+        await current(node)
+    assert not lost
+
+
+async def test_where_many_entities_are_lacking_the_log_is_read_again_for_these_alone(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    names = [f"w:{number}" for number in range(50)]
+    async with alice_at(hub.server) as there:
+        await there.set_context("before", attributes={"n": 1})
+        for n in range(3):
+            await there.ingest([{"entity_id": name, "type": "weather", "attributes": {"n": n}} for name in names])
+        async with device(hub, tmp_path / "d", interest=wants({"entities": ["before"]})) as node:
+            await current(node)
+        interest = wants({"entities": ["before"]}, {"types": ["weather"]})
+        async with device(hub, tmp_path / "d", interest=interest) as node, alice_at(node.server) as here:
+            await current(node)
+            written = await there.set_context("w:0", attributes={"n": 3})
+            await here.get_context("w:0", consistency=since(written), budget_ms=LONG_MS)
+            for name in names:
+                page = await here.timeline(name)
+                assert page.complete
+                told = [event.body["attributes"]["n"] for event in page.events]
+                assert told == ([0, 1, 2, 3] if name == "w:0" else [0, 1, 2])
+            operator = await Link.open(node.server.credentials.load("operator").link_options())
+            inbox = Inbox(operator)
+            await inbox.open()
+            kept = await api(inbox, f"STREAM.INFO.{subjects.log_stream('sub7')}", {"subjects_filter": ">"})
+            counts = [count for subject, count in kept["state"]["subjects"].items() if ".log.hub." in subject]
+            assert sorted(counts) == [1, 1, *[3] * 49, 4]  # the mark, what was held before, and the others
+            await operator.close()
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:

@@ -334,7 +334,8 @@ class Link:
             raise Unavailable(f"the server did not confirm in {timeout_s} s") from error
 
     async def _round_trip(self) -> None:
-        if not self.is_connected:
+        socket = self._client._socket  # may have closed before nats-py knows; uvloop raises where it is written to then
+        if not self.is_connected or (socket is not None and socket.is_closing()):
             raise Unavailable("the connection is down")
         pong: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         await self._client._send_ping(pong)
