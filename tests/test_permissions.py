@@ -123,7 +123,8 @@ def storage_probes() -> Iterator[Probe]:
         yield Probe("publish", f"$JS.FC.{name}.c.x", readers)
         operator = frozenset({"operator"})
         for verb in ("CREATE", "UPDATE", "DELETE", "PURGE", "SNAPSHOT", "RESTORE", "MSG.DELETE"):
-            yield Probe("publish", f"$JS.API.STREAM.{verb}.{name}", operator)
+            erasers = frozenset(declared.get("erasers", ())) if verb == "PURGE" else frozenset()
+            yield Probe("publish", f"$JS.API.STREAM.{verb}.{name}", operator | erasers)
         for verb in ("NAMES", "LIST"):
             yield Probe("publish", f"$JS.API.CONSUMER.{verb}.{name}", operator)
         yield Probe("publish", f"$JS.API.CONSUMER.MSG.NEXT.{name}.c", operator)
