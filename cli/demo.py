@@ -10,25 +10,29 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.device_process import Device, device_up
+from cli.devices import Devices, public_of, seed_of
 from cli.mesh import Mesh, MeshOptions
+from cli.provision import put_sites, sites_of
 from cli.server import free_port
 from cli.server_config import ServerOptions
 from mnemesh import Memory, connect
-from mnemesh.errors import BadRequest
+from mnemesh.errors import BadRequest, MnemeshError
 from mnemesh.host import run as run_process
 from mnemesh.host import until_stopped
+from mnemesh.messages import Interest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from examples.smart_grid.demo import Options
     from examples.smart_grid.report import Report
+    from examples.smart_grid.substations import Substation
 
-TENANT = "grid"
 MISSING = "the demo needs its extra: pip install 'mnemesh-server[demo]' (make demo does)"
 
 
@@ -81,23 +85,64 @@ async def _told(flags: argparse.Namespace, options: Options, console: Console) -
 
     with contextlib.ExitStack() as cleanup:
         data = flags.data or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mnemesh-demo-")))
-        server = ServerOptions(data=data, port=free_port(), monitoring_port=free_port())
-        mesh_options = MeshOptions(server=server, shards=flags.shards, tenants=(TENANT,), agents=())
+        leaf_port = free_port() if options.substations else 0
+        server = ServerOptions(data=data, port=free_port(), monitoring_port=free_port(), leaf_port=leaf_port)
+        mesh_options = MeshOptions(server=server, shards=flags.shards, tenants=(demo.TENANT,), agents=())
         async with Mesh(mesh_options) as mesh:
             credentials = mesh.server.credentials
 
             async def prepare(agents: list[str]) -> None:
                 for agent in agents:
-                    credentials.add_agent(TENANT, agent)
+                    credentials.add_agent(demo.TENANT, agent)
                 await mesh.server.reload()
 
             @contextlib.asynccontextmanager
             async def memory_for(agent: str) -> AsyncIterator[Memory]:
-                async with connect(credentials=credentials.load(f"{TENANT}.{agent}").path) as memory:
+                async with connect(credentials=credentials.load(f"{demo.TENANT}.{agent}").path) as memory:
                     yield memory
 
             with report.bars(console) as progress:
-                return await demo.run(options, memory_for, prepare_agents=prepare, progress=progress)
+                return await demo.run(
+                    options,
+                    memory_for,
+                    prepare_agents=prepare,
+                    devices_for=lambda wanted: _devices(mesh, wanted, demo.TENANT),
+                    progress=progress,
+                )
+
+
+@contextlib.asynccontextmanager
+async def _devices(
+    mesh: Mesh, wanted: Sequence[tuple[Substation, Interest]], tenant: str
+) -> AsyncIterator[list[Device]]:
+    """A device for each substation, enrolled and up."""
+    hub = mesh.options.server
+    folders = {station.site: hub.data / "substations" / station.site for station, _ in wanted}
+    for site, folder in folders.items():
+        Devices(hub.data).enrol(site, public_of(seed_of(folder)))
+    await mesh.server.reload()
+    await put_sites(mesh.server.credentials.load("operator").link_options(), sites_of(hub))
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            async with asyncio.TaskGroup() as group:
+                devices = [
+                    group.create_task(
+                        stack.enter_async_context(
+                            device_up(
+                                station.site,
+                                folders[station.site],
+                                hub_port=hub.leaf_port,
+                                tenant=tenant,
+                                agents=station.agents,
+                                interest=interest,
+                            )
+                        )
+                    )
+                    for station, interest in wanted
+                ]
+        except* MnemeshError as failed:
+            raise failed.exceptions[0] from None
+        yield [device.result() for device in devices]
 
 
 def _allow_sockets(wanted: int) -> None:

@@ -21,6 +21,7 @@ from cli.operator import asking
 from cli.policy import read_policy
 from cli.private import write_private
 from cli.provision import put_sites, sites_of
+from cli.run import stop_when_stdin_closes
 from cli.server import monitoring, reload_running, running_pid
 from cli.server_config import ServerOptions, saved_options
 from mnemesh import subjects
@@ -53,6 +54,7 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
         default=3600.0,
         help="after how long an absence it erases what was forgotten before it serves (default: %(default)s)",
     )
+    verb.add_argument("--until-stdin-closes", action="store_true", help="also drain when standard input ends")
     verb.add_argument("--interest", type=Path, metavar="FILE", help="what it is to hold of what was written elsewhere")
     verb.add_argument("--region", default="", help="where it is, for policies on its own data")
     verb.add_argument(
@@ -80,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Returns the exit status. Raises a `MnemeshError` that says what cannot be."""
     if flags.verb == "up":
-        return run_process(lambda stop: _up(_options(flags), stop))
+        return run_process(lambda stop: _up(_options(flags), stop, until_stdin_closes=flags.until_stdin_closes))
     if flags.verb == "key":
         print(public_of(seed_of(flags.data)))
         return 0
@@ -124,7 +126,9 @@ def _options(flags: argparse.Namespace) -> EdgeOptions:
     )
 
 
-async def _up(options: EdgeOptions, stop: asyncio.Event) -> int:
+async def _up(options: EdgeOptions, stop: asyncio.Event, *, until_stdin_closes: bool) -> int:
+    if until_stdin_closes:
+        await stop_when_stdin_closes(stop)
     await until_stopped(stop, _serve(options))
     print("stopped; all that was acknowledged is in the data folder", flush=True)
     return 0

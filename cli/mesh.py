@@ -151,7 +151,7 @@ class Mesh:
                 while len(await ping_all(asker, at_least=len(self.children))) < len(self.children):
                     for child in self.children.values():
                         if child.failures >= MOST_FAILURES:
-                            raise Unavailable(f"{child.name} does not start: {_last_line(child.log_file)}")
+                            raise Unavailable(f"{child.name} does not start: {last_line(child.log_file)}")
         except TimeoutError as error:
             logs = self.options.server.data / "logs"
             raise Unavailable(f"not every service came up in {READY_S:.0f} s; {logs} say more") from error
@@ -166,7 +166,7 @@ class Mesh:
         for child in self.children.values():
             child.send(signal.SIGCONT)
             child.send(signal.SIGTERM)
-        await asyncio.gather(*(_ended(child) for child in self.children.values()))
+        await asyncio.gather(*(ended(child) for child in self.children.values()))
         await self.server.stop()
 
     async def _keep(self, child: Child) -> None:
@@ -175,7 +175,7 @@ class Mesh:
         backoff = FIRST_BACKOFF_S
         while True:
             began = loop.time()
-            child.process = await _spawn(child)
+            child.process = await spawn(child)
             status = await child.process.wait()
             if loop.time() - began > STEADY_S:
                 backoff, child.failures = FIRST_BACKOFF_S, 0
@@ -187,12 +187,12 @@ class Mesh:
             await asyncio.sleep(backoff)
 
 
-def _last_line(log_file: Path) -> str:
+def last_line(log_file: Path) -> str:
     lines = log_file.read_text(errors="replace").splitlines()
     return lines[-1].removeprefix("mnemesh: ") if lines else f"see {log_file}"
 
 
-async def _spawn(child: Child) -> asyncio.subprocess.Process:
+async def spawn(child: Child) -> asyncio.subprocess.Process:
     child.log_file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(child.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
@@ -207,7 +207,7 @@ async def _spawn(child: Child) -> asyncio.subprocess.Process:
         os.close(descriptor)
 
 
-async def _ended(child: Child) -> None:
+async def ended(child: Child) -> None:
     """Wait for a service to drain; kill it if it does not."""
     if child.process is None:
         return

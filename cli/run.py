@@ -43,7 +43,7 @@ class RunOptions:
 async def run_service(options: RunOptions, stop: asyncio.Event) -> int:
     """Serve until `stop` is set, then drain. Returns the exit status."""
     if options.until_stdin_closes:
-        await _stop_when_stdin_closes(stop)
+        await stop_when_stdin_closes(stop)
     link = await link_as(options.link, PATIENCE_S)
     host = Host(await _actor(options, link))
     async with observed(host.actors, host=options.metrics_host, port=options.metrics_port) as port:
@@ -56,7 +56,7 @@ async def run_service(options: RunOptions, stop: asyncio.Event) -> int:
     return 0
 
 
-async def _stop_when_stdin_closes(stop: asyncio.Event) -> None:
+async def stop_when_stdin_closes(stop: asyncio.Event) -> None:
     """The parent holds the other end of standard input; the kernel closes it when the parent dies, however it dies."""
 
     class Watch(asyncio.Protocol):

@@ -25,7 +25,7 @@ MAX_PAYLOAD = 8 * 1024 * 1024
 """As much as nats-server advises at most, and what the largest request of the contract needs."""
 
 MAX_FILE_STORE = "1024TB"
-"""The disk is the limit. nats-server's own is three quarters of what was free at its start, and takes no writes then."""
+"""The disk is the limit. nats-server's own is three quarters of what was free at its start: no writes beyond."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -309,7 +309,8 @@ class Feed:
         doubtful = {
             (event.tenant, event.entity_id)
             for _, _, event in events
-            if (event.tenant, event.entity_id) not in self.roster
+            if (key := (event.tenant, event.entity_id)) not in self.roster
+            and (event.op == "forget" or self.roster.may_want(key))
         }
         if any(self._moves_a_hood(event) for _, _, event in events):
             doubtful |= await self._surround(upto)

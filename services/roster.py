@@ -75,6 +75,13 @@ class Roster:
         """The entities that are wanted by their names, and their neighbours."""
         return {key for near in self._near for key in near}
 
+    def may_want(self, key: Key) -> bool:
+        """Whether an entity may meet a want, whatever its type and where it was written."""
+        return any(
+            key[0] == want.tenant and (not want.entities or key in self._near[number])
+            for number, want in enumerate(self.interest.wants)
+        )
+
     def want_of(self, candidate: Candidate) -> int | None:
         """The first want that an entity meets, by its number."""
         return next((n for n, want in enumerate(self.interest.wants) if self._meets(n, want, candidate)), None)

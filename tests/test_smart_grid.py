@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from rich.console import Console
 
-from examples.smart_grid import agents, demo, documents, forecast, loading, profiles, report, supply
+from examples.smart_grid import (
+    agents,
+    deciding,
+    demo,
+    documents,
+    forecast,
+    loading,
+    profiles,
+    report,
+    substations,
+    supply,
+)
 from examples.smart_grid import grid as grids
 from mnemesh.errors import Busy, NotFound, Stale
-from mnemesh.messages import Consistency, Context, Coverage, Hit, Hits, Ingested, Node, Outcome, Traversal, Written
+from mnemesh.messages import (
+    Consistency,
+    Context,
+    Coverage,
+    EdgeStatus,
+    Hit,
+    Hits,
+    Ingested,
+    Interest,
+    Node,
+    Outcome,
+    Scope,
+    TimelineEvent,
+    TimelinePage,
+    Traversal,
+    Written,
+)
 
 VILLAGE = "1-LV-rural1--0-sw"
 
@@ -30,8 +59,10 @@ class Recollection:
 
     def __init__(self) -> None:
         self.documents: dict[str, documents.Document] = {}
+        self.events: list[tuple[str, str]] = []
         self.largest_batch = 0
         self.obeys_filters = True
+        self.known: set[str] = set()
         self.busy_on = ""
         self.behind = 0
 
@@ -46,7 +77,9 @@ class Recollection:
         token = {"here": len(self.documents)}
         return Ingested(accepted=len(entities), refused=len(errors), token=token, versions=[], errors=errors)
 
-    async def get_context(self, entity_id: str) -> Context:
+    async def get_context(
+        self, entity_id: str, *, consistency: Consistency | None = None, budget_ms: int | None = None
+    ) -> Context:
         if entity_id == self.busy_on:
             raise Busy("full")
         if entity_id not in self.documents:
@@ -69,6 +102,7 @@ class Recollection:
         k: int,
         filter: Mapping[str, Any],
         output_fields: Sequence[str],
+        scope: Scope = "all",
         consistency: Consistency | None = None,
     ) -> Hits:
         if consistency is not None and self.behind:
@@ -94,6 +128,7 @@ class Recollection:
         direction: str = "out",
         depth: int,
         limit: int,
+        scope: Scope = "all",
         consistency: Consistency | None = None,
     ) -> Traversal:
         nodes = {start: Node(entity_id=start, depth=0)}
@@ -112,22 +147,70 @@ class Recollection:
             coverage=Coverage(answered=64, total=64),
         )
 
-    async def set_context(self, entity_id: str, *, attributes: Mapping[str, Any]) -> Written:
+    async def set_context(self, entity_id: str, *, attributes: Mapping[str, Any], message_id: str) -> Written:
         held = self.documents[entity_id]["attributes"]
         held.update(attributes)
+        self.events.append((entity_id, f"grid.someone.{message_id}"))
         return Written(entity_id=entity_id, version=1, token=self._watermark)
+
+    async def timeline(
+        self, entity_id: str, *, after: int = 0, limit: int = 100, consistency: Consistency | None = None
+    ) -> TimelinePage:
+        now = datetime.now(UTC)
+        found = [
+            TimelineEvent(
+                sequence=sequence,
+                event_id=event_id,
+                entity_id=entity_id,
+                op="put",
+                agent="someone",
+                recorded_at=now,
+                valid_from=now,
+            )
+            for sequence, (written, event_id) in enumerate(self.events, 1)
+            if written == entity_id and sequence > after
+        ]
+        page = found[: min(limit, 7)]
+        more = len(found) > len(page)
+        return TimelinePage(events=page, next_after=page[-1].sequence if more else None, watermark=self._watermark)
 
     @property
     def _watermark(self) -> dict[str, int]:
         return {"here": len(self.documents)}
 
     async def know(self, names: list[str]) -> None:
-        self.known = set(names)
+        self.known |= set(names)
 
     @asynccontextmanager
     async def for_agent(self, name: str) -> AsyncIterator[Recollection]:
         assert name in self.known
         yield self
+
+
+class Device:
+    """A device whose hub has what it has, at once."""
+
+    def __init__(self, memory: Recollection) -> None:
+        self.memory = memory
+        self.told: list[str] = []
+
+    def memory_for(self, agent: str) -> AbstractAsyncContextManager[Recollection]:
+        return self.memory.for_agent(agent)
+
+    async def status(self) -> EdgeStatus:
+        length = len(self.memory.documents)
+        return EdgeStatus(
+            site="s", hub="h", linked=True, silent_s=0, uplinked=0, waiting=0, lag_s=0, downlinked=length, current=True
+        )
+
+    async def holds(self) -> int:
+        return 7
+
+    def cut(self) -> None:
+        self.told.append("cut")
+
+    def heal(self) -> None:
+        self.told.append("heal")
 
 
 def _passes(attributes: Mapping[str, Any], filter: Mapping[str, Any]) -> bool:
@@ -297,11 +380,28 @@ async def test_a_refused_document_stops_the_loading_and_is_named() -> None:
 async def test_the_story_from_grid_to_picture(tmp_path: Path) -> None:
     memory = Recollection()
     memory.behind = 2
-    options = demo.Options(grid=VILLAGE, days=42, rate=500, duration_s=0.04, picture=tmp_path / "picture.png")
+    device = Device(memory)
+
+    @asynccontextmanager
+    async def devices_for(
+        wanted: Sequence[tuple[substations.Substation, Interest]],
+    ) -> AsyncIterator[list[Device]]:
+        await memory.know([agent for station, _ in wanted for agent in station.agents])
+        yield [device]
+
+    options = demo.Options(
+        grid=VILLAGE, days=42, rate=200, duration_s=0.3, substations=3, picture=tmp_path / "picture.png"
+    )
     console = Console(file=StringIO(), width=120)
     with report.bars(console) as progress:
-        told = await demo.run(options, memory.for_agent, prepare_agents=memory.know, progress=progress)
-    assert told.decisions == 20
+        told = await demo.run(
+            options, memory.for_agent, prepare_agents=memory.know, devices_for=devices_for, progress=progress
+        )
+    assert told.decisions == 60
+    (station,) = told.substations
+    assert (station.decisions, station.written, station.lost, station.doubled) == (3, 3, 0, 0)
+    assert (station.equal, station.compared, station.held) == (1, 1, 7)
+    assert device.told == ["cut", "heal"]
     assert told.failed == {}
     assert told.coverage == 1.0
     assert told.loaded.entities == len(memory.documents) == sum(told.loaded.by_type.values())
@@ -311,11 +411,93 @@ async def test_the_story_from_grid_to_picture(tmp_path: Path) -> None:
     report.show(told, console)
 
 
+def test_substations_are_transformers_with_their_subnets_and_leave_an_agent_to_the_hub(
+    village: grids.Grid, traced: supply.Supply, days: profiles.Days
+) -> None:
+    (station,) = substations.choose(village, traced, days, 3)
+    assert station.transformer == documents.element_id(village.transformers[0])
+    assert station.subnets == ["LV1.101"]
+    assert station.agents == [station.site] == ["LV1-101"]
+    assert set(station.subnets) < set(days.subnets)
+    assert substations.choose(village, traced, days, 0) == []
+
+
+async def test_a_substation_wants_all_that_a_decision_there_asks_for(
+    village: grids.Grid, traced: supply.Supply, days: profiles.Days, loaded: Recollection
+) -> None:
+    (station,) = substations.choose(village, traced, days, 1)
+    named, around = substations.interest(station, days.dates, tenant="grid", hops=2).wants
+    assert (around.entities, around.hops) == ([station.transformer], 2)
+    walk = await loaded.traverse(station.transformer, relations=["supplies"], depth=2, limit=1000)
+    near = {node.entity_id for node in walk.nodes}
+
+    there = Recollection()
+    there.documents = {name: loaded.documents[name] for name in {*named.entities, *near}}
+    day, ended = days.dates[-2], days.mw[days.subnets.index("LV1.101"), -3]
+    decisions = [await agents.decide(memory, "LV1.101", day, ended, agents.Limits()) for memory in (loaded, there)]
+    ours, theirs = decisions
+    assert isinstance(ours, agents.Decision)
+    assert isinstance(theirs, agents.Decision)
+    assert (theirs.similar, theirs.below) == (ours.similar, ours.below)
+    np.testing.assert_array_equal(theirs.forecast, ours.forecast)
+
+
+async def test_the_account_finds_what_was_lost_and_what_was_doubled(days: profiles.Days, loaded: Recollection) -> None:
+    station = substations.Substation(site="s", transformer="transformer:t", subnets=days.subnets[:1])
+    crew = deciding.Crew({station.subnets[0]: loaded}, days, agents.Limits())
+    run = await crew.decide(rate=200, duration_s=0.05)
+    first, second, *_, last = [decision.wrote for decision in run.decided]
+    loaded.events.remove((first.entity_id, f"grid.someone.{first.event_id}"))
+    loaded.events += [(second.entity_id, f"grid.someone.{second.event_id}")] * 2
+    cut = substations.Outage(cut_at=second.at, healed_at=last.at, caught_up_s=None)
+
+    told = await substations.account(substations.Post(station, Device(loaded), crew), loaded, run, cut)
+    assert (told.written, told.written_while_cut) == (10, 8)
+    assert (told.lost, told.doubled) == (1, 1)
+    assert (told.after_heal_s, told.coverage) == (None, 1.0)
+    assert (told.equal, told.compared) == (1, 1)
+
+
+def test_a_digest_tells_what_is_remembered_and_not_in_which_order() -> None:
+    edges = [{"relation": "feeds", "target_id": target} for target in ("a", "b")]
+    context = Context(
+        entity_id="e", attributes={"x": 1, "y": [2.5]}, edges=edges, spaces=[], version=3, watermark={"here": 3}
+    )
+    shuffled = structs.replace(context, attributes={"y": [2.5], "x": 1}, edges=edges[::-1], version=4, watermark={})
+    assert substations.digest(shuffled) == substations.digest(context)
+    for other in (
+        structs.replace(context, attributes={"x": 1}),
+        structs.replace(context, edges=edges[:1]),
+        structs.replace(context, text="t"),
+        structs.replace(context, type="subnet"),
+    ):
+        assert substations.digest(other) != substations.digest(context)
+
+
+async def test_a_substation_that_is_cut_off_decides_on_and_the_hub_has_every_event_once(tmp_path: Path) -> None:
+    flags = ["--grid", VILLAGE, "--days", "30", "--rate", "20", "--duration", "6", "--json"]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cli.main", "demo", *flags, "--picture", str(tmp_path / "picture.png")),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    said, complaint = await process.communicate()
+    assert process.returncode == 0, complaint.decode()
+    (station,) = json.loads(said)["substations"]
+    assert station["failed"] == {}
+    assert station["coverage"] == 1.0
+    assert station["cut_s"] >= 2
+    assert 0 < station["written_while_cut"] < station["written"] == station["decisions"]
+    assert station["after_heal_s"] is not None
+    assert (station["lost"], station["doubled"]) == (0, 0)
+    assert station["equal"] == station["compared"] == 1
+
+
 async def test_figures_that_nothing_backs_are_left_out(days: profiles.Days) -> None:
     loaded = report.Loaded(entities=0, edges=0, by_type={}, read_s=0, ingest_s=0, catch_up_s=0)
     failed = [agents.Failure(subnet=days.subnets[0], day=days.dates[-1], step="search", code="busy")]
-    run = report.Run(decided=[], failed=failed, late=[0.0], took_s=1.0, asked_rate=1.0)
-    told = report.summarise(VILLAGE, days, loaded, run, picture=None)
+    run = deciding.Run(decided=[], failed=failed, late=[0.0], took_s=1.0, asked_rate=1.0)
+    told = report.summarise(VILLAGE, days, loaded, run, [], picture=None)
     assert told.loop is None
     assert told.error == {}
     assert told.failed == {"search: busy": 1}

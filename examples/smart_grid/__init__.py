@@ -7,8 +7,10 @@
     loading    documents into the mesh, several requests in flight
     forecast   a morning from similar days, and how wrong a forecast was
     agents     the decision loop of one subnet
-    report     the table, the picture and the JSON
+    deciding   agents that take turns at a steady rate
+    substations  parts of the grid with a device of their own, and an account of what they wrote
+    report     the tables, the picture and the JSON
     demo       the whole story, and its flags
 
-Looks at the SDK only: which mesh it talks to is decided by whoever calls `demo.run`.
+Looks at the SDK only: which mesh it talks to, and what its devices are, is decided by whoever calls `demo.run`.
 """

@@ -1,8 +1,9 @@
-"""One agent a subnet: the decision loop. Looks at the client's five methods, `forecast` and `documents`.
+"""One agent a subnet: the decision loop. Looks at the client's methods, `forecast` and `documents`.
 
 At midnight an agent reads its context, looks for past days shaped like the one that just ended, forecasts
 the six hours to come from what followed them, walks what hangs on its transformer, and writes its decision
-into its context. It is handed the day that ended and no other measurement; all else it knows it asks the mesh.
+into its context. It is handed the day that ended and no other measurement; all else it knows it asks the mesh:
+the site that it is connected to, which holds all that a decision takes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 
@@ -19,7 +21,18 @@ from examples.smart_grid import documents
 from examples.smart_grid.forecast import HORIZON, Values, errors, from_similar, shape
 from examples.smart_grid.loading import Ingesting
 from mnemesh.errors import MnemeshError, NotFound
-from mnemesh.messages import Consistency, Context, Coverage, Direction, Hits, Traversal, Written
+from mnemesh.messages import (
+    Consistency,
+    Context,
+    Coverage,
+    Direction,
+    Hits,
+    Scope,
+    TimelinePage,
+    Token,
+    Traversal,
+    Written,
+)
 
 STEPS = ("context", "search", "forecast", "traverse", "write")
 
@@ -30,7 +43,13 @@ RISING = 1.1
 class Memory(Ingesting, Protocol):
     """The part of `mnemesh.client.Memory` that the demo uses."""
 
-    async def get_context(self, entity_id: str) -> Context: ...
+    async def get_context(
+        self, entity_id: str, *, consistency: Consistency | None = None, budget_ms: int | None = None
+    ) -> Context: ...
+
+    async def timeline(
+        self, entity_id: str, *, after: int = 0, limit: int = 100, consistency: Consistency | None = None
+    ) -> TimelinePage: ...
 
     async def search_embedding(
         self,
@@ -40,6 +59,7 @@ class Memory(Ingesting, Protocol):
         k: int,
         filter: Mapping[str, Any],
         output_fields: Sequence[str],
+        scope: Scope = "all",
         consistency: Consistency | None = None,
     ) -> Hits: ...
 
@@ -51,10 +71,11 @@ class Memory(Ingesting, Protocol):
         direction: Direction = "out",
         depth: int,
         limit: int,
+        scope: Scope = "all",
         consistency: Consistency | None = None,
     ) -> Traversal: ...
 
-    async def set_context(self, entity_id: str, *, attributes: Mapping[str, Any]) -> Written: ...
+    async def set_context(self, entity_id: str, *, attributes: Mapping[str, Any], message_id: str) -> Written: ...
 
 
 class Leak(RuntimeError):
@@ -68,6 +89,16 @@ class Limits:
     similar: int = 8
     depth: int = 2
     reach: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wrote:
+    """An acknowledged write: the event, by the id that its agent gave it, and `at` by `time.perf_counter`."""
+
+    entity_id: str
+    event_id: str
+    token: Token
+    at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +119,7 @@ class Decision:
     coverage: list[Coverage]
     took: dict[str, float]
     watch: bool
+    wrote: Wrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +155,7 @@ async def decide(memory: Memory, subnet: str, day: date, ended: Values, limits: 
             k=limits.similar,
             filter=knowable(subnet, day),
             output_fields=["date", "last", "next_morning"],
+            scope="here",
         )
         watch.lap("search")
 
@@ -134,14 +167,21 @@ async def decide(memory: Memory, subnet: str, day: date, ended: Values, limits: 
         watch.lap("forecast")
 
         below = await memory.traverse(
-            supplier, relations=[documents.SUPPLIES], direction="out", depth=limits.depth, limit=limits.reach
+            supplier,
+            relations=[documents.SUPPLIES],
+            direction="out",
+            depth=limits.depth,
+            limit=limits.reach,
+            scope="here",
         )
         watch.lap("traverse")
 
         kinds = _kinds(below)
         rising = bool(forecast.max() > RISING * ended[:HORIZON].max())
-        await memory.set_context(
+        event_id = uuid4().hex
+        written = await memory.set_context(
             me,
+            message_id=event_id,
             attributes={
                 "decided_for": day.isoformat(),
                 "action": "watch" if rising else "hold",
@@ -165,6 +205,7 @@ async def decide(memory: Memory, subnet: str, day: date, ended: Values, limits: 
         coverage=[part for part in (found.coverage, below.coverage) if part is not None],
         took=watch.took,
         watch=rising,
+        wrote=Wrote(entity_id=me, event_id=event_id, token=written.token, at=time.perf_counter()),
     )
 
 

@@ -10,35 +10,36 @@ import asyncio
 import contextlib
 import gc
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from math import ceil
 from pathlib import Path
 
 from rich.progress import Progress
 
-from examples.smart_grid import documents, grid, profiles, supply
-from examples.smart_grid.agents import Decision, Failure, Limits, Memory, agent_name, decide
+from examples.smart_grid import documents, grid, profiles, substations, supply
+from examples.smart_grid.agents import Limits, Memory, agent_name
+from examples.smart_grid.deciding import LEAST_HISTORY, Crew, MemoryFor, Run, crew
 from examples.smart_grid.forecast import shape
 from examples.smart_grid.loading import load
 from examples.smart_grid.profiles import Days
-from examples.smart_grid.report import Loaded, Report, Run, draw, summarise
+from examples.smart_grid.report import Accounted, Loaded, Report, draw, summarise
+from examples.smart_grid.substations import DevicesFor, Post, Substation
 from mnemesh.errors import Stale, Timeout
 from mnemesh.messages import Consistency, Token
 
 GRID = "1-EHVHVMVLV-mixed-all-0-sw"
+TENANT = "grid"
 LOADER = "loader"
-LEAST_HISTORY = 21
-"""Days before the first decision: three of its weekday to compare with, one of them a week ago."""
-
 CATCH_UP_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What to run. `days` are loaded from the end of the year; the decisions are for the last of them."""
+    """What to run. `days` are loaded from the end of the year; the decisions are for the last of them.
+
+    The link of one of the `substations` is cut in the middle, for `cut_s`.
+    """
 
     grid: str = GRID
     days: int = 84
@@ -46,6 +47,8 @@ class Options:
     rate: float = 200.0
     duration_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
+    substations: int = 3
+    cut_s: float | None = None
     picture: Path | None = Path("demo-output/smart-grid.png")
 
     def __post_init__(self) -> None:
@@ -55,6 +58,16 @@ class Options:
             raise ValueError("rate and duration must be above zero")
         if self.agents is not None and self.agents < 1:
             raise ValueError("at least one agent must decide")
+        if self.substations < 0:
+            raise ValueError("substations must be 0 or more")
+        if self.substations and self.limits.depth > substations.MOST_HOPS:
+            raise ValueError(f"a substation holds at most {substations.MOST_HOPS} hops; depth is {self.limits.depth}")
+        if self.cut_s is not None and not 0 < self.cut_s <= self.duration_s:
+            raise ValueError("the cut must be above zero, and no longer than the duration")
+
+    @property
+    def cut_lasts_s(self) -> float:
+        return self.duration_s / 3 if self.cut_s is None else self.cut_s
 
     @property
     def decisions(self) -> int:
@@ -66,11 +79,11 @@ class Facts:
     """A grid made ready: its days, and its documents, not yet loaded."""
 
     days: Days
+    substations: list[Substation]
     entities: int
     documents: Callable[[], Iterator[documents.Document]]
 
 
-MemoryFor = Callable[[str], AbstractAsyncContextManager[Memory]]
 PrepareAgents = Callable[[list[str]], Awaitable[None]]
 """Makes the named agents known to the mesh, before `MemoryFor` is asked for them."""
 
@@ -87,6 +100,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flag("--similar", type=int, default=plain.limits.similar, help="similar days to recall (default: %(default)s)")
     flag("--depth", type=int, default=plain.limits.depth, help="hops below the transformer (default: %(default)s)")
     flag("--reach", type=int, default=plain.limits.reach, help="most entities to walk (default: %(default)s)")
+    flag("--substations", type=int, default=plain.substations, help="sites of their own (default: %(default)s)")
+    flag("--cut", type=float, help="seconds that one substation is cut off (default: a third of the duration)")
     flag("--picture", type=Path, default=plain.picture, help="where the PNG goes (default: %(default)s)")
     flag("--json", action="store_true", help="print the figures as one JSON object instead of a table")
 
@@ -100,11 +115,20 @@ def from_flags(flags: argparse.Namespace) -> Options:
         rate=flags.rate,
         duration_s=flags.duration,
         limits=Limits(similar=flags.similar, depth=flags.depth, reach=flags.reach),
+        substations=flags.substations,
+        cut_s=flags.cut,
         picture=flags.picture,
     )
 
 
-async def run(options: Options, memory_for: MemoryFor, *, prepare_agents: PrepareAgents, progress: Progress) -> Report:
+async def run(
+    options: Options,
+    memory_for: MemoryFor,
+    *,
+    prepare_agents: PrepareAgents,
+    devices_for: DevicesFor,
+    progress: Progress,
+) -> Report:
     """Read, load, decide, report. Raises `loading.Refused` or a `MnemeshError` if the mesh cannot be loaded."""
     began = time.perf_counter()
     reading = progress.add_task(f"reading {options.grid}", total=None)
@@ -112,16 +136,21 @@ async def run(options: Options, memory_for: MemoryFor, *, prepare_agents: Prepar
     progress.update(reading, total=1, completed=1)
     read_s = time.perf_counter() - began
 
-    await prepare_agents([LOADER, *map(agent_name, facts.days.subnets)])
-    async with memory_for(LOADER) as memory:
-        loaded = await _load(memory, facts, read_s, progress)
-
-    days = facts.days
-    del facts
-    gc.collect()
-    gc.freeze()  # a full collection over the loaded grid costs tens of ms, which would be measured as the mesh's
-    done = await _decide_all(options, memory_for, days, progress)
-    report = summarise(options.grid, days, loaded, done, picture=options.picture)
+    days, stations = facts.days, facts.substations
+    elsewhere = {subnet for station in stations for subnet in station.subnets}
+    at_hub = [subnet for subnet in days.subnets if subnet not in elsewhere]
+    await prepare_agents([LOADER, *map(agent_name, at_hub)])
+    async with memory_for(LOADER) as loader:
+        loaded, events = await _load(loader, facts, read_s, progress)
+        del facts
+        gc.collect()
+        gc.freeze()  # a full collection over the loaded grid costs tens of ms, which would be measured as the mesh's
+        async with (
+            _posts(options, stations, days, devices_for, events, progress) as posts,
+            crew(at_hub, memory_for, days, options.limits) as hub_crew,
+        ):
+            done, told = await _decide(options, hub_crew, posts, loader, progress)
+    report = summarise(options.grid, days, loaded, done, told, picture=options.picture)
     if options.picture is not None:
         await asyncio.to_thread(draw, days, done, options.picture)
     return report
@@ -148,10 +177,11 @@ def prepare(options: Options) -> Facts:
         yield from documents.of_grid(read, traced)
         yield from documents.of_days(days)
 
-    return Facts(days, entities, all_documents)
+    return Facts(days, substations.choose(read, traced, days, options.substations), entities, all_documents)
 
 
-async def _load(memory: Memory, facts: Facts, read_s: float, progress: Progress) -> Loaded:
+async def _load(memory: Memory, facts: Facts, read_s: float, progress: Progress) -> tuple[Loaded, int]:
+    """What was loaded, and how long the hub's log is then."""
     began = time.perf_counter()
     bar = progress.add_task("loading the mesh", total=facts.entities)
     counts = {"edges": 0}
@@ -165,7 +195,7 @@ async def _load(memory: Memory, facts: Facts, read_s: float, progress: Progress)
     token = await load(memory, counted(), advance=lambda count: progress.advance(bar, count))
     ingested = time.perf_counter()
     await _catch_up(memory, facts.days, token)
-    return Loaded(
+    loaded = Loaded(
         entities=facts.entities,
         edges=counts.pop("edges"),
         by_type=counts,
@@ -173,6 +203,7 @@ async def _load(memory: Memory, facts: Facts, read_s: float, progress: Progress)
         ingest_s=ingested - began,
         catch_up_s=time.perf_counter() - ingested,
     )
+    return loaded, max(token.values())
 
 
 async def _catch_up(memory: Memory, days: Days, token: Token) -> None:
@@ -202,43 +233,62 @@ async def _catch_up(memory: Memory, days: Days, token: Token) -> None:
             await asyncio.sleep(0.1)
 
 
-async def _decide_all(options: Options, memory_for: MemoryFor, days: Days, progress: Progress) -> Run:
-    """Decisions at a steady rate, whatever becomes of earlier ones: agent after agent, then the next day.
+@contextlib.asynccontextmanager
+async def _posts(
+    options: Options,
+    stations: Sequence[Substation],
+    days: Days,
+    devices_for: DevicesFor,
+    loaded: int,
+    progress: Progress,
+) -> AsyncIterator[list[Post]]:
+    """The substations with their devices, once each holds what it wants, and their agents connected to these."""
+    if not stations:
+        yield []
+        return
+    bar = progress.add_task(f"{len(stations)} substations take what they want", total=len(stations) * loaded)
+    wanted = [
+        (station, substations.interest(station, days.dates, tenant=TENANT, hops=options.limits.depth))
+        for station in stations
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+        devices = await stack.enter_async_context(devices_for(wanted))
+        await substations.all_current(devices, loaded, lambda count: progress.update(bar, completed=count))
+        yield [
+            Post(
+                station,
+                device,
+                await stack.enter_async_context(crew(station.subnets, device.memory_for, days, options.limits)),
+            )
+            for station, device in zip(stations, devices, strict=True)
+        ]
 
-    A decision's own time runs from when it starts; how late it started is kept beside it.
-    """
-    subnets = days.subnets
-    mornings = _mornings(days, options.decisions)
-    decided: list[Decision] = []
-    failed: list[Failure] = []
-    late: list[float] = []
-    bar = progress.add_task("deciding", total=options.decisions)
 
-    async def turn(number: int, due: float) -> None:
-        late.append(time.perf_counter() - due)
-        agent = number % len(subnets)
-        morning = mornings[number // len(subnets) % len(mornings)]
-        ended = days.mw[agent, (morning - days.first).days - 1]
-        outcome = await decide(memories[agent], subnets[agent], morning, ended, options.limits)
-        if isinstance(outcome, Decision):
-            decided.append(outcome)
-        else:
-            failed.append(outcome)
+async def _decide(
+    options: Options, hub_crew: Crew, posts: Sequence[Post], hub: Memory, progress: Progress
+) -> tuple[Run, list[Accounted]]:
+    """Everybody decides at once, and the first substation is cut off meanwhile."""
+    rate, lasts_s = options.rate, options.duration_s
+    total = options.decisions + len(posts) * ceil(substations.RATE * lasts_s)
+    bar = progress.add_task("deciding", total=total)
+
+    def advance() -> None:
         progress.advance(bar)
 
-    async with AsyncExitStack() as connections:
-        memories = [await connections.enter_async_context(memory_for(agent_name(subnet))) for subnet in subnets]
-        start = time.perf_counter()
-        async with asyncio.TaskGroup() as turns:
-            for number in range(options.decisions):
-                due = start + number / options.rate
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                turns.create_task(turn(number, due))
-        took = time.perf_counter() - start
-    return Run(decided=decided, failed=failed, late=late, took_s=took, asked_rate=options.rate)
-
-
-def _mornings(days: Days, decisions: int) -> list[date]:
-    """The last days of the window, as many as it takes for each agent to decide once a day."""
-    wanted = ceil(decisions / len(days.subnets))
-    return days.dates[-min(wanted, len(days.dates) - LEAST_HISTORY) :]
+    async with asyncio.TaskGroup() as group:
+        at_hub = group.create_task(hub_crew.decide(rate=rate, duration_s=lasts_s, advance=advance))
+        runs = [
+            group.create_task(post.crew.decide(rate=substations.RATE, duration_s=lasts_s, advance=advance))
+            for post in posts
+        ]
+        cut_s = options.cut_lasts_s
+        cuts = [
+            group.create_task(substations.outage(post, hub, after_s=(lasts_s - cut_s) / 2, lasts_s=cut_s))
+            for post in posts[:1]
+        ]
+    outages = [cut.result() for cut in cuts] + [None] * (len(posts) - len(cuts))
+    told = [
+        await substations.account(post, hub, run.result(), cut)
+        for post, run, cut in zip(posts, runs, outages, strict=True)
+    ]
+    return at_hub.result(), told

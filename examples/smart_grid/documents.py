@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def of_days(days: Days) -> Iterator[Document]:
     that followed. The newest day has no `next_morning`: nobody knows it yet.
     """
     dates = days.dates
-    for offset, date in enumerate(dates):
+    for offset, day in enumerate(dates):
         today = days.mw[:, offset]
         shapes = shape(today)
         lasts = in_own_scale(today[:, -1:], today).astype(np.float64).round(4).tolist()
@@ -114,8 +115,8 @@ def of_days(days: Days) -> Iterator[Document]:
         for number, subnet in enumerate(days.subnets):
             attributes = {
                 "subnet": subnet,
-                "date": date.isoformat(),
-                "weekday": date.weekday(),
+                "date": day.isoformat(),
+                "weekday": day.weekday(),
                 "mean_mw": float(days.mean[number, offset]),
                 "std_mw": float(days.std[number, offset]),
                 "last": lasts[number][0],
@@ -123,7 +124,7 @@ def of_days(days: Days) -> Iterator[Document]:
             if mornings is not None:
                 attributes["next_morning"] = mornings[number]
             yield {
-                "entity_id": f"day:{subnet}:{date}",
+                "entity_id": day_id(subnet, day),
                 "type": "day",
                 "attributes": attributes,
                 "vectors": {SPACE: shapes[number]},
@@ -140,3 +141,7 @@ def element_id(element: Line | Transformer | Source) -> str:
 
 def subnet_id(subnet: str) -> str:
     return f"subnet:{subnet}"
+
+
+def day_id(subnet: str, day: date) -> str:
+    return f"day:{subnet}:{day}"

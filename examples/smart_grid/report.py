@@ -1,4 +1,4 @@
-"""What came of it: figures, the table, the picture. Looks at `agents`, `forecast` and `profiles`.
+"""What came of it: figures, the tables, the picture. Looks at `agents`, `deciding`, `forecast` and `profiles`.
 
 Whether a forecast was good is judged here, with the values that came, which no agent was shown.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from examples.smart_grid.agents import STEPS, Decision, Failure
+from examples.smart_grid.agents import STEPS, Decision
+from examples.smart_grid.deciding import Run
 from examples.smart_grid.forecast import HORIZON, Values, errors, naive
 from examples.smart_grid.profiles import Days
 
@@ -40,17 +41,6 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     catch_up_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Every decision as it happened. `late` is how many seconds after its turn each one started."""
-
-    decided: list[Decision]
-    failed: list[Failure]
-    late: list[float]
-    took_s: float
-    asked_rate: float
-
-
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds."""
 
@@ -65,6 +55,34 @@ class Error(msgspec.Struct, frozen=True, kw_only=True):
 
     mae: float
     rmse: float
+
+
+class Accounted(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the events that the agents of one substation wrote to its device, which holds `held` entities.
+
+    `cut_s` is for how long its link was cut. The hub had all that was written until then `after_heal_s` later, and all
+    there is `after_end_s` after the last decision; `None`: it was not waited for any longer. `lost` events were
+    acknowledged at the device and the hub does not have them, `doubled` ones it has more than once. Of `compared`
+    entities, device and hub say the same of `equal`.
+    """
+
+    site: str
+    agents: int
+    held: int
+    decisions: int
+    failed: dict[str, int]
+    loop: Latency | None
+    coverage: float | None
+    cut_s: float | None
+    loop_while_cut: Latency | None
+    written: int
+    written_while_cut: int
+    after_heal_s: float | None
+    after_end_s: float | None
+    lost: int
+    doubled: int
+    equal: int
+    compared: int
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,11 +110,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     truncated: float | None
     below: float | None
     watched: int
+    substations: list[Accounted]
     picture: str | None
 
 
-def summarise(grid: str, days: Days, loaded: Loaded, run: Run, *, picture: Path | None) -> Report:
-    """All figures of a run."""
+def summarise(
+    grid: str, days: Days, loaded: Loaded, run: Run, substations: list[Accounted], *, picture: Path | None
+) -> Report:
+    """All figures of a run; the agents of substations are in `substations` alone."""
     decided = run.decided
     scored = _scores(days, decided)
     coverage = [part.complete for decision in decided for part in decision.coverage]
@@ -111,9 +132,9 @@ def summarise(grid: str, days: Days, loaded: Loaded, run: Run, *, picture: Path 
         failed=dict(Counter(f"{failure.step}: {failure.code}" for failure in run.failed)),
         asked_rate=run.asked_rate,
         rate=len(decided) / run.took_s,
-        late=_latency(run.late),
+        late=latency(run.late),
         steps={step: _measured([decision.took[step] for decision in decided]) for step in STEPS if decided},
-        loop=_latency([sum(decision.took.values()) for decision in decided]),
+        loop=latency([sum(decision.took.values()) for decision in decided]),
         error={
             name: Error(mae=100 * float(values[:, 0].mean()), rmse=100 * float(values[:, 1].mean()))
             for name, values in scored.items()
@@ -127,12 +148,13 @@ def summarise(grid: str, days: Days, loaded: Loaded, run: Run, *, picture: Path 
         truncated=float(np.mean([decision.truncated for decision in decided])) if decided else None,
         below=float(np.mean([sum(decision.below.values()) for decision in decided])) if decided else None,
         watched=sum(decision.watch for decision in decided),
+        substations=substations,
         picture=str(picture) if picture is not None and decided else None,
     )
 
 
 def show(report: Report, console: Console) -> None:
-    """One table: decisions, time per step and per loop, forecast error, coverage."""
+    """One table: decisions, time per step and per loop, forecast error, coverage. Another for the substations."""
     loaded = report.loaded
     table = Table(
         title=f"{report.agents:,} agents on {report.grid}",
@@ -164,8 +186,46 @@ def show(report: Report, console: Console) -> None:
         table.add_row("replies that cover all partitions", f"{report.coverage:.2%}")
         table.add_row("below a transformer", f"{report.below:.0f}", "entities", f"{report.truncated:.0%}", "cut off")
     console.print(table)
+    if report.substations:
+        console.print(_of_substations(report.substations))
     if report.picture is not None:
         console.print(f"picture: {report.picture}")
+
+
+def _of_substations(told: list[Accounted]) -> Table:
+    """The account: a column a substation."""
+    table = Table(title=f"{len(told)} substations with a memory of their own", title_justify="left")
+    table.add_column("")
+    for one in told:
+        table.add_column(one.site, justify="right")
+
+    def row(name: str, cells: Iterable[str], *, end_section: bool = False) -> None:
+        table.add_row(name, *cells, end_section=end_section)
+
+    row("agents", (f"{one.agents}" for one in told))
+    row("entities held", (f"{one.held:,}" for one in told), end_section=True)
+    row("decisions", (f"{one.decisions:,}" for one in told))
+    row("failed", (f"{sum(one.failed.values()):,}" for one in told))
+    row("whole loop, p50, p99", (_p50_p99(one.loop) for one in told))
+    row("  while cut", (_p50_p99(one.loop_while_cut) for one in told))
+    row("complete replies", ("" if one.coverage is None else f"{one.coverage:.2%}" for one in told))
+    row("link cut for", ("" if one.cut_s is None else f"{one.cut_s:.1f} s" for one in told), end_section=True)
+    row("events written", (f"{one.written:,}" for one in told))
+    row("  while cut", ("" if one.cut_s is None else f"{one.written_while_cut:,}" for one in told))
+    row("  at the hub, after the heal", ("" if one.cut_s is None else _within(one.after_heal_s) for one in told))
+    row("all at the hub, after the end", (_within(one.after_end_s) for one in told))
+    row("lost", (f"{one.lost:,}" for one in told))
+    row("doubled", (f"{one.doubled:,}" for one in told))
+    row("entities of equal hash", (f"{one.equal} of {one.compared}" for one in told))
+    return table
+
+
+def _p50_p99(of: Latency | None) -> str:
+    return "" if of is None else f"{of.p50:.0f}, {of.p99:.0f} ms"
+
+
+def _within(seconds: float | None) -> str:
+    return "not in time" if seconds is None else f"{seconds:.2f} s"
 
 
 def as_json(report: Report) -> str:
@@ -248,7 +308,7 @@ def _measured(seconds: list[float]) -> Latency:
     return Latency(p50=float(p50), p95=float(p95), p99=float(p99), max=float(top))
 
 
-def _latency(seconds: list[float]) -> Latency | None:
+def latency(seconds: list[float]) -> Latency | None:
     return _measured(seconds) if seconds else None
 
 
