@@ -51,10 +51,9 @@ class Device:
         return await self.operator.ask(subjects.EDGE_STATUS, subjects.edge_status(self.site), messages.Status())
 
     async def holds(self) -> int:
-        """How many entities it holds of its hub's."""
-        return (
-            await self.operator.ask(subjects.SHARD_STATUS, subjects.shard_status(self.site), messages.Status())
-        ).held
+        """How many entities its memory has."""
+        status = subjects.shard_status(self.site)
+        return (await self.operator.ask(subjects.SHARD_STATUS, status, messages.Status())).entities
 
     def cut(self) -> None:
         """From now on nothing passes to its hub or back, and neither is told."""
