@@ -10,9 +10,11 @@ in the receipts' bucket, so a site that was away erases what it missed. Looks at
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 
@@ -73,6 +75,7 @@ class Eraser:
                 erased = self.erased
                 for stored in batch:
                     await self._take(stored)
+                await self._erase_latecomers(batch)
                 self.place = batch[-1].sequence
                 if self.erased > erased or self.place - self._saved > SAVE_AFTER:
                     await kv.put(inbox, subjects.RECEIPTS.name, PLACE, f"{state.incarnation} {self.place}".encode())
@@ -92,6 +95,21 @@ class Eraser:
             return
         if event.op == "forget":
             await self._erase(stored, event)
+
+    async def _erase_latecomers(self, batch: Sequence[Stored]) -> None:
+        """What was carried here after the forget that wins over it goes, too."""
+        carried: dict[str, dict[str, Stored]] = defaultdict(dict)
+        for stored in batch:
+            place = place_of(stored.message.subject)
+            if place.is_event and place.origin != self._site and ROLLUP not in stored.message.headers:
+                with contextlib.suppress(MnemeshError):
+                    carried[place.tenant][decode_event(stored.message.data).entity_id] = stored
+        for tenant, entities in carried.items():
+            described = await self._inventory.describe(tenant, sorted(entities), upto=batch[-1].sequence)
+            for entity_id, stored in entities.items():
+                if described[entity_id].was_forgotten:
+                    left = await self._inventory.erased(tenant, entity_id, stored.sequence)
+                    await self._purge(stored, set(left.left), left.watermark[self._site])
 
     async def _erase(self, stored: Stored, event: Event) -> None:
         left = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)

@@ -156,8 +156,11 @@ class SqliteReader:
             rows = self._connection.execute(_DESCRIBE.format(ids=_places(ids)), (tenant, *ids))
             for entity_id, type, alive, raw in rows:
                 ledger = _ledger_decoder.decode(raw)
-                is_gone = not alive and ledger.tombstone is not None
-                found[entity_id] = Description(ledger.gone if is_gone else type, list(ledger.stamps), is_gone)
+                was_forgotten = ledger.tombstone is not None
+                is_gone = not alive and was_forgotten
+                found[entity_id] = Description(
+                    ledger.gone if is_gone else type, list(ledger.stamps), is_gone, was_forgotten
+                )
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
     def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, list[int]]:

@@ -464,12 +464,13 @@ class Describe(Request, frozen=True, kw_only=True):
 class Description(msgspec.Struct, frozen=True, array_like=True):
     """The type of an entity, and the sites that ever wrote it, forgotten writes too.
 
-    One that `is_gone` was forgotten, and its type is that of then.
+    One that `is_gone` was forgotten, and its type is that of then. `was_forgotten` stays when it is written again.
     """
 
     type: str | None = None
     sites: list[str] = []
     is_gone: bool = False
+    was_forgotten: bool = False
 
 
 class Descriptions(Reply, frozen=True, kw_only=True):
