@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
+from bench.cable import Cable
 from cli.credentials import Credential
 from cli.devices import Devices, public_of, seed_of
 from cli.mesh import Child, Mesh, MeshOptions
@@ -17,7 +18,6 @@ from cli.server import free_port, running_pid
 from cli.server_config import ServerOptions
 from mnemesh import wire
 from mnemesh.messages import Interest
-from tests.sites import Cable
 
 HUB = "hub"
 DRAIN_S = 30.0
