@@ -430,9 +430,10 @@ class Shard(Actor):
 
     @handles(subjects.SHARD_ERASED)
     async def erased(self, request: messages.AskErased, call: Call) -> messages.Erased:
+        """What is left is of the documents' watermark or later, which is the one that is told."""
         applied = messages.Consistency(level="session", token={self.site: request.sequence})
-        for projection in self._projections:
-            seen = await self._freshness.wait(applied, projection.watermark, call)
+        await self._freshness.wait(applied, self._vector_projection.watermark, call)
+        seen = await self._freshness.wait(applied, self._document_projection.watermark, call)
         events, left = await self._scan(self._scanned.erased, call.caller.tenant, request.entity_id, request.sequence)
         return messages.Erased(events=events, left=left, watermark=seen)
 

@@ -98,18 +98,23 @@ class Eraser:
 
     async def _erase_latecomers(self, batch: Sequence[Stored]) -> None:
         """What was carried here after the forget that wins over it goes, too."""
-        carried: dict[str, dict[str, Stored]] = defaultdict(dict)
+        carried: dict[str, list[tuple[Stored, Event]]] = defaultdict(list)
         for stored in batch:
             place = place_of(stored.message.subject)
             if place.is_event and place.origin != self._site and ROLLUP not in stored.message.headers:
-                with contextlib.suppress(MnemeshError):
-                    carried[place.tenant][decode_event(stored.message.data).entity_id] = stored
-        for tenant, entities in carried.items():
-            described = await self._inventory.describe(tenant, sorted(entities), upto=batch[-1].sequence)
-            for entity_id, stored in entities.items():
-                if described[entity_id].was_forgotten:
-                    left = await self._inventory.erased(tenant, entity_id, stored.sequence)
-                    await self._purge(stored, set(left.left), left.watermark[self._site])
+                with contextlib.suppress(MnemeshError):  # what cannot be read, the shards tell of
+                    carried[place.tenant].append((stored, decode_event(stored.message.data)))
+        for tenant, events in carried.items():
+            ids = {event.entity_id for _, event in events}
+            described = await self._inventory.describe(tenant, sorted(ids), upto=batch[-1].sequence)
+            late: dict[str, Stored] = {}
+            for stored, event in events:
+                tombstone = described[event.entity_id].tombstone
+                if tombstone is not None and (event.hlc, event.site) < tombstone:
+                    late[event.entity_id] = stored
+            for entity_id, stored in late.items():
+                left = await self._inventory.erased(tenant, entity_id, stored.sequence)
+                await self._purge(stored, set(left.left), left.watermark[self._site])
 
     async def _erase(self, stored: Stored, event: Event) -> None:
         left = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)

@@ -156,10 +156,9 @@ class SqliteReader:
             rows = self._connection.execute(_DESCRIBE.format(ids=_places(ids)), (tenant, *ids))
             for entity_id, type, alive, raw in rows:
                 ledger = _ledger_decoder.decode(raw)
-                was_forgotten = ledger.tombstone is not None
-                is_gone = not alive and was_forgotten
+                is_gone = not alive and ledger.tombstone is not None
                 found[entity_id] = Description(
-                    ledger.gone if is_gone else type, list(ledger.stamps), is_gone, was_forgotten
+                    ledger.gone if is_gone else type, list(ledger.stamps), is_gone, ledger.tombstone
                 )
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 

@@ -464,13 +464,14 @@ class Describe(Request, frozen=True, kw_only=True):
 class Description(msgspec.Struct, frozen=True, array_like=True):
     """The type of an entity, and the sites that ever wrote it, forgotten writes too.
 
-    One that `is_gone` was forgotten, and its type is that of then. `was_forgotten` stays when it is written again.
+    One that `is_gone` was forgotten, and its type is that of then. `tombstone` is the (stamp, site) of the forget that
+    wins over all others, also when it was written again.
     """
 
     type: str | None = None
     sites: list[str] = []
     is_gone: bool = False
-    was_forgotten: bool = False
+    tombstone: tuple[int, str] | None = None
 
 
 class Descriptions(Reply, frozen=True, kw_only=True):
