@@ -131,29 +131,30 @@ class Eraser:
         await keep(self._asker, receipt)
         self.erased += 1
 
-    async def _purge(self, forget: Stored, left: set[int], upto: int) -> None:
+    async def _purge(self, forget: Stored, left: set[str], upto: int) -> None:
         """Take out of the log what the stores have no more, of each origin up to the first that is left."""
         place = place_of(forget.message.subject)
         anywhere = subjects.log_event("*", place.tenant, place.partition, place.entity)
-        first_left: dict[str, int] = {}
+        spared: set[str] = set()
         gone: dict[str, int] = {}
         for stored in await history_of(self._asker.inbox, self._log, anywhere, upto=upto):
             subject = stored.message.subject
-            if subject in first_left:
+            if subject in spared:
                 continue
-            if stored.sequence in left or self._is_put_aside(stored):
-                first_left[subject] = stored.sequence
+            if self._is_spared(stored, left):
+                spared.add(subject)
             else:
                 gone[subject] = stored.sequence
         for subject, last in gone.items():
             await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": subject, "seq": last + 1})
 
-    def _is_put_aside(self, stored: Stored) -> bool:
-        """Whether an event is quarantined, which hubs do: no store has it, and it is not lost for that."""
+    def _is_spared(self, stored: Stored, left: set[str]) -> bool:
+        """Whether a store has it, or no store ever had: what is quarantined, as hubs do, is not lost for that."""
         try:
-            return self._kind == "hub" and is_too_far_ahead(decode_event(stored.message.data).hlc, stored.recorded_at)
+            event = decode_event(stored.message.data)
         except MnemeshError:
             return False
+        return event.id in left or (self._kind == "hub" and is_too_far_ahead(event.hlc, stored.recorded_at))
 
     def _name_of(self, stored: Stored, event: Event) -> str:
         """The same at every site: where the forget was born."""

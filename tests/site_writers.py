@@ -6,6 +6,7 @@ What a write says follows from its id and the seed (`said`), so the ledger of a 
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -32,12 +33,14 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """One acknowledged write: where it is in the log of the site where it was written."""
+    """One acknowledged write: where it is in the log of its site, and between which times it was stamped."""
 
     event_id: str
     entity_id: str
     sequence: int
     is_forget: bool
+    begun: float
+    done: float
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Writer:
         self._entries = ledger.acknowledged[site, memory.agent]
         self._random = random.Random(f"{ledger.seed} {memory.agent}")
         self._requests = 0
+        self._begun = 0.0
 
     async def run(self, writes: int) -> None:
         """Write until all writers together have written so much."""
@@ -92,6 +96,7 @@ class Writer:
         while self._ledger.written.value < writes:
             (verb,) = self._random.choices(verbs, weights=(8, 2, 1, 3, 1))
             self._requests += 1
+            self._begun = time.monotonic()
             try:
                 await verb(str(self._requests))
             except MnemeshError as error:
@@ -193,7 +198,7 @@ class Writer:
         return f"{self._memory.tenant}.{self._memory.agent}.{message_id}"
 
     def _enter(self, event_id: str, entity_id: str, sequence: int, *, is_forget: bool = False) -> None:
-        self._entries.append(Entry(event_id, entity_id, sequence, is_forget))
+        self._entries.append(Entry(event_id, entity_id, sequence, is_forget, self._begun, time.monotonic()))
         self._ledger.outcomes["forgets" if is_forget else "puts"] += 1
         self._ledger.written.advance(self._ledger.written.value + 1)
 

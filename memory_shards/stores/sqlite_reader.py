@@ -162,16 +162,19 @@ class SqliteReader:
                 )
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
-    def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, list[int]]:
-        """How many events the forget at this log sequence erased, and the sequences of those that are left."""
+    def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, list[str]]:
+        """How many events the forget at this log sequence erased, and the ids of those that are left.
+
+        Not their sequences: what a device is sent again has another one in its log, and the first copy may be gone.
+        """
         with self._snapshot:
             counted = self._connection.execute("SELECT events FROM erasure WHERE sequence = ?", (sequence,)).fetchone()
             left = self._connection.execute(
-                "SELECT sequence FROM event JOIN entity ON entity.id = event.entity"
-                " WHERE entity.tenant = ? AND entity_id = ? ORDER BY sequence",
+                "SELECT event_id FROM event JOIN entity ON entity.id = event.entity"
+                " WHERE entity.tenant = ? AND entity_id = ?",
                 (tenant, entity_id),
             ).fetchall()
-        return (counted[0] if counted else 0), [sequence for (sequence,) in left]
+        return (counted[0] if counted else 0), [event_id for (event_id,) in left]
 
     def timeline(self, tenant: str, entity_id: str, after: int = 0, limit: int = 100) -> list[TimelineEvent]:
         """The entity's events after sequence `after`, in log order. A forget has erased those before it."""

@@ -500,10 +500,10 @@ class AskErased(Request, frozen=True, kw_only=True):
 
 
 class Erased(Reply, frozen=True, kw_only=True):
-    """Reply of `shard_erased`: how many `events` the forget erased, and the log sequences of those that are left."""
+    """Reply of `shard_erased`: how many `events` the forget erased, and the ids of those that are left."""
 
     events: int
-    left: list[int]
+    left: list[str]
     watermark: Token
 
 
