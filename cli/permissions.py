@@ -49,7 +49,7 @@ def allowed(contract: Contract, role: str) -> Permissions:
         if role in stream.get("carriers", ()):
             publish += [_wild(f"{root}.{subject}") for subject in stream["subjects"].values()]
         if role in stream.get("erasers", ()):
-            publish.append(f"$JS.API.STREAM.PURGE.{stream['name']}")
+            publish += [f"$JS.API.STREAM.{verb}.{stream['name']}" for verb in ("PURGE", "MSG.DELETE")]
         if role in stream.get("uplinkers", ()):
             publish.append(_uplink(contract, stream))
         if role in stream["readers"]:

@@ -24,10 +24,10 @@ from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP
 from mnemesh.clock import is_too_far_ahead
-from mnemesh.errors import MnemeshError
+from mnemesh.errors import MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
-from mnemesh.jetstream import SiteKind, Stored, api, history_of, last_of_each, stream_state
+from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, stream_state
 from mnemesh.messages import Receipt
 from mnemesh.origin import birth_of, decode_mark, place_of
 from router.inventory import Inventory
@@ -132,21 +132,28 @@ class Eraser:
         self.erased += 1
 
     async def _purge(self, forget: Stored, left: set[str], upto: int) -> None:
-        """Take out of the log what the stores have no more, of each origin up to the first that is left."""
+        """Take out of the log what the stores have no more."""
         place = place_of(forget.message.subject)
         anywhere = subjects.log_event("*", place.tenant, place.partition, place.entity)
         spared: set[str] = set()
-        gone: dict[str, int] = {}
+        first: dict[str, int] = {}
+        between: list[int] = []
         for stored in await history_of(self._asker.inbox, self._log, anywhere, upto=upto):
             subject = stored.message.subject
-            if subject in spared:
-                continue
             if self._is_spared(stored, left):
                 spared.add(subject)
+            elif subject in spared:  # it came here a second time
+                between.append(stored.sequence)
             else:
-                gone[subject] = stored.sequence
-        for subject, last in gone.items():
-            await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": subject, "seq": last + 1})
+                first[subject] = stored.sequence
+        for subject, last in first.items():
+            await self._api("STREAM.PURGE", {"filter": subject, "seq": last + 1})
+        for sequence in between:
+            with contextlib.suppress(NotFound, JetStreamError):  # somebody was quicker
+                await self._api("STREAM.MSG.DELETE", {"seq": sequence})
+
+    async def _api(self, verb: str, body: dict[str, object]) -> None:
+        await api(self._asker.inbox, f"{verb}.{self._log}", body)
 
     def _is_spared(self, stored: Stored, left: set[str]) -> bool:
         """Whether a store has it, or no store ever had: what is quarantined, as hubs do, is not lost for that."""

@@ -123,7 +123,7 @@ def storage_probes() -> Iterator[Probe]:
         yield Probe("publish", f"$JS.FC.{name}.c.x", readers)
         operator = frozenset({"operator"})
         for verb in ("CREATE", "UPDATE", "DELETE", "PURGE", "SNAPSHOT", "RESTORE", "MSG.DELETE"):
-            erasers = frozenset(declared.get("erasers", ())) if verb == "PURGE" else frozenset()
+            erasers = frozenset(declared.get("erasers", ())) if verb in ("PURGE", "MSG.DELETE") else frozenset()
             yield Probe("publish", f"$JS.API.STREAM.{verb}.{name}", operator | erasers)
         for verb in ("NAMES", "LIST"):
             yield Probe("publish", f"$JS.API.CONSUMER.{verb}.{name}", operator)
