@@ -53,6 +53,8 @@ class Downlink:
         self._open_s = OPEN_S
         self._place = 0
         """Where in our log the hub's last mark is; 0: there is none."""
+        self._hlc = 0
+        """The newest stamp that ever came from the hub: our clock never falls behind it."""
         self.sequence = 0
         self.received = 0
         self.current = asyncio.Event()
@@ -125,7 +127,9 @@ class Downlink:
             self._place = 0
             return Mark(incarnation="", sequence=0)
         self._place = stored.sequence
-        return decode_mark(stored.message.data)
+        mark = decode_mark(stored.message.data)
+        self._hlc = max(self._hlc, mark.hlc)
+        return mark
 
     async def _held(self) -> list[tuple[str, str, int]]:
         head = (await stream_state(self._asker.inbox, self._log)).last_sequence
@@ -140,7 +144,8 @@ class Downlink:
     async def _keep(self, batch: FeedBatch) -> None:
         if not batch.items and batch.place == self.sequence:
             return
-        mark = Mark(incarnation=self._incarnation, sequence=batch.place, hlc=batch.hlc)
+        self._hlc = max(self._hlc, batch.hlc)
+        mark = Mark(incarnation=self._incarnation, sequence=batch.place, hlc=self._hlc)
         messages = without_erased([*map(self._message, batch.items)])
         messages += [Outgoing(subjects.log_mark(origin), data, {ROLLUP: "sub"}) for origin, data in batch.marks.items()]
         headers = {ROLLUP: "sub", EXPECTED: str(self._place)}
@@ -172,11 +177,11 @@ class Downlink:
         return Outgoing(subject, note.encode(), {ROLLUP: "sub"})
 
     async def _purge(self, released: Holding) -> None:
-        """Take an entity's events out of our log, as the stores do: all, unless some were born here."""
-        token = to_token(released.entity_id)
-        place = released.tenant, partition_of_tokens(released.tenant, token), token
-        anywhere = subjects.log_event("*", *place)
-        info = await api(self._asker.inbox, f"STREAM.INFO.{self._log}", {"subjects_filter": anywhere})
-        held = info["state"].get("subjects") or {}
-        if held and subjects.log_event(self._site, *place) not in held:
-            await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": anywhere, "seq": self._place})
+        """Take an entity's events out of our log, if the stores dropped it: they keep what was written here, too."""
+        tenant, entity_id = released.tenant, released.entity_id
+        told = await self._inventory.describe(tenant, [entity_id], upto=self._place)
+        if told[entity_id].sites:
+            return
+        token = to_token(entity_id)
+        anywhere = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
+        await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": anywhere, "seq": self._place})

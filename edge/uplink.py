@@ -24,7 +24,7 @@ from typing import NamedTuple
 from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, ROLLUP, Outgoing, publish_all, without_erased
-from mnemesh.clock import wall_ms
+from mnemesh.clock import is_too_far_ahead, wall_ms
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
@@ -281,10 +281,15 @@ class Uplink:
     def _event(self, stored: Stored, payload: bytes) -> Outgoing:
         place = place_of(stored.message.subject)
         headers = {BORN: born(stored.sequence, self._incarnation)}
-        if (rollup := stored.message.headers.get(ROLLUP)) is not None:
+        if (rollup := stored.message.headers.get(ROLLUP)) is not None and not self._is_put_aside(stored):
             headers[ROLLUP] = rollup  # a forget erases what the hub has of ours, as it did here
         subject = subjects.uplink_event(place.origin, place.tenant, place.partition, place.entity)
         return Outgoing(subject, payload, headers)
+
+    def _is_put_aside(self, stored: Stored) -> bool:
+        """Whether the hub will quarantine an event, which then must erase nothing."""
+        hub_ms = wall_ms() - self.clock_offset_ms
+        return is_too_far_ahead(decode_event(stored.message.data).hlc, hub_ms)
 
     def _mark(self, mark: Mark, position: Position) -> Outgoing:
         headers = {ROLLUP: "sub", EXPECTED: str(position.place), COMPARED: subjects.log_mark(self._site)}

@@ -53,11 +53,10 @@ LeavesOf: TypeAlias = Callable[[str, str | None, str], Leaves]
 
 
 class Reached(NamedTuple):
-    """Up to here the log has been gone through: the marks of other origins on the way, and the newest stamp."""
+    """Up to here the log has been gone through; the marks of other origins on the way."""
 
     place: int
     marks: Mapping[str, bytes]
-    hlc: int = 0
 
 
 Item: TypeAlias = Carried | Holding | Reached
@@ -96,8 +95,9 @@ class Feed:
         """(tenant, token) of what is read from before that, where the device has the rest."""
         self._position = 0
         self._unwanted: set[Key] = set()
-        self._wrote: set[Key] = set()
-        """Entities of the batch at hand that the device wrote itself."""
+        self._wrote: dict[Key, tuple[int, str] | None] = {}
+        """Entities of the batch at hand that the device wrote itself, and the forgets that win over what they had."""
+        self._hlc = 0
         self._last = FeedBatch(turn=0, place=0)
         self._batches: AsyncGenerator[list[Stored], None] | None = None
         self._reading: asyncio.Task[list[Stored]] | None = None
@@ -178,7 +178,10 @@ class Feed:
         for want, changed, candidate, bytes in sorted(
             await self._wanted(head), key=lambda entry: (entry[0], -entry[1])
         ):
-            entities, size = entities + 1, size + self._held.get(candidate.key, bytes)
+            bytes = self._held.get(candidate.key, bytes)
+            if bytes > self.roster.interest.most_bytes:
+                continue
+            entities, size = entities + 1, size + bytes
             if entities > self.roster.interest.most_entities or size > self.roster.interest.most_bytes:
                 break
             fitting.append((want, candidate, changed))
@@ -226,7 +229,7 @@ class Feed:
                 key = tenant, entity_id
                 found[key] = Candidate(key, told.type, self._regions(told.sites), told.is_gone)
                 if self._device in told.sites:
-                    self._wrote.add(key)
+                    self._wrote[key] = told.tombstone
         return found
 
     def _regions(self, sites: Sequence[str]) -> frozenset[str]:
@@ -277,17 +280,24 @@ class Feed:
                 self._evict(self.roster.grow(key, self._send(stored, place, event)))
             elif event.op == "forget" and (key in self._unwanted or key in self._wrote):
                 self._send(stored, place, event)
-        newest = max((event.hlc for *_, event in events), default=0)
+            elif place.origin == self._device and (event.hlc, event.site) < (self._wrote.get(key) or (0, "")):
+                await self._send_forgets(key, upto)
         if self._items and isinstance(last := self._items[-1], Reached):
             self._items.pop()
-            marks, newest = {**last.marks, **marks}, max(last.hlc, newest)
-        self._items.append(Reached(max(upto, self._has_upto), marks, newest))
+            marks = {**last.marks, **marks}
+        self._items.append(Reached(max(upto, self._has_upto), marks))
         self._settle(upto)
 
     def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
+        """Pass a mark on; the stamp in it is not, where it is of a clock that is wrong."""
         if place.origin != self._device:
             mark = decode_mark(stored.message.data)
-            marks[place.origin] = msgspec.structs.replace(mark, by=self._site).encode()
+            hlc = 0 if is_too_far_ahead(mark.hlc, stored.recorded_at) else mark.hlc
+            marks[place.origin] = msgspec.structs.replace(mark, by=self._site, hlc=hlc).encode()
+
+    async def _send_forgets(self, key: Key, upto: int) -> None:
+        """What the device wrote came after a forget that wins over it, of which the device may not have heard."""
+        self._send_history([stored for stored in await self._history(key, upto) if ROLLUP in stored.message.headers])
 
     def _event(self, stored: Stored, place: Place) -> Event | None:
         """The event in a message, where it may concern the device."""
@@ -310,7 +320,7 @@ class Feed:
             (event.tenant, event.entity_id)
             for _, _, event in events
             if (key := (event.tenant, event.entity_id)) not in self.roster
-            and (event.op == "forget" or self.roster.may_want(key))
+            and (event.op == "forget" or event.site == self._device or self.roster.may_want(key))
         }
         if any(self._moves_a_hood(event) for _, _, event in events):
             doubtful |= await self._surround(upto)
@@ -398,21 +408,22 @@ class Feed:
             ROLLUP in headers,
         )
         self._items.append(carried)
+        self._hlc = max(self._hlc, event.hlc)
         return len(payload)
 
     def _batch(self, turn: int, most_bytes: int) -> FeedBatch:
         """As many of the items as fit one batch of the device's log, at least one."""
-        place, hlc = self._last.place, self._last.hlc
+        place = self._last.place
         items: list[Carried | Holding] = []
         marks: dict[str, bytes] = {}
         size = 0
         while self._items and size < most_bytes and len(items) + len(marks) < MOST_ITEMS:
             item = self._items.popleft()
             if isinstance(item, Reached):
-                place, hlc = item.place, max(hlc, item.hlc)
+                place = item.place
                 marks |= item.marks
             else:
                 items.append(item)
                 size += len(item.payload) if isinstance(item, Carried) else len(item.entity_id)
         current = not self._items and self._position >= self._current_at
-        return FeedBatch(turn=turn, place=place, items=items, marks=marks, hlc=hlc, current=current)
+        return FeedBatch(turn=turn, place=place, items=items, marks=marks, hlc=self._hlc, current=current)
