@@ -183,16 +183,21 @@ class Memory:
         as_of: datetime | None = None,
         valid_at: datetime | None = None,
         include_vectors: bool = False,
+        include_suspects: bool = False,
         consistency: messages.Consistency | None = None,
         budget_ms: int | None = None,
     ) -> messages.Context:
-        """One entity, now or as of a time. Raises `NotFound`."""
+        """One entity, now or as of a time. Raises `NotFound`.
+
+        Its suspects are what lost to a write that did not know of it.
+        """
         token = to_token(entity_id)
         request = messages.GetContext(
             entity_id=entity_id if token.startswith("==") else None,
             as_of=as_of,
             valid_at=valid_at,
             include_vectors=include_vectors,
+            include_suspects=include_suspects,
             consistency=consistency,
         )
         subject = subjects.get_context(self.tenant, self.agent, token)

@@ -1,0 +1,143 @@
+"""Clocks lie: what is stamped far ahead is put aside and told; a device in 1970 still writes after what it knows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_asyncio
+from sites import TENANT, HubSite, alice_at, device, since, status_of
+
+from bench.cable import Cable
+from cli.check_edge import devices
+from cli.edge_node import EdgeNode
+from cli.operator import asking
+from mnemesh import Consistency, messages, subjects
+from mnemesh.atomic_batch import ROLLUP
+from mnemesh.clock import COUNTER_BITS, HybridClock, wall_ms
+from mnemesh.connection import Link
+from mnemesh.event import Event
+from mnemesh.ids import partition_of_tokens
+from mnemesh.inbox import Inbox
+from mnemesh.messages import Interest, Want
+from services.gateway import Gateway
+
+LONG_MS = 30_000
+TEN_YEARS_MS = 10 * 365 * 24 * 3600 * 1000
+EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
+
+
+@pytest_asyncio.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
+    async with HubSite(tmp_path / "hub").up() as hub:
+        yield hub
+
+
+async def write_ahead(node: EdgeNode, entity_id: str, op: str, **body: object) -> None:
+    """What the device's gateway would append if its clock were ten years ahead."""
+    link = await Link.open(node.server.credentials.load("gateway").link_options())
+    inbox = Inbox(link)
+    await inbox.open()
+    site = node.options.server.site
+    hlc = (wall_ms() + TEN_YEARS_MS) << COUNTER_BITS
+    event = Event(
+        id=f"ahead-{entity_id}",
+        tenant=TENANT,
+        entity_id=entity_id,
+        op=op,  # type: ignore[arg-type]
+        agent="x",
+        site=site,
+        hlc=hlc,
+        body=dict(body),
+    )
+    subject = subjects.log_event(site, TENANT, partition_of_tokens(TENANT, entity_id), entity_id)
+    headers = {ROLLUP: "sub"} if op == "forget" else None
+    await inbox.request(subject, event.encode(), budget_s=5.0, headers=headers)
+    await link.close()
+
+
+async def test_what_is_stamped_far_ahead_is_put_aside_and_told_and_spoils_no_other_clock(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with (
+        device(hub, tmp_path / "a", name="a", interest=EVERYTHING) as wrong,
+        device(hub, tmp_path / "b", name="b", interest=EVERYTHING) as right,
+        alice_at(wrong.server) as at_wrong,
+        alice_at(right.server) as at_right,
+        alice_at(hub.server) as there,
+    ):
+        await at_wrong.set_context("t1", attributes={"n": 1})
+        written = await at_wrong.set_context("t2", attributes={"n": 1})
+        await at_right.get_context("t2", consistency=since(written), budget_ms=LONG_MS)
+        await write_ahead(wrong, "t1", "put", attributes={"n": 2})
+        await write_ahead(wrong, "t2", "forget")
+        written = await there.set_context("t3", attributes={"n": 1})
+        while (seen := await seen_of(hub, "a")).quarantined < 2:
+            pass
+        for memory in (there, at_right):
+            for name in ("t1", "t2"):
+                assert (await memory.get_context(name)).attributes == {"n": 1}
+        assert len((await there.timeline("t2")).events) == 1  # also in the log: its forget erased nothing
+        written = await at_right.set_context("t1", attributes={"n": 3})
+        found = await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
+        assert found.attributes == {"n": 3}
+        assert (await seen_of(hub, "b")).quarantined == 0
+        async with asking(hub.options, "test") as asker:
+            told = [finding.what async for finding in devices(asker, hub.options) if finding.verdict == "wrong"]
+        assert [what for what in told if "2 events of a are put aside" in what]
+        assert seen.site == "a"
+
+
+async def seen_of(hub: HubSite, site: str) -> messages.DeviceSeen:
+    while True:
+        async with asking(hub.options, "test") as asker:
+            told = await asker.ask(subjects.DEVICES, subjects.devices(), messages.AskDevices(quarantined=True))
+        for seen in told.devices:
+            if seen.site == site:
+                return seen
+
+
+async def test_a_device_that_boots_in_1970_still_writes_after_what_it_knows(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "d", interest=EVERYTHING) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        written = await there.set_context("t1", attributes={"n": 1})
+        while (await status_of(node)).downlinked < written.token["hub"]:
+            pass
+        assert (await here.get_context("t1", consistency=since(written))).complete
+        link = await Link.open(node.server.credentials.load("gateway").link_options())
+        clock = HybridClock(physical_ms=lambda: 0)
+        gateway = Gateway(link, site="sub7", kind="device", clock=clock)
+        await gateway.asker.open()
+        await gateway.prepare()
+        assert clock.now() >> COUNTER_BITS >= wall_ms() - 60_000
+        await link.close()
+
+
+async def test_a_write_that_did_not_know_of_the_other_leaves_a_suspect(hub: HubSite, tmp_path: Path) -> None:
+    cable = Cable(hub.options.leaf_port)
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "d", interest=EVERYTHING, line=f"nats://127.0.0.1:{port}") as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        written = await there.set_context("t1", attributes={"n": 0})
+        while (await status_of(node)).downlinked < written.token["hub"]:
+            pass
+        cable.cut()
+        first = await here.set_context("t1", attributes={"n": 1})
+        second = await there.set_context("t1", attributes={"n": 2})
+        cable.heal()
+        both = Consistency(level="session", token=first.token | second.token)
+        for memory in (there, here):
+            found = await memory.get_context("t1", consistency=both, budget_ms=LONG_MS, include_suspects=True)
+            assert found.attributes == {"n": 2}
+            assert found.suspects is not None
+            told = [(suspect.part, suspect.name, suspect.value, suspect.site) for suspect in found.suspects]
+            assert told == [("attribute", "n", 1, "sub7")]
+        written = await there.set_context("t1", attributes={"n": 9})
+        found = await there.get_context("t1", consistency=since(written), include_suspects=True)
+        assert found.suspects == []
