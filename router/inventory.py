@@ -85,11 +85,16 @@ class Inventory:
         return await self._asker.ask(subjects.SHARD_ERASED, subject, wanted)
 
     async def neighbourhood(self, tenant: str, entity_ids: Sequence[str], hops: int, *, upto: int) -> list[str]:
-        """The entities up to so many edges away, in whatever direction, these included."""
+        """The entities up to so many edges away, in whatever direction, these included, by what this site knows."""
         if not hops:
             return list(entity_ids)
         wanted = messages.Traverse(
-            start=list(entity_ids), direction="both", depth=hops, limit=MOST_WALKED, consistency=self._at(upto)
+            start=list(entity_ids),
+            direction="both",
+            depth=hops,
+            limit=MOST_WALKED,
+            scope="here",  # a device that is out of reach, or holds little, would leave every neighbourhood incomplete
+            consistency=self._at(upto),
         )
         walked = await self._asker.ask(subjects.TRAVERSE, subjects.traverse(tenant, self._name), wanted)
         if not walked.coverage.complete:

@@ -101,6 +101,32 @@ async def test_a_neighbourhood_grows_with_its_edges_and_brings_the_history_of_wh
             assert [node.entity_id for node in walked.nodes] == ["sub:7", "near", "far"]
 
 
+async def test_a_neighbourhood_is_the_hubs_alone_whatever_other_devices_are_out_of_reach(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    cable = Cable(hub.options.leaf_port)
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "a", name="a", line=f"nats://127.0.0.1:{port}") as one,
+        alice_at(hub.server) as there,
+    ):
+        while not (await status_of(one)).linked:
+            pass
+        await there.set_context("sub:7", edges=[{"relation": "feeds", "target_id": "near"}])
+        written = await there.set_context("near", attributes={"n": 1})
+        while not (await there.traverse("sub:7")).coverage.sites:
+            pass
+        cable.cut()
+        while (await there.traverse("sub:7")).coverage.complete:
+            pass
+        interest = wants({"entities": ["sub:7"], "hops": 1})
+        async with device(hub, tmp_path / "b", name="b", interest=interest) as node, alice_at(node.server) as here:
+            async with asyncio.timeout(30):
+                await current(node)
+            walked = await here.traverse("sub:7", scope="here", consistency=since(written), budget_ms=LONG_MS)
+            assert [found.entity_id for found in walked.nodes] == ["sub:7", "near"]
+
+
 async def test_what_a_device_wrote_itself_comes_back_neither_twice_nor_at_all(hub: HubSite, tmp_path: Path) -> None:
     async with (
         device(hub, tmp_path / "d", interest=wants({})) as node,
