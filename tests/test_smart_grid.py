@@ -399,7 +399,7 @@ async def test_the_story_from_grid_to_picture(tmp_path: Path) -> None:
         )
     assert told.decisions == 60
     (station,) = told.substations
-    assert (station.decisions, station.written, station.lost, station.doubled) == (3, 3, 0, 0)
+    assert (station.decisions, station.written, station.lost, station.doubled) == (2, 2, 0, 0)
     assert (station.equal, station.compared, station.held) == (1, 1, 7)
     assert device.told == ["cut", "heal"]
     assert told.failed == {}
