@@ -303,7 +303,7 @@ async def test_where_many_entities_are_lacking_the_log_is_read_again_for_these_a
             written = await there.set_context("w:0", attributes={"n": 3})
             await here.get_context("w:0", consistency=since(written), budget_ms=LONG_MS)
             for name in names:
-                page = await here.timeline(name)
+                page = await here.timeline(name, consistency=since(written), budget_ms=LONG_MS)
                 assert page.complete
                 told = [event.body["attributes"]["n"] for event in page.events]
                 assert told == ([0, 1, 2, 3] if name == "w:0" else [0, 1, 2])
