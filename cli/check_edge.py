@@ -70,8 +70,9 @@ async def hub(asker: Asker, options: ServerOptions) -> AsyncIterator[Finding]:
         return
     if status.trouble:
         yield wrong(
-            f"the uplink stands still: {status.trouble}",
-            f"give each device a name and a folder of its own; what {site} wrote stays in its log until it is mended",
+            f"this device and its hub are at odds: {status.trouble}",
+            f"each device has a name and a folder of its own, and is enrolled for the tenants that it wants; what {site} "
+            "wrote stays in its log until it is mended",
         )
     if not status.linked:
         yield warning(

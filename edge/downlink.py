@@ -20,7 +20,7 @@ import nats.nuid
 from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all, without_erased
-from mnemesh.errors import Conflict, MnemeshError, NotFound, Timeout
+from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, NotFound, Timeout, TooLarge
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import api, last_of, stream_state
@@ -32,6 +32,7 @@ from router.inventory import Inventory
 logger = logging.getLogger("mnemesh.downlink")
 
 RETRY_S = 0.5
+TROUBLE_S = 10.0
 APPEND_S = 5.0
 OPEN_S = 5.0
 """How long a hub may take to open a feed at first. Each time that it takes longer it may twice as long the next time:
@@ -59,24 +60,33 @@ class Downlink:
         self.received = 0
         self.current = asyncio.Event()
         """Set while all that the hub has for us is here."""
+        self.trouble = ""
+        """What somebody must mend before more can come: the hub refuses what is wanted."""
         self.current_from = 0
         """Up to where we had the hub's log when that began."""
 
     async def run(self) -> None:
-        """Keep on for ever. What keeps it from that passes."""
+        """Keep on for ever. What keeps it from that passes, or is `trouble` that somebody must mend."""
+        said = ""
         while True:
+            pause_s = RETRY_S
             try:
                 await self._keep_on()
             except Conflict as error:
                 logger.info("the downlink begins anew: %s", error)
+            except (Denied, BadRequest, TooLarge) as error:
+                self.trouble, pause_s = f"the hub refuses what this device wants: {error.message}", TROUBLE_S
+                logger.error("the downlink stands still: %s", error)
             except MnemeshError as error:
-                if self.current.is_set():
+                if self.current.is_set() or str(error) != said:
                     logger.warning("the downlink is interrupted: %s", error)
+                said = str(error)
             self.current.clear()
-            await asyncio.sleep(random.uniform(RETRY_S / 2, RETRY_S))
+            await asyncio.sleep(random.uniform(pause_s / 2, pause_s))
 
     async def _keep_on(self) -> None:
         session = await self._open()
+        self.trouble = ""
         turn = 0
         while True:
             turn += 1

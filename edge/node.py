@@ -97,6 +97,9 @@ class Edge(Actor):
             Gauge("uplink_trouble", "1 while it stands still until somebody mends it", lambda: bool(uplink.trouble)),
             Gauge("clock_offset_ms", "How far this device's clock is ahead", lambda: uplink.clock_offset_ms),
             Gauge("downlink_sequence", "Up to where this device has its hub's log", lambda: downlink.sequence),
+            Gauge(
+                "downlink_trouble", "1 while it stands still until somebody mends it", lambda: bool(downlink.trouble)
+            ),
             Gauge("downlink_received", "Events received since the start", lambda: downlink.received),
             Gauge("downlink_current", "1 while all that is wanted is here", lambda: downlink.current.is_set()),
             Gauge("held", "Entities of the hub's that are held here", lambda: self._held[0]),
@@ -198,5 +201,5 @@ class Edge(Actor):
             current=downlink.current.is_set(),
             clock_offset_ms=uplink.clock_offset_ms,
             hub_contract=uplink.hub_contract,
-            trouble=uplink.trouble,
+            trouble=uplink.trouble or downlink.trouble,
         )

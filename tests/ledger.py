@@ -52,6 +52,8 @@ BUDGET_MS = 2000
 """Short, so that many a write ends without an answer and is repeated."""
 PATIENCE_S = 90.0
 """How long the last writes, and the mesh to be whole again, may take when the chaos is over."""
+ANSWER_S = 5.0
+"""How long one status is waited for: a replica that ends over the question does not answer it."""
 HANDS = 2
 """How many deeds of chaos may be under way at once."""
 STRONG = Consistency(level="strong")
@@ -470,7 +472,7 @@ async def statuses(operator: Asker, shard: str, replicas: int, head: int) -> lis
     async with asyncio.timeout(PATIENCE_S):
         while True:
             replies = await operator.inbox.gather(
-                subjects.shard_status(shard), question, most=replicas, wait_s=PATIENCE_S
+                subjects.shard_status(shard), question, most=replicas, wait_s=ANSWER_S
             )
             told = [reply_of(subjects.SHARD_STATUS, reply) for reply in replies]
             if len(told) == replicas and all(max(status.watermark.values()) >= head for status in told):

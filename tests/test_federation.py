@@ -149,3 +149,4 @@ async def test_a_device_is_refused_the_memory_of_tenants_that_it_was_not_enrolle
         status: messages.EdgeStatus = await status_of(node)
         assert not status.current
         assert status.downlinked == 0
+        assert "was not enrolled for tenant" in status.trouble

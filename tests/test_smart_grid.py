@@ -486,7 +486,7 @@ async def test_a_substation_that_is_cut_off_decides_on_and_the_hub_has_every_eve
     (station,) = json.loads(said)["substations"]
     assert station["failed"] == {}
     assert station["coverage"] == 1.0
-    assert station["cut_s"] >= 2
+    assert station["cut_s"] >= 1.9
     assert 0 < station["written_while_cut"] < station["written"] == station["decisions"]
     assert station["after_heal_s"] is not None
     assert (station["lost"], station["doubled"]) == (0, 0)
