@@ -71,8 +71,8 @@ async def hub(asker: Asker, options: ServerOptions) -> AsyncIterator[Finding]:
     if status.trouble:
         yield wrong(
             f"this device and its hub are at odds: {status.trouble}",
-            f"each device has a name and a folder of its own, and is enrolled for the tenants that it wants; what {site} "
-            "wrote stays in its log until it is mended",
+            "give each device a name and a folder of its own, and enrol it for the tenants that it wants; what "
+            f"{site} wrote stays in its log until then",
         )
     if not status.linked:
         yield warning(
