@@ -184,7 +184,9 @@ async def holding(sizes: Sizes) -> list[Row]:
     async with hub() as mesh, device_of(mesh) as device, agent_of(mesh) as there:
         async with device.up() as here:
             written = await write_all(here, memories(vectors), senders=4)
-            await there.search_embedding(vectors[0], space="s", consistency=since(written), budget_ms=LONG_MS)
+            await there.search_embedding(
+                vectors[0], space="s", scope="here", consistency=since(written), budget_ms=LONG_MS
+            )
             server, node = await held(device, here, vectors, sizes.idle_s)
         await idle(*(child.pid for child in mesh.children.values()))
         starts = [await device.started_s("memory:7") for _ in range(sizes.starts)]
@@ -206,10 +208,12 @@ async def holding(sizes: Sizes) -> list[Row]:
 
 async def held(device: Device, here: Memory, vectors: np.ndarray[Any, Any], idle_s: float) -> tuple[float, float]:
     """MiB of a device's nats-server and of the rest of it, idle for so long, searching with its whole graph."""
-    await here.search_embedding(vectors[0], space="s", consistency=Consistency(level="strong"), budget_ms=LONG_MS)
+    await here.search_embedding(
+        vectors[0], space="s", scope="here", consistency=Consistency(level="strong"), budget_ms=LONG_MS
+    )
     for _ in range(GRAPH_STEPS):
         await idle(*device.pids)
-        await here.search_embedding(vectors[0], space="s")
+        await here.search_embedding(vectors[0], space="s", scope="here")
     await asyncio.sleep(idle_s)
     server, node = map(pss_mib, device.pids)
     return server, node

@@ -39,7 +39,7 @@ async def write_to_recall(writer: Memory, reader: Memory, vectors: np.ndarray[An
         began = time.perf_counter()
         written = await writer.upsert_embedding(f"new:{number}", vector, space="s")
         mine = Consistency(level="session", token=written.token)
-        found = await reader.search_embedding(vector, space="s", k=1, consistency=mine)
+        found = await reader.search_embedding(vector, space="s", k=1, scope="here", consistency=mine)
         took.append(time.perf_counter() - began)
         assert found.hits[0].entity_id == f"new:{number}", "a write was not recalled"
     return took
