@@ -10,11 +10,12 @@ in the receipts' bucket, so a site that was away erases what it missed. Looks at
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 
@@ -35,6 +36,9 @@ from router.inventory import Inventory
 logger = logging.getLogger("mnemesh.erasure")
 
 MOST_READ = 1000
+LATE_S = 1.0
+"""How often it is looked whether something came after the forget that wins over it."""
+
 SAVE_AFTER = 5_000
 """Messages after which the place is kept although nothing was forgotten, so that a start need not read them again."""
 
@@ -43,9 +47,18 @@ PLACE = "place"
 
 
 class Eraser:
-    """Erases at one site. `run` for ever."""
+    """Erases at one site. `run` for ever. `on_late` hears of what came after the forget that wins over it."""
 
-    def __init__(self, asker: Asker, inventory: Inventory, *, site: str, kind: SiteKind = "hub") -> None:
+    def __init__(
+        self,
+        asker: Asker,
+        inventory: Inventory,
+        *,
+        site: str,
+        kind: SiteKind = "hub",
+        on_late: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self._on_late = on_late
         self._asker = asker
         self._inventory = inventory
         self._site = site
@@ -56,7 +69,10 @@ class Eraser:
         self.upto: dict[str, int] = defaultdict(int)
         """The same in the logs of other sites, as far as theirs are in this one."""
         self.erased = 0
-        self._saved = 0
+        self._saved = self._read = 0
+        self._unsaved = False
+        self._carried: list[Stored] = []
+        """What came from other sites and was not looked at yet."""
 
     async def run(self) -> None:
         """Erase for ever. Raises what keeps it from that; run it again then."""
@@ -65,21 +81,39 @@ class Eraser:
         self._incarnation = state.incarnation
         held = await kv.get(inbox, subjects.RECEIPTS.name, PLACE)
         incarnation, _, place = (held or b"").decode().rpartition(" ")
-        self.place = self._saved = int(place) if incarnation == state.incarnation else 0
+        self.place = self._saved = self._read = int(place) if incarnation == state.incarnation else 0
+        self._carried.clear()
         for stored in await last_of_each(inbox, self._log, subjects.log_mark("*")):
             if stored.sequence <= self.place:
                 self.upto[place_of(stored.message.subject).origin] = decode_mark(stored.message.data).sequence
-        follower = Follower(self._asker.link, inbox, self._log, after=self.place, incarnation=state.incarnation)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow())
+                tasks.create_task(self._look_after())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _follow(self) -> None:
+        follower = Follower(
+            self._asker.link, self._asker.inbox, self._log, after=self.place, incarnation=self._incarnation
+        )
         async with aclosing(follower.batches(MOST_READ)) as batches:
             async for batch in batches:
-                erased = self.erased
                 for stored in batch:
                     await self._take(stored)
-                await self._erase_latecomers(batch)
-                self.place = batch[-1].sequence
-                if self.erased > erased or self.place - self._saved > SAVE_AFTER:
-                    await kv.put(inbox, subjects.RECEIPTS.name, PLACE, f"{state.incarnation} {self.place}".encode())
-                    self._saved = self.place
+                self._read = batch[-1].sequence
+
+    async def _look_after(self) -> None:
+        """Now and then erase what came late, and keep how far that is: a round trip an event would be felt."""
+        while True:
+            await asyncio.sleep(LATE_S)
+            read, carried, self._carried = self._read, self._carried, []
+            await self._erase_latecomers(carried, read)
+            if self._unsaved or read - self._saved > SAVE_AFTER:
+                place = f"{self._incarnation} {read}".encode()
+                await kv.put(self._asker.inbox, subjects.RECEIPTS.name, PLACE, place)
+                self._saved, self._unsaved = read, False
+            self.place = read
 
     async def _take(self, stored: Stored) -> None:
         """Erase what this message forgets, if it does."""
@@ -87,7 +121,11 @@ class Eraser:
         try:
             if place.is_mark:
                 self.upto[place.origin] = decode_mark(stored.message.data).sequence
-            if not place.is_event or ROLLUP not in stored.message.headers:
+            if not place.is_event:
+                return
+            if ROLLUP not in stored.message.headers:
+                if place.origin != self._site:
+                    self._carried.append(stored)
                 return
             event = decode_event(stored.message.data)
         except MnemeshError as error:
@@ -96,22 +134,22 @@ class Eraser:
         if event.op == "forget":
             await self._erase(stored, event)
 
-    async def _erase_latecomers(self, batch: Sequence[Stored]) -> None:
+    async def _erase_latecomers(self, carried: Sequence[Stored], upto: int) -> None:
         """What was carried here after the forget that wins over it goes, too."""
-        carried: dict[str, list[tuple[Stored, Event]]] = defaultdict(list)
-        for stored in batch:
-            place = place_of(stored.message.subject)
-            if place.is_event and place.origin != self._site and ROLLUP not in stored.message.headers:
-                with contextlib.suppress(MnemeshError):  # what cannot be read, the shards tell of
-                    carried[place.tenant].append((stored, decode_event(stored.message.data)))
-        for tenant, events in carried.items():
+        by_tenant: dict[str, list[tuple[Stored, Event]]] = defaultdict(list)
+        for stored in carried:
+            with contextlib.suppress(MnemeshError):  # what cannot be read, the shards tell of
+                event = decode_event(stored.message.data)
+                by_tenant[event.tenant].append((stored, event))
+        for tenant, events in by_tenant.items():
             ids = {event.entity_id for _, event in events}
-            described = await self._inventory.describe(tenant, sorted(ids), upto=batch[-1].sequence)
+            described = await self._inventory.describe(tenant, sorted(ids), upto=upto)
             late: dict[str, Stored] = {}
             for stored, event in events:
                 tombstone = described[event.entity_id].tombstone
                 if tombstone is not None and (event.hlc, event.site) < tombstone:
                     late[event.entity_id] = stored
+                    self._on_late(event)
             for entity_id, stored in late.items():
                 left = await self._inventory.erased(tenant, entity_id, stored.sequence)
                 await self._purge(stored, set(left.left), left.watermark[self._site])
@@ -130,6 +168,7 @@ class Eraser:
         )
         await keep(self._asker, receipt)
         self.erased += 1
+        self._unsaved = True
 
     async def _purge(self, forget: Stored, left: set[str], upto: int) -> None:
         """Take out of the log what the stores have no more."""

@@ -95,8 +95,10 @@ class Feed:
         """(tenant, token) of what is read from before that, where the device has the rest."""
         self._position = 0
         self._unwanted: set[Key] = set()
-        self._wrote: dict[Key, tuple[int, str] | None] = {}
-        """Entities of the batch at hand that the device wrote itself, and the forgets that win over what they had."""
+        self._wrote: set[Key] = set()
+        """Entities of the batch at hand that the device wrote itself."""
+        self._owed: set[Key] = set()
+        """Entities whose forget the device missed: it wrote them meanwhile."""
         self._hlc = 0
         self._last = FeedBatch(turn=0, place=0)
         self._batches: AsyncGenerator[list[Stored], None] | None = None
@@ -150,6 +152,8 @@ class Feed:
             raise Conflict(f"turn {turn} does not follow {self._last.turn}")
         now = asyncio.get_running_loop().time
         began = now()
+        while self._owed:
+            await self._send_forgets(next(iter(self._owed)))
         while not any(not isinstance(item, Reached) for item in self._items):
             left = began + (PROGRESS_S if self._items else wait_s) - now()
             if left <= 0:
@@ -229,7 +233,7 @@ class Feed:
                 key = tenant, entity_id
                 found[key] = Candidate(key, told.type, self._regions(told.sites), told.is_gone)
                 if self._device in told.sites:
-                    self._wrote[key] = told.tombstone
+                    self._wrote.add(key)
         return found
 
     def _regions(self, sites: Sequence[str]) -> frozenset[str]:
@@ -280,8 +284,6 @@ class Feed:
                 self._evict(self.roster.grow(key, self._send(stored, place, event)))
             elif event.op == "forget" and (key in self._unwanted or key in self._wrote):
                 self._send(stored, place, event)
-            elif place.origin == self._device and (event.hlc, event.site) < (self._wrote.get(key) or (0, "")):
-                await self._send_forgets(key, upto)
         if self._items and isinstance(last := self._items[-1], Reached):
             self._items.pop()
             marks = {**last.marks, **marks}
@@ -295,9 +297,14 @@ class Feed:
             hlc = 0 if is_too_far_ahead(mark.hlc, stored.recorded_at) else mark.hlc
             marks[place.origin] = msgspec.structs.replace(mark, by=self._site, hlc=hlc).encode()
 
-    async def _send_forgets(self, key: Key, upto: int) -> None:
+    def owe_forget(self, key: Key) -> None:
         """What the device wrote came after a forget that wins over it, of which the device may not have heard."""
-        self._send_history([stored for stored in await self._history(key, upto) if ROLLUP in stored.message.headers])
+        self._owed.add(key)
+
+    async def _send_forgets(self, key: Key) -> None:
+        history = await self._history(key, self._position)
+        self._send_history([stored for stored in history if ROLLUP in stored.message.headers])
+        self._owed.discard(key)
 
     def _event(self, stored: Stored, place: Place) -> Event | None:
         """The event in a message, where it may concern the device."""
@@ -320,7 +327,7 @@ class Feed:
             (event.tenant, event.entity_id)
             for _, _, event in events
             if (key := (event.tenant, event.entity_id)) not in self.roster
-            and (event.op == "forget" or event.site == self._device or self.roster.may_want(key))
+            and (event.op == "forget" or self.roster.may_want(key))
         }
         if any(self._moves_a_hood(event) for _, _, event in events):
             doubtful |= await self._surround(upto)

@@ -23,6 +23,7 @@ from mnemesh.call import Call
 from mnemesh.clock import wall_ms
 from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, Conflict, Denied, NotFound
+from mnemesh.event import Event
 from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
 from mnemesh.ids import check_name, to_token
@@ -88,7 +89,9 @@ class Hub(Actor):
         self._shards = ShardMap()
         self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
         self._disclosure = Disclosure(self.asker, self._inventory, self._policy)
-        self._eraser = Eraser(self.asker, self._inventory, site=site)
+        self._eraser = Eraser(self.asker, self._inventory, site=site, on_late=self._owe_forget)
+        self._owed: dict[str, set[Key]] = defaultdict(set)
+        """Entities that devices wrote after a forget which they may not have heard of, until they have a feed."""
         self._receipts = BucketView(subjects.RECEIPTS.name)
         self._openings: dict[str, _Opening] = {}
         self._feeds: dict[str, _Feeding] = {}
@@ -195,6 +198,8 @@ class Hub(Actor):
             raise
         await self._close_feed(device)
         self._feeds[device] = _Feeding(request.session, feed)
+        for key in self._owed.pop(device, ()):
+            feed.owe_forget(key)
         return opened
 
     @handles(subjects.NEXT_FEED)
@@ -212,6 +217,14 @@ class Hub(Actor):
                 raise Conflict(f"the feed of {device} ended; open another") from error
             feeding.asked_at = asyncio.get_running_loop().time()
         return batch
+
+    def _owe_forget(self, event: Event) -> None:
+        """A device wrote what was forgotten already: it is to hear of that, whether or not it holds the entity."""
+        key = event.tenant, event.entity_id
+        if (feeding := self._feeds.get(event.site)) is not None:
+            feeding.feed.owe_forget(key)
+        else:
+            self._owed[event.site].add(key)
 
     async def _forget_feeds(self) -> None:
         while True:

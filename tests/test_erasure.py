@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from sites import TENANT, HubSite, alice_at, device, since, status_of
 
+from bench.cable import Cable
 from cli.edge_node import EdgeNode
 from cli.main import main
 from cli.operator import asking
@@ -118,6 +119,24 @@ async def test_a_device_that_comes_back_after_long_erases_before_it_serves(tmp_p
             with pytest.raises(NotFound):  # the first answer that it gives at all
                 await first_answer(here)
             await erasure_of(hub, "e1", receipts=2)
+
+
+async def test_a_device_that_wrote_what_was_forgotten_meanwhile_hears_of_it(hub: HubSite, tmp_path: Path) -> None:
+    cable = Cable(hub.options.leaf_port)
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "a", name="a", line=f"nats://127.0.0.1:{port}") as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        cable.cut()
+        await here.set_context("e1", attributes={"n": 1})
+        await there.forget("e1")
+        cable.heal()
+        for site in (hub.options, node.options.server):
+            await until_logged(site, "e1", ["forget hub"])
+        with pytest.raises(NotFound):
+            await here.get_context("e1")
 
 
 async def first_answer(memory: Memory) -> None:
