@@ -25,7 +25,7 @@ from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP
 from mnemesh.clock import is_too_far_ahead
-from mnemesh.errors import MnemeshError, NotFound
+from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
 from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, stream_state
@@ -167,6 +167,8 @@ class Eraser:
             erased_at=datetime.now(UTC),
         )
         await keep(self._asker, receipt)
+        place = place_of(stored.message.subject)[1:]
+        self._carried = [other for other in self._carried if place_of(other.message.subject)[1:] != place]
         self.erased += 1
         self._unsaved = True
 
@@ -210,5 +212,7 @@ class Eraser:
 
 
 async def keep(asker: Asker, receipt: Receipt) -> None:
-    """Keep a receipt at this site, whoever's it is."""
-    await kv.put(asker.inbox, subjects.RECEIPTS.name, f"{receipt.forget}.{receipt.site}", msgspec.json.encode(receipt))
+    """Keep a receipt at this site, whoever's it is. Of a forget that came a second time the first one counts."""
+    key = f"{receipt.forget}.{receipt.site}"
+    with contextlib.suppress(Conflict):
+        await kv.create(asker.inbox, subjects.RECEIPTS.name, key, msgspec.json.encode(receipt))
