@@ -302,8 +302,11 @@ class Feed:
         self._owed.add(key)
 
     async def _send_forgets(self, key: Key) -> None:
-        history = await self._history(key, self._position)
-        self._send_history([stored for stored in history if ROLLUP in stored.message.headers])
+        """Where the device has the forget already, it must not erase what came after: so it goes without its rollup."""
+        for stored in await self._history(key, self._position):
+            place = place_of(stored.message.subject)
+            if ROLLUP in stored.message.headers and (event := self._event(stored, place)) is not None:
+                self._send(stored, place, event, erases=False)
         self._owed.discard(key)
 
     def _event(self, stored: Stored, place: Place) -> Event | None:
@@ -392,7 +395,7 @@ class Feed:
                 size += self._send(stored, place, event)
         return size
 
-    def _send(self, stored: Stored, place: Place, event: Event) -> int:
+    def _send(self, stored: Stored, place: Place, event: Event, *, erases: bool = True) -> int:
         """Put an event among what is to be sent, as far as it may leave; returns its bytes."""
         if place.origin == self._device:
             return 0
@@ -412,7 +415,7 @@ class Feed:
             payload,
             headers.get(BORN) or born(stored.sequence, self._incarnation),
             stored.sequence,
-            ROLLUP in headers,
+            erases and ROLLUP in headers,
         )
         self._items.append(carried)
         self._hlc = max(self._hlc, event.hlc)
