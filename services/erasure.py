@@ -16,7 +16,6 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
 from datetime import UTC, datetime
 
 import msgspec
@@ -27,17 +26,15 @@ from mnemesh.atomic_batch import ROLLUP
 from mnemesh.clock import is_too_far_ahead
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
-from mnemesh.follower import Follower
-from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, stream_state
+from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, next_of, stream_state
 from mnemesh.messages import Receipt
 from mnemesh.origin import birth_of, decode_mark, place_of
 from router.inventory import Inventory
 
 logger = logging.getLogger("mnemesh.erasure")
 
-MOST_READ = 1000
-LATE_S = 1.0
-"""How often it is looked whether something came after the forget that wins over it."""
+LOOK_S = 0.5
+"""How often the log is read on. What is forgotten is gone from the stores at once; its log may wait so long."""
 
 SAVE_AFTER = 5_000
 """Messages after which the place is kept although nothing was forgotten, so that a start need not read them again."""
@@ -86,34 +83,25 @@ class Eraser:
         for stored in await last_of_each(inbox, self._log, subjects.log_mark("*")):
             if stored.sequence <= self.place:
                 self.upto[place_of(stored.message.subject).origin] = decode_mark(stored.message.data).sequence
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow())
-                tasks.create_task(self._look_after())
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-
-    async def _follow(self) -> None:
-        follower = Follower(
-            self._asker.link, self._asker.inbox, self._log, after=self.place, incarnation=self._incarnation
-        )
-        async with aclosing(follower.batches(MOST_READ)) as batches:
-            async for batch in batches:
-                for stored in batch:
-                    await self._take(stored)
-                self._read = batch[-1].sequence
-
-    async def _look_after(self) -> None:
-        """Now and then erase what came late, and keep how far that is: a round trip an event would be felt."""
         while True:
-            await asyncio.sleep(LATE_S)
-            read, carried, self._carried = self._read, self._carried, []
-            await self._erase_latecomers(carried, read)
-            if self._unsaved or read - self._saved > SAVE_AFTER:
-                place = f"{self._incarnation} {read}".encode()
-                await kv.put(self._asker.inbox, subjects.RECEIPTS.name, PLACE, place)
-                self._saved, self._unsaved = read, False
-            self.place = read
+            some = await next_of(inbox, self._log, subjects.LOG, after=self._read)
+            for stored in some:
+                await self._take(stored)
+            if some:
+                self._read = some[-1].sequence
+            await self._finish()
+            if not some or not some[-1].following:
+                await asyncio.sleep(LOOK_S)
+
+    async def _finish(self) -> None:
+        """Erase what came late, and keep how far that is."""
+        carried, self._carried = self._carried, []
+        await self._erase_latecomers(carried)
+        if self._unsaved or self._read - self._saved > SAVE_AFTER:
+            place = f"{self._incarnation} {self._read}".encode()
+            await kv.put(self._asker.inbox, subjects.RECEIPTS.name, PLACE, place)
+            self._saved, self._unsaved = self._read, False
+        self.place = self._read
 
     async def _take(self, stored: Stored) -> None:
         """Erase what this message forgets, if it does."""
@@ -134,7 +122,7 @@ class Eraser:
         if event.op == "forget":
             await self._erase(stored, event)
 
-    async def _erase_latecomers(self, carried: Sequence[Stored], upto: int) -> None:
+    async def _erase_latecomers(self, carried: Sequence[Stored]) -> None:
         """What was carried here after the forget that wins over it goes, too."""
         by_tenant: dict[str, list[tuple[Stored, Event]]] = defaultdict(list)
         for stored in carried:
@@ -143,7 +131,7 @@ class Eraser:
                 by_tenant[event.tenant].append((stored, event))
         for tenant, events in by_tenant.items():
             ids = {event.entity_id for _, event in events}
-            described = await self._inventory.describe(tenant, sorted(ids), upto=upto)
+            described = await self._inventory.describe(tenant, sorted(ids), upto=self._read)
             late: dict[str, Stored] = {}
             for stored, event in events:
                 tombstone = described[event.entity_id].tombstone

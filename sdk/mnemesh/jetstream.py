@@ -118,27 +118,35 @@ async def message_at(inbox: Inbox, stream: str, sequence: int) -> Stored:
 
 
 async def history_of(inbox: Inbox, stream: str, subject: str, *, upto: int) -> list[Stored]:
-    """All messages of a subject, which may have wildcards, up to a sequence, in their order.
-
-    By batched direct gets (ADR-31). Raises `Timeout` if the server does not send all of them.
-    """
+    """All messages of a subject, which may have wildcards, up to a sequence, in their order. Raises `Timeout`."""
     found: list[Stored] = []
     while True:
-        after = found[-1].sequence if found else 0
-        wanted = json.dumps({"seq": after + 1, "batch": MOST_IN_GET, "next_by_subj": subject}).encode()
-        *messages, end = await inbox.gather(
-            f"{API}.DIRECT.GET.{stream}", wanted, most=MOST_IN_GET + 1, wait_s=API_BUDGET_S, is_last=_ends_a_get
-        ) or [_NOTHING]
-        if not _ends_a_get(end):
-            raise Timeout(f"{stream} did not send all that it has of {subject} in {API_BUDGET_S} s")
-        for message in messages:
-            headers = message.headers
-            if (sequence := int(headers["Nats-Sequence"])) > upto:
-                return found
-            recorded_at = to_ms(datetime.fromisoformat(headers["Nats-Time-Stamp"]))
-            found.append(Stored(sequence, recorded_at, message.under(headers["Nats-Subject"]), 0))
-        if end.headers.get("Nats-Num-Pending", "0") == "0":
+        some = await next_of(inbox, stream, subject, after=found[-1].sequence if found else 0)
+        known = [stored for stored in some if stored.sequence <= upto]
+        found += known
+        if len(known) < len(some) or not some or not some[-1].following:
             return found
+
+
+async def next_of(inbox: Inbox, stream: str, subject: str, *, after: int) -> list[Stored]:
+    """The next messages of a subject, which may have wildcards, up to `MOST_IN_GET`; none if there are no more.
+
+    By a batched direct get (ADR-31), so nothing is kept at the server. Raises `Timeout` if it does not send all of it.
+    """
+    wanted = json.dumps({"seq": after + 1, "batch": MOST_IN_GET, "next_by_subj": subject}).encode()
+    *messages, end = await inbox.gather(
+        f"{API}.DIRECT.GET.{stream}", wanted, most=MOST_IN_GET + 1, wait_s=API_BUDGET_S, is_last=_ends_a_get
+    ) or [_NOTHING]
+    if not _ends_a_get(end):
+        raise Timeout(f"{stream} did not send all that it has of {subject} in {API_BUDGET_S} s")
+    return [_got(message) for message in messages]
+
+
+def _got(message: Message) -> Stored:
+    headers = message.headers
+    recorded_at = to_ms(datetime.fromisoformat(headers["Nats-Time-Stamp"]))
+    stored = message.under(headers["Nats-Subject"])
+    return Stored(int(headers["Nats-Sequence"]), recorded_at, stored, int(headers.get("Nats-Num-Pending", 0)))
 
 
 def _ends_a_get(message: Message) -> bool:
