@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import msgspec
 
@@ -29,15 +30,21 @@ def even_shards(count: int, replicas: int = 1) -> list[ShardEntry]:
     ]
 
 
-async def ensure_tenants(options: LinkOptions, tenants: Sequence[str]) -> None:
-    """Make tenants that do not exist yet, as the operator."""
+@contextlib.asynccontextmanager
+async def _as_operator(options: LinkOptions) -> AsyncIterator[Inbox]:
     link = await Link.open(options)
     try:
         inbox = Inbox(link)
         await inbox.open()
-        await _put_tenants(inbox, tenants)
+        yield inbox
     finally:
         await link.close()
+
+
+async def ensure_tenants(options: LinkOptions, tenants: Sequence[str]) -> None:
+    """Make tenants that do not exist yet, as the operator."""
+    async with _as_operator(options) as inbox:
+        await _put_tenants(inbox, tenants)
 
 
 async def _put_tenants(inbox: Inbox, tenants: Sequence[str]) -> None:
@@ -53,13 +60,8 @@ def sites_of(options: ServerOptions) -> dict[str, SiteEntry]:
 
 async def put_sites(options: LinkOptions, sites: Mapping[str, SiteEntry]) -> None:
     """Make these the sites that are known, as the operator."""
-    link = await Link.open(options)
-    try:
-        inbox = Inbox(link)
-        await inbox.open()
+    async with _as_operator(options) as inbox:
         await _put_sites(inbox, sites)
-    finally:
-        await link.close()
 
 
 async def _put_sites(inbox: Inbox, sites: Mapping[str, SiteEntry]) -> None:
@@ -84,10 +86,7 @@ async def provision(
 
     Shard map and sites become exactly these, tenants are only added; without a `policy` its own stays as it is.
     """
-    link = await Link.open(options)
-    try:
-        inbox = Inbox(link)
-        await inbox.open()
+    async with _as_operator(options) as inbox:
         await ensure_log(inbox, site, kind=kind, replicas=log_replicas)
         for bucket in subjects.BUCKETS:
             await ensure_bucket(inbox, bucket.name, replicas=log_replicas)
@@ -99,5 +98,3 @@ async def provision(
             await kv.put(inbox, subjects.SHARDS.name, shard.name, shard.encode())
         for name in set(await kv.keys(inbox, subjects.SHARDS.name)) - {shard.name for shard in shards}:
             await kv.delete(inbox, subjects.SHARDS.name, name)
-    finally:
-        await link.close()
