@@ -32,11 +32,19 @@ async def mnemesh(*arguments: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def edge_up(options: EdgeOptions, log_file: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`mnemesh edge up` as a process."""
+async def edge_up(options: EdgeOptions, log_file: Path, *more: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`mnemesh edge up` as a process, with more flags."""
     server = options.server
     flags = ["--data", str(server.data), "--site", server.site, "--hub", server.hub, "--port", str(server.port)]
-    flags += ["--monitoring-port", str(server.monitoring_port), "--metrics-port", "0", "--agent", f"{TENANT}.alice"]
+    flags += [
+        "--monitoring-port",
+        str(server.monitoring_port),
+        "--metrics-port",
+        "0",
+        "--agent",
+        f"{TENANT}.alice",
+        *more,
+    ]
     with log_file.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "cli.main", "edge", "up", *flags),
