@@ -116,6 +116,7 @@ class Downlink:
                 more=start + HELD_A_PAGE < len(held),
                 incarnation=mark.incarnation,
                 after=mark.sequence,
+                last=mark.last,
             )
             try:
                 opened = await self._asker.ask(
@@ -155,7 +156,7 @@ class Downlink:
         if not batch.items and batch.place == self.sequence:
             return
         self._hlc = max(self._hlc, batch.hlc)
-        mark = Mark(incarnation=self._incarnation, sequence=batch.place, hlc=self._hlc)
+        mark = Mark(incarnation=self._incarnation, sequence=batch.place, last=batch.last, hlc=self._hlc)
         messages = without_erased([*map(self._message, batch.items)])
         messages += [Outgoing(subjects.log_mark(origin), data, {ROLLUP: "sub"}) for origin, data in batch.marks.items()]
         headers = {ROLLUP: "sub", EXPECTED: str(self._place)}

@@ -247,15 +247,16 @@ def stamped(record: Record, patch: Patch, stamps: dict[str, int]) -> Change:
     )
 
 
-def is_repeated(record: Record, births: dict[str, int]) -> bool:
+def is_repeated(record: Record, births: dict[str, int], stamps: dict[str, int]) -> bool:
     """Whether this event was here before. `births`, the entity's last sequence of each origin's log, moves on.
 
-    Events of one log come in its order; those that were born here come once, by the store's watermark.
+    Events of one log come in its order; those that were born here come once, by the store's watermark. A log that was
+    restored from an older copy gives a sequence to another event, whose stamp is then newer than all that came before.
     """
     if record.birth is None:
         return False
     log, sequence = record.birth
-    if sequence <= births.get(log, 0):
+    if sequence <= births.get(log, 0) and record.event.hlc <= stamps.get(record.event.site, -1):
         return True
     births[log] = sequence
     return False

@@ -31,7 +31,8 @@ class Origins:
             marks = self._marks[origin] = _Marks()
             self._newcomer.set()
             self._newcomer = asyncio.Event()
-        if mark.incarnation != marks.incarnation:  # the origin's log began anew; what was of the old one is all there
+        is_back = bool(marks.sequences) and place > marks.places[-1] and mark.sequence < marks.sequences[-1]
+        if mark.incarnation != marks.incarnation or is_back:  # the origin's log began anew, or was restored
             marks.incarnation = mark.incarnation
             marks.places.clear()
             marks.sequences.clear()

@@ -32,7 +32,7 @@ from mnemesh.follower import Follower
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import Stored, StreamState, history_of
 from mnemesh.messages import Carried, FeedBatch, Holding, Interest
-from mnemesh.origin import BORN, Place, born, check_carried, decode_mark, place_of
+from mnemesh.origin import BORN, Place, born, check_carried, decode_mark, hash_of, place_of
 from router.inventory import Inventory
 from services.roster import Candidate, Key, Roster
 from services.sovereignty import Leaves, reduced_event
@@ -53,9 +53,10 @@ LeavesOf: TypeAlias = Callable[[str, str | None, str], Leaves]
 
 
 class Reached(NamedTuple):
-    """Up to here the log has been gone through; the marks of other origins on the way."""
+    """Up to here the log has been gone through, where `last` is a hash of the message; the marks on the way."""
 
     place: int
+    last: str
     marks: Mapping[str, bytes]
 
 
@@ -111,10 +112,10 @@ class Feed:
         """Up to where the device has the log, as far as it said."""
         return self._last.place
 
-    async def open(self, after: int, state: StreamState) -> None:
-        """Settle what the device is to hold, and begin after this place of the log."""
+    async def open(self, after: int, last: str, state: StreamState) -> None:
+        """Settle what the device is to hold, and begin after this place of the log, where `last` was."""
         self._incarnation = state.incarnation
-        self._last = FeedBatch(turn=0, place=after)
+        self._last = FeedBatch(turn=0, place=after, last=last)
         self._current_at = state.last_sequence
         self._has_upto = after
         lacks: dict[Key, int] = {}
@@ -287,7 +288,10 @@ class Feed:
         if self._items and isinstance(last := self._items[-1], Reached):
             self._items.pop()
             marks = {**last.marks, **marks}
-        self._items.append(Reached(max(upto, self._has_upto), marks))
+        if upto < self._has_upto:
+            self._items.append(Reached(self._has_upto, self._last.last, marks))
+        else:
+            self._items.append(Reached(upto, hash_of(batch[-1].message), marks))
         self._settle(upto)
 
     def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
@@ -423,17 +427,17 @@ class Feed:
 
     def _batch(self, turn: int, most_bytes: int) -> FeedBatch:
         """As many of the items as fit one batch of the device's log, at least one."""
-        place = self._last.place
+        place, last = self._last.place, self._last.last
         items: list[Carried | Holding] = []
         marks: dict[str, bytes] = {}
         size = 0
         while self._items and size < most_bytes and len(items) + len(marks) < MOST_ITEMS:
             item = self._items.popleft()
             if isinstance(item, Reached):
-                place = item.place
+                place, last = item.place, item.last
                 marks |= item.marks
             else:
                 items.append(item)
                 size += len(item.payload) if isinstance(item, Carried) else len(item.entity_id)
         current = not self._items and self._position >= self._current_at
-        return FeedBatch(turn=turn, place=place, items=items, marks=marks, hlc=self._hlc, current=current)
+        return FeedBatch(turn=turn, place=place, items=items, marks=marks, hlc=self._hlc, last=last, current=current)

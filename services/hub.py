@@ -27,10 +27,10 @@ from mnemesh.event import Event
 from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
 from mnemesh.ids import check_name, to_token
-from mnemesh.jetstream import Stored, last_of, last_of_each, message_at, stream_state
+from mnemesh.jetstream import Stored, StreamState, last_of, last_of_each, message_at, stream_state
 from mnemesh.kv import BucketView
 from mnemesh.messages import DeviceSeen
-from mnemesh.origin import decode_mark, place_of
+from mnemesh.origin import decode_mark, hash_of, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
@@ -180,7 +180,8 @@ class Hub(Actor):
             self._check_tenant(device, want.tenant)
             if want.hops and not want.entities:
                 raise BadRequest("a want with hops must name the entities that they are counted from")
-        after = request.after if request.incarnation == state.incarnation else 0
+        has_it = request.incarnation == state.incarnation and await self._is_ours(request, state)
+        after, last = (request.after, request.last) if has_it else (0, "")
         feed = Feed(
             self.asker,
             self._inventory,
@@ -192,7 +193,7 @@ class Hub(Actor):
             region_of=self._policy.region_of,
         )
         try:
-            await feed.open(after, state)
+            await feed.open(after, last, state)
         except BaseException:
             await feed.close()
             raise
@@ -201,6 +202,16 @@ class Hub(Actor):
         for key in self._owed.pop(device, ()):
             feed.owe_forget(key)
         return opened
+
+    async def _is_ours(self, request: messages.OpenFeed, state: StreamState) -> bool:
+        """Whether the log goes on from what the device has of it. One that was restored does not, and is sent anew."""
+        if request.after > state.last_sequence:
+            return False
+        try:
+            stored = await message_at(self.asker.inbox, self._log, request.after)
+        except NotFound:  # erased since, or the beginning
+            return True
+        return request.last in ("", hash_of(stored.message))
 
     @handles(subjects.NEXT_FEED)
     async def next_feed(self, request: messages.NextFeed, call: Call) -> messages.FeedBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -276,10 +277,10 @@ async def test_an_opening_whose_answer_is_lost_is_soon_tried_again(
     opened = Feed.open
     lost = [asyncio.Event()]
 
-    async def open(feed: Feed, after: int, state: StreamState) -> None:
+    async def open(feed: Feed, after: int, last: str, state: StreamState) -> None:
         if lost:
             await lost.pop().wait()
-        await opened(feed, after, state)
+        await opened(feed, after, last, state)
 
     monkeypatch.setattr(Feed, "open", open)
     async with device(hub, tmp_path / "d", interest=wants({})) as node, asyncio.timeout(30):
@@ -334,3 +335,30 @@ async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: H
                     break
                 after = page.next_after
             assert count == 2500
+
+
+async def test_a_hub_that_was_restored_from_a_backup_is_heard_though_it_gives_sequences_again(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with contextlib.AsyncExitStack() as stack:
+        async with hub.up(), alice_at(hub.server) as there:
+            node = await stack.enter_async_context(device(hub, tmp_path / "d", interest=wants({})))
+            here = await stack.enter_async_context(alice_at(node.server))
+            await there.set_context("t:1", attributes={"n": 0}, vectors={"v": [1.0, 0.0]})
+            await current(node)
+        shutil.copytree(tmp_path / "hub", tmp_path / "backup")
+        async with hub.up(), alice_at(hub.server) as there:
+            for n in range(1, 20):
+                written = await there.set_context("t:1", attributes={"n": n})
+            while (await status_of(node)).downlinked < written.token["hub"]:
+                pass
+        shutil.rmtree(tmp_path / "hub")
+        shutil.copytree(tmp_path / "backup", tmp_path / "hub")
+        async with hub.up(), alice_at(hub.server) as there:
+            for n in range(100, 140):
+                await there.set_context("t:1", attributes={"n": n}, vectors={"v": [0.0, 1.0]})
+            while (await here.get_context("t:1")).attributes["n"] != 139:
+                pass
+            kept = [event.body["attributes"]["n"] for event in (await here.timeline("t:1", limit=1000)).events]
+            assert kept == [*range(20), *range(100, 140)]  # what the hub lost, the device still has
+            found = await here.get_context("t:1", include_vectors=True)
+            assert np.allclose((found.vectors or {})["v"], [0.0, 1.0], atol=1e-2)

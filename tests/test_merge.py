@@ -211,7 +211,13 @@ def test_an_event_that_breaks_the_layout_is_refused(event: Event) -> None:
 
 def repeated(*log: Record) -> list[bool]:
     births: dict[str, int] = {}
-    return [merge.is_repeated(record, births) for record in log]
+    stamps: dict[str, int] = {}
+    told = []
+    for record in log:
+        told.append(merge.is_repeated(record, births, stamps))
+        if not told[-1]:
+            merge.stamped(record, merge.patch_of(record.event), stamps)
+    return told
 
 
 def test_an_event_is_taken_once_by_where_it_was_born() -> None:
@@ -230,6 +236,11 @@ def test_what_a_log_had_before_is_not_taken_after_what_came_later() -> None:
 
 def test_each_log_has_its_own_count_also_those_of_one_site() -> None:
     log = [carried(1, put("edge-1"), 7), carried(2, put("edge-2"), 7), carried(3, put("edge-1"), 1, "2")]
+    assert repeated(*log, *log) == [False, False, False, True, True, True]
+
+
+def test_a_log_that_was_restored_may_give_a_sequence_to_a_newer_event() -> None:
+    log = [carried(1, put("hub", 10), 7), carried(2, put("hub", 20), 8), carried(3, put("hub", 30), 7)]
     assert repeated(*log, *log) == [False, False, False, True, True, True]
 
 

@@ -217,7 +217,7 @@ class FaissStore:
             entity = known.get(name)
             if entity is None:
                 waiting[name].append(waiting_put(record, patch))
-            elif not is_repeated(record, entity.births):
+            elif not is_repeated(record, entity.births, entity.stamps):
                 entities[name] = entity
                 kept = partial(self._kept_in, entity)
                 entity.merge(stamped(record, patch, entity.stamps), self._accepted(record, patch), kept)

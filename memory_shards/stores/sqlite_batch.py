@@ -150,7 +150,7 @@ class Batch:
             self.rejected += 1
             log.warning("event %d of the log is skipped: %s", record.sequence, error)
             return
-        if merge.is_repeated(record, entity.state.ledger.births):
+        if merge.is_repeated(record, entity.state.ledger.births, entity.state.ledger.stamps):
             return
         change = merge.stamped(record, patch, entity.state.ledger.stamps)
         if entity.state.is_forgotten(change):

@@ -48,7 +48,7 @@ def merge_waiting(entity: VectorState, waiting: bytes) -> None:
         )
         patch = Patch(type=kind, attributes=attributes, remove_vectors=removed)
         record = Record(0, 0, 0, event, Birth(*birth) if birth else None)
-        if not is_repeated(record, entity.births):
+        if not is_repeated(record, entity.births, entity.stamps):
             entity.merge(stamped(record, patch, entity.stamps), {}, _no_vector)
 
 

@@ -657,7 +657,8 @@ class Interest(Request, frozen=True, kw_only=True):
 
 class OpenFeed(Request, frozen=True, kw_only=True):
     """Request of `open_feed`. `held` are the (tenant, entity, bytes) that the device holds, in as many requests as it
-    takes, all but the last with `more`. It has the hub's log `incarnation` up to `after`.
+    takes, all but the last with `more`. It has the hub's log `incarnation` up to `after`, where `last` is a hash of
+    what stood there: in a log that was restored from an older copy, something else does.
     """
 
     session: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -667,6 +668,7 @@ class OpenFeed(Request, frozen=True, kw_only=True):
     more: bool = False
     incarnation: str = ""
     after: Sequence = 0
+    last: str = ""
 
 
 class FeedOpened(Reply, frozen=True, kw_only=True):
@@ -709,7 +711,7 @@ class FeedBatch(Reply, frozen=True, kw_only=True):
     """What a device appends to its log, all at once and in this order: events and holdings, then the marks.
 
     `place` is up to where the hub's log then is in the device's; `marks` of other origins as they are in the hub's log.
-    `hlc` is the newest stamp among the events. `current`: there was no more.
+    `hlc` is the newest stamp among the events, `last` a hash of the message at `place`. `current`: there was no more.
     """
 
     turn: int
@@ -717,6 +719,7 @@ class FeedBatch(Reply, frozen=True, kw_only=True):
     items: list[Carried | Holding] = []
     marks: dict[str, bytes] = {}
     hlc: int = 0
+    last: str = ""
     current: bool = False
 
 
