@@ -258,7 +258,7 @@ def is_repeated(record: Record, births: dict[str, int], stamps: dict[str, int]) 
     log, sequence = record.birth
     if sequence <= births.get(log, 0) and record.event.hlc <= stamps.get(record.event.site, -1):
         return True
-    births[log] = sequence
+    births[log] = max(sequence, births.get(log, 0))
     return False
 
 
