@@ -13,7 +13,7 @@ again, so an event survives a passage through older code. Looks at `wire`, `erro
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -21,6 +21,9 @@ from mnemesh import wire
 from mnemesh.clock import stamp_ms
 
 SCHEMA = 1
+
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+"""What a column of SQLite holds: one event with a larger one would keep every store from going on."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,11 +38,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     op: Literal["put", "forget", "hold", "release"]
     agent: str
     site: str
-    hlc: int
+    hlc: Number
     body: dict[str, Any] = {}
-    valid_from: int | None = None
-    valid_to: int | None = None
-    saw: int | None = None
+    valid_from: Number | None = None
+    valid_to: Number | None = None
+    saw: Number | None = None
     schema: int = SCHEMA
     extra: dict[str, Any] = {}
 

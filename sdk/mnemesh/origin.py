@@ -110,7 +110,7 @@ def birth_of(message: Message, origin: str) -> Birth | None:
     if text is None:
         return None
     sequence, _, incarnation = text.partition(" ")
-    if not sequence.isdecimal() or len(text) > _LONGEST_BORN:
+    if not sequence.isdecimal() or len(text) > _LONGEST_BORN or int(sequence) > _LARGEST:
         raise BadRequest(f"{BORN} must be a sequence and an incarnation, not {text[:80]!r}")
     return Birth(f"{origin} {incarnation}", int(sequence))
 
@@ -122,3 +122,4 @@ def hub_sequence_of(message: Message) -> int | None:
 
 
 _LONGEST_BORN = 80
+_LARGEST = (1 << 63) - 1
