@@ -28,7 +28,7 @@ from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, next_of, stream_state
 from mnemesh.messages import Receipt
-from mnemesh.origin import birth_of, decode_mark, place_of
+from mnemesh.origin import birth_of, mark_in, place_of
 from router.inventory import Inventory
 
 logger = logging.getLogger("mnemesh.erasure")
@@ -82,7 +82,7 @@ class Eraser:
         self._carried.clear()
         for stored in await last_of_each(inbox, self._log, subjects.log_mark("*")):
             if stored.sequence <= self.place:
-                self.upto[place_of(stored.message.subject).origin] = decode_mark(stored.message.data).sequence
+                self._note(stored)
         while True:
             some = await next_of(inbox, self._log, subjects.LOG, after=self._read)
             for stored in some:
@@ -106,9 +106,9 @@ class Eraser:
     async def _take(self, stored: Stored) -> None:
         """Erase what this message forgets, if it does."""
         place = place_of(stored.message.subject)
+        if place.is_mark:
+            self._note(stored)
         try:
-            if place.is_mark:
-                self.upto[place.origin] = decode_mark(stored.message.data).sequence
             if not place.is_event:
                 return
             if ROLLUP not in stored.message.headers:
@@ -121,6 +121,10 @@ class Eraser:
             return
         if event.op == "forget":
             await self._erase(stored, event)
+
+    def _note(self, marked: Stored) -> None:
+        if (mark := mark_in(marked.message)) is not None:
+            self.upto[place_of(marked.message.subject).origin] = mark.sequence
 
     async def _erase_latecomers(self, carried: Sequence[Stored]) -> None:
         """What was carried here after the forget that wins over it goes, too."""

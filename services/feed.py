@@ -32,7 +32,7 @@ from mnemesh.follower import Follower
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import Stored, StreamState, history_of
 from mnemesh.messages import Carried, FeedBatch, Holding, Interest
-from mnemesh.origin import BORN, Place, born, check_carried, decode_mark, hash_of, place_of
+from mnemesh.origin import BORN, Place, born, check_carried, hash_of, mark_in, place_of
 from router.inventory import Inventory
 from services.roster import Candidate, Key, Roster
 from services.sovereignty import Leaves, reduced_event
@@ -296,8 +296,7 @@ class Feed:
 
     def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
         """Pass a mark on; the stamp in it is not, where it is of a clock that is wrong."""
-        if place.origin != self._device:
-            mark = decode_mark(stored.message.data)
+        if place.origin != self._device and (mark := mark_in(stored.message)) is not None:
             hlc = 0 if is_too_far_ahead(mark.hlc, stored.recorded_at) else mark.hlc
             marks[place.origin] = msgspec.structs.replace(mark, by=self._site, hlc=hlc).encode()
 

@@ -30,7 +30,7 @@ from mnemesh.ids import check_name, to_token
 from mnemesh.jetstream import Stored, StreamState, last_of, last_of_each, message_at, stream_state
 from mnemesh.kv import BucketView
 from mnemesh.messages import DeviceSeen
-from mnemesh.origin import decode_mark, hash_of, place_of
+from mnemesh.origin import Mark, hash_of, mark_in, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
@@ -43,6 +43,8 @@ from services.site_policy import SitePolicy
 LINKED_S = 15.0
 """A device that was heard of since is linked; it speaks every 5 s."""
 
+NO_MARK = Mark(incarnation="", sequence=0)
+"""What counts where a device's mark cannot be read: the device sends its log from the beginning."""
 
 FEED_WAIT_S = 4.0
 FEED_MARGIN_S = 1.0
@@ -150,7 +152,7 @@ class Hub(Actor):
             stored = await last_of(self.asker.inbox, self._log, subjects.log_mark(device))
         except NotFound:
             return messages.Position(hub=self.site, clock_ms=wall_ms(), contract=subjects.CONTRACT, policy=policy)
-        mark = decode_mark(stored.message.data)
+        mark = mark_in(stored.message) or NO_MARK
         return messages.Position(
             hub=self.site,
             place=stored.sequence,
@@ -377,7 +379,7 @@ class Hub(Actor):
             site=site,
             linked=heard is not None and silent_s < LINKED_S,
             silent_s=silent_s,
-            uplinked=decode_mark(mark.message.data).sequence if mark else 0,
+            uplinked=(mark_in(mark.message) or NO_MARK).sequence if mark else 0,
             region=entry.region,
             tenants=entry.tenants,
         )

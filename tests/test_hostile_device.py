@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from sites import TENANT, HubSite, alice_at, device, since
+from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from cli.edge_node import EdgeNode
+from cli.operator import asking
 from mnemesh import Memory, subjects
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound, Unavailable
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.origin import BORN
+from mnemesh.messages import AskDevices, Interest, Want
+from mnemesh.origin import BORN, Mark
 
 LONG_MS = 30_000
+NO_HEADERS: Mapping[str, str] = {}
 
 
 @pytest_asyncio.fixture
@@ -29,7 +32,7 @@ async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
         yield hub
 
 
-async def send(node: EdgeNode, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+async def send(node: EdgeNode, subject: str, payload: bytes, headers: Mapping[str, str] = NO_HEADERS) -> None:
     """Send as the device's edge, once its leaf is there."""
     link = await Link.open(node.server.credentials.load("edge").link_options())
     try:
@@ -37,7 +40,7 @@ async def send(node: EdgeNode, subject: str, payload: bytes, headers: dict[str, 
         await inbox.open()
         while True:
             with contextlib.suppress(Unavailable):
-                await inbox.request(subject, payload, budget_s=5.0, headers=headers)
+                await inbox.request(subject, payload, budget_s=5.0, headers=dict(headers))
                 return
     finally:
         await link.close()
@@ -81,3 +84,28 @@ async def test_a_birth_that_cannot_be_is_skipped(hub: HubSite, tmp_path: Path, b
         await assert_goes_on(there)
         with pytest.raises(NotFound):
             await there.get_context("t1")
+
+
+@pytest.mark.parametrize("mark", [b"nonsense", b"", Mark(incarnation="x" * 300, sequence=1).encode()])
+async def test_a_mark_that_is_none_harms_no_other_device(tmp_path: Path, mark: bytes) -> None:
+    hub = HubSite(tmp_path / "hub")
+    everything = Interest(wants=[Want(tenant=TENANT)])
+    async with (
+        contextlib.AsyncExitStack() as stack,
+        hub.up(),
+        device(hub, tmp_path / "other", name="other", interest=everything) as other,
+        alice_at(other.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        node = await stack.enter_async_context(device(hub, tmp_path / "d"))
+        await send(node, subjects.uplink_mark("sub7"), mark)
+        written = await there.set_context("t2", attributes={"n": 1})
+        while not (await status_of(other)).downlinked >= written.token["hub"]:
+            pass
+        assert (await here.get_context("t2")).attributes == {"n": 1}
+        async with asking(hub.options, "test") as asker:
+            seen = (await asker.ask(subjects.DEVICES, subjects.devices(), AskDevices())).devices
+        assert {told.site for told in seen} == {"other", "sub7"}
+        memory = await stack.enter_async_context(alice_at(node.server))
+        written = await memory.set_context("t3", attributes={"n": 1})
+        assert (await there.get_context("t3", consistency=since(written), budget_ms=LONG_MS)).attributes == {"n": 1}

@@ -9,14 +9,14 @@ Looks at `subjects`, `wire`, `event` and `connection`.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 
 from mnemesh import subjects, wire
 from mnemesh.connection import Message
-from mnemesh.errors import BadRequest
-from mnemesh.event import Birth, Event
+from mnemesh.errors import BadRequest, MnemeshError
+from mnemesh.event import Birth, Event, Number
 from mnemesh.ids import partition_of_tokens, to_token
 
 BORN = "Mnemesh-Born"
@@ -71,6 +71,10 @@ def check_carried(event: Event, place: Place) -> None:
         raise BadRequest(f"it says to be of {'.'.join(told[:4])[:300]}, and came as {'.'.join(place[:4])[:300]}")
 
 
+Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=255)]
+"""Bounded, for the mark of one device goes to all the others."""
+
+
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """Up to where the log of an origin is in this one.
 
@@ -79,11 +83,11 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
     `by` is the site by way of which this came here, where that is not the origin.
     """
 
-    incarnation: str
-    sequence: int
-    last: str = ""
-    hlc: int = 0
-    by: str = ""
+    incarnation: Name
+    sequence: Number
+    last: Name = ""
+    hlc: Number = 0
+    by: Name = ""
 
     def encode(self) -> bytes:
         return wire.encode(self)
@@ -92,6 +96,14 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
 def decode_mark(payload: bytes) -> Mark:
     """The mark in a message. Raises `BadRequest` if it is none."""
     return wire.decode_as(payload, Mark)
+
+
+def mark_in(message: Message) -> Mark | None:
+    """The mark in a message; `None` if it is none: a hub stores whatever a device sends as its own."""
+    try:
+        return decode_mark(message.data)
+    except MnemeshError:
+        return None
 
 
 def hash_of(message: Message) -> str:
