@@ -28,7 +28,7 @@ from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, next_of, stream_state
 from mnemesh.messages import Receipt
-from mnemesh.origin import birth_of, mark_in, place_of
+from mnemesh.origin import Place, birth_of, check_carried, mark_in, place_of
 from router.inventory import Inventory
 
 logger = logging.getLogger("mnemesh.erasure")
@@ -115,12 +115,19 @@ class Eraser:
                 if place.origin != self._site:
                     self._carried.append(stored)
                 return
-            event = decode_event(stored.message.data)
+            event = self._event(stored, place)
         except MnemeshError as error:
             logger.error("message %d of %s cannot be read: %s", stored.sequence, self._log, error)
             return
         if event.op == "forget":
             await self._erase(stored, event)
+
+    def _event(self, stored: Stored, place: Place) -> Event:
+        """The event in a message. Raises `BadRequest` where it says to be about another entity than its subject."""
+        event = decode_event(stored.message.data)
+        if place.origin != self._site:
+            check_carried(event, place)
+        return event
 
     def _note(self, marked: Stored) -> None:
         if (mark := mark_in(marked.message)) is not None:
@@ -131,7 +138,7 @@ class Eraser:
         by_tenant: dict[str, list[tuple[Stored, Event]]] = defaultdict(list)
         for stored in carried:
             with contextlib.suppress(MnemeshError):  # what cannot be read, the shards tell of
-                event = decode_event(stored.message.data)
+                event = self._event(stored, place_of(stored.message.subject))
                 by_tenant[event.tenant].append((stored, event))
         for tenant, events in by_tenant.items():
             ids = {event.entity_id for _, event in events}

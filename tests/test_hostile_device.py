@@ -14,12 +14,14 @@ from sites import TENANT, HubSite, alice_at, device, since, status_of
 from cli.edge_node import EdgeNode
 from cli.operator import asking
 from mnemesh import Memory, subjects
+from mnemesh.atomic_batch import ROLLUP
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound, Unavailable
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.messages import AskDevices, Interest, Want
+from mnemesh.jetstream import history_of
+from mnemesh.messages import AskDevices, AskErasures, Interest, Want
 from mnemesh.origin import BORN, Mark
 
 LONG_MS = 30_000
@@ -109,3 +111,20 @@ async def test_a_mark_that_is_none_harms_no_other_device(tmp_path: Path, mark: b
         memory = await stack.enter_async_context(alice_at(node.server))
         written = await memory.set_context("t3", attributes={"n": 1})
         assert (await there.get_context("t3", consistency=since(written), budget_ms=LONG_MS)).attributes == {"n": 1}
+
+
+async def test_a_forget_that_names_another_entity_than_its_subject_erases_neither(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        await there.set_context("victim", attributes={"n": 1})
+        forget = event("nobody", op="forget", body={})
+        await send(node, uplink("victim"), forget, {BORN: "1 x", ROLLUP: "sub"})
+        last = await there.forget("another")
+        async with asking(hub.options, "test") as asker:
+            while not [
+                erasure
+                for erasure in (await asker.ask(subjects.ERASURES, subjects.erasures(), AskErasures())).erasures
+                if erasure.sequence == last.token["hub"]
+            ]:
+                pass
+            of_it = subjects.log_event("hub", TENANT, "*", "victim")
+            assert len(await history_of(asker.inbox, subjects.log_stream("hub"), of_it, upto=last.token["hub"])) == 1
