@@ -237,31 +237,34 @@ class Uplink:
         restricted = {tenant for tenant in tenants if policy.restricts(tenant, region)}
         if not restricted:
             return [_Leaving(stored, stored.message.data) for stored in own]
-        events = [decode_event(stored.message.data) for stored in own]
+        events = [_event_in(stored) for stored in own]
         known = {tenant: await self._described(tenant, events, own[-1].sequence) for tenant in restricted}
-        return [
-            _Leaving(
-                stored,
-                _reduced(stored, event, known[event.tenant][event.entity_id], policy, region)
-                if event.tenant in restricted
-                else stored.message.data,
-            )
-            for stored, event in zip(own, events, strict=True)
-        ]
+        leaving = []
+        for stored, event in zip(own, events, strict=True):
+            payload: bytes | None = stored.message.data
+            if place_of(stored.message.subject).tenant not in restricted:
+                pass
+            elif event is None:
+                payload = None  # nobody can say what of it may leave
+            else:
+                payload = _reduced(stored, event, known[event.tenant][event.entity_id], policy, region)
+            leaving.append(_Leaving(stored, payload))
+        return leaving
 
-    async def _described(self, tenant: str, events: Sequence[Event], upto: int) -> dict[str, Description]:
-        ids = {event.entity_id for event in events if event.tenant == tenant}
+    async def _described(self, tenant: str, events: Sequence[Event | None], upto: int) -> dict[str, Description]:
+        ids = {event.entity_id for event in events if event is not None and event.tenant == tenant}
         return await self._inventory.describe(tenant, sorted(ids), upto=upto)
 
     async def _send(self, some: Sequence[_Leaving], position: Position) -> Position:
         """One batch: events and the mark after them. Returns where the hub then stands."""
         began = asyncio.get_running_loop().time()
         last = some[-1].stored
+        newest = _event_in(last)
         mark = Mark(
             incarnation=self._incarnation,
             sequence=last.sequence,
             last=hash_of(last.message),
-            hlc=decode_event(last.message.data).hlc,
+            hlc=0 if newest is None else newest.hlc,
         )
         events = [self._event(stored, payload) for stored, payload in some if payload is not None]
         batch = [*without_erased(events), self._mark(mark, position)]
@@ -287,13 +290,22 @@ class Uplink:
         return Outgoing(subject, payload, headers)
 
     def _is_put_aside(self, stored: Stored) -> bool:
-        """Whether the hub will quarantine an event, which then must erase nothing."""
+        """Whether the hub will quarantine an event, or cannot read it, which then must erase nothing."""
         hub_ms = wall_ms() - self.clock_offset_ms
-        return is_too_far_ahead(decode_event(stored.message.data).hlc, hub_ms)
+        event = _event_in(stored)
+        return event is None or is_too_far_ahead(event.hlc, hub_ms)
 
     def _mark(self, mark: Mark, position: Position) -> Outgoing:
         headers = {ROLLUP: "sub", EXPECTED: str(position.place), COMPARED: subjects.log_mark(self._site)}
         return Outgoing(subjects.uplink_mark(self._site), mark.encode(), headers)
+
+
+def _event_in(stored: Stored) -> Event | None:
+    """An event of ours; `None` where it cannot be read: the shard has said so, and it keeps nothing from following."""
+    try:
+        return decode_event(stored.message.data)
+    except MnemeshError:
+        return None
 
 
 def _reduced(stored: Stored, event: Event, entity: Description, policy: Policy, region: str) -> bytes | None:

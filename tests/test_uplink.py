@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -343,3 +344,24 @@ def test_a_name_or_a_key_that_is_taken_is_refused(tmp_path: Path) -> None:
             devices.enrol("sub9", bad)
     devices.revoke("sub7")
     assert devices.enrol("sub7", second).key == second
+
+
+@pytest.mark.parametrize("policy", [None, "version: 1\nrules: [{type: meter, leaves: nothing}]\n"])
+async def test_an_event_that_cannot_be_read_keeps_nothing_from_following_it(
+    hub: HubSite, tmp_path: Path, policy: str | None
+) -> None:
+    async with (
+        device(hub, tmp_path / "d", policy=policy) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        gateway = await Link.open(node.server.credentials.load("gateway").link_options())
+        inbox = Inbox(gateway)
+        await inbox.open()
+        subject = subjects.log_event("sub7", TENANT, partition_of_tokens(TENANT, "t1"), "t1")
+        stored = json.loads((await inbox.request(subject, b"nonsense", budget_s=5.0)).data)
+        while (await status_of(node)).uplinked < stored["seq"]:
+            pass
+        await gateway.close()
+        written = await here.set_context("t2", attributes={"n": 1})
+        await there.get_context("t2", consistency=since(written), budget_ms=LONG_MS)
