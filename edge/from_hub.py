@@ -1,6 +1,7 @@
 """What a device does not hold, asked of its hub: as long as the hub answers, and with a deadline of its own.
 
-Its shard asks about single entities, its router whatever spans them. Looks at `router.peers` and `mnemesh`.
+Its shard asks about single entities, its router whatever spans them. Looks at `router.peers`, `services.site_policy`
+and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mnemesh.call import Call
 from mnemesh.contract import Operation, R
 from mnemesh.errors import Timeout, Unavailable
 from router.peers import TO_HUB, Answer, Question, ask_site, unreachable
+from services.site_policy import SitePolicy
 
 HUB = "hub"
 """What a hub is called that was never heard of."""
@@ -45,8 +47,9 @@ class FromHub:
 
     hold_the_rest = True
 
-    def __init__(self, asker: Asker, *, site: str, line: HubLine) -> None:
+    def __init__(self, asker: Asker, policy: SitePolicy, *, site: str, line: HubLine) -> None:
         self._asker = asker
+        self._policy = policy
         self._site = site
         self._line = line
         self._rests_until = float("-inf")
@@ -65,6 +68,10 @@ class FromHub:
         if answer.coverage.state == "unreachable":
             self._rest()
         return [answer]
+
+    def keeps_back(self, tenant: str, kind: str | None) -> bool:
+        """Whether the device's policy keeps any of what is written here of this type from its hub."""
+        return not self._policy.leaves(tenant, kind, self._policy.region).is_all
 
     async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
         return await self._ask(subjects.HUB_GET_CONTEXT, subjects.hub_get_context, request, call)

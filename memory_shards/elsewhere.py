@@ -1,7 +1,8 @@
 """Reads of what a device's shard does not hold, or may not have all of: its hub is asked, as long as it answers.
 
 What a device never says is that something does not exist which it merely does not hold. What it wrote itself it tells
-also while the hub is out of reach, and says then that this may not be all. Looks at `mnemesh` only.
+also while the hub is out of reach, or was not told all of it, and says then that this may not be all. Looks at
+`mnemesh` only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from mnemesh.call import Call
-from mnemesh.errors import MnemeshError, Stale, Timeout, Unavailable
+from mnemesh.errors import Denied, MnemeshError, Stale, Timeout, Unavailable
 from mnemesh.messages import Consistency, Context, GetContext, Timeline, TimelinePage
 
 OF_HUB = 1 << 62
@@ -25,6 +26,9 @@ NOT_HELD_RETRY_MS = 10_000
 class Elsewhere(Protocol):
     """Where a device's shard asks for what it does not hold. Raises `Unavailable` where that is out of reach."""
 
+    def keeps_back(self, tenant: str, kind: str | None) -> bool:
+        """Whether the hub may lack some of what was written here of an entity of this type."""
+
     async def get_context(self, request: GetContext, call: Call) -> Context: ...
 
     async def timeline(self, request: Timeline, call: Call) -> TimelinePage: ...
@@ -36,18 +40,24 @@ async def get_context(
     call: Call,
     *,
     own: tuple[str, int] | None,
+    kind: str | None,
     here: Callable[[], Awaitable[Context]],
 ) -> Context:
     """The hub's answer, if it knows what was written here; else that from `here`, if it is anything.
 
-    `own` is the (site, version) of what is here, if something is.
+    `own` is the (site, version) of what is here, if something is, and `kind` its type.
     """
+    if own is not None and elsewhere.keeps_back(call.caller.tenant, kind):
+        return replace(await here(), complete=False)
     try:
         asked = request if own is None else replace(request, consistency=_with_own(request.consistency, *own))
         return await elsewhere.get_context(asked, call)
     except (Unavailable, Timeout, Stale) as error:
         if own is None:
             raise _not_held(request.entity_id, error) from error
+    except Denied:
+        if own is None:
+            raise
     return replace(await here(), complete=False)
 
 

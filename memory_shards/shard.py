@@ -271,6 +271,7 @@ class Shard(Actor):
             replace(request, entity_id=entity_id),
             call,
             own=None if found is None else (self.site, found.version),
+            kind=None if found is None else found.type,
             here=here,
         )
 

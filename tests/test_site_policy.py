@@ -130,6 +130,29 @@ async def test_no_protected_byte_is_on_the_line_or_on_the_hubs_disk(hub: HubSite
         assert not on_disk(tmp_path / "hub", protected)
 
 
+async def test_what_is_kept_from_the_hub_is_read_on_the_device_while_the_line_is_up(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with (
+        device(hub, tmp_path / "d", policy=POLICY) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        of_each = {
+            "meter:1": await here.set_context("meter:1", type="meter", attributes={"kv": 1, SECRET: 2}),
+            "transformer:1": await here.set_context(
+                "transformer:1", type="transformer", attributes={"kv": 1, SECRET: 2}
+            ),
+            "bus:1": await here.set_context("bus:1", type="bus", attributes={"kv": 1, SECRET: 2}),
+        }
+        await there.get_context("bus:1", consistency=since(of_each["bus:1"]), budget_ms=LONG_MS)
+        while not (await status_of(node)).linked:
+            pass
+        for name, written in of_each.items():
+            found = await here.get_context(name, consistency=since(written))
+            assert (found.attributes, found.complete) == ({"kv": 1, SECRET: 2}, name == "bus:1")
+
+
 async def until_answered(memory: Memory) -> None:
     """Once the hub's router asks the device."""
     while True:
