@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -53,7 +53,7 @@ class Eraser:
         *,
         site: str,
         kind: SiteKind = "hub",
-        on_late: Callable[[Event], None] = lambda event: None,
+        on_late: Callable[[Event], Awaitable[None]] | None = None,
     ) -> None:
         self._on_late = on_late
         self._asker = asker
@@ -134,21 +134,25 @@ class Eraser:
             self.upto[place_of(marked.message.subject).origin] = mark.sequence
 
     async def _erase_latecomers(self, carried: Sequence[Stored]) -> None:
-        """What was carried here after the forget that wins over it goes, too."""
+        """What was carried here after the forget that wins over it goes, too; a forget may come without its rollup."""
         by_tenant: dict[str, list[tuple[Stored, Event]]] = defaultdict(list)
         for stored in carried:
             with contextlib.suppress(MnemeshError):  # what cannot be read, the shards tell of
                 event = self._event(stored, place_of(stored.message.subject))
-                by_tenant[event.tenant].append((stored, event))
+                if not self._is_quarantined(stored, event):
+                    by_tenant[event.tenant].append((stored, event))
         for tenant, events in by_tenant.items():
             ids = {event.entity_id for _, event in events}
             described = await self._inventory.describe(tenant, sorted(ids), upto=self._read)
             late: dict[str, Stored] = {}
             for stored, event in events:
                 tombstone = described[event.entity_id].tombstone
-                if tombstone is not None and (event.hlc, event.site) < tombstone:
+                if event.op == "forget":
+                    await self._erase(stored, event)
+                elif tombstone is not None and (event.hlc, event.site) < tombstone:
                     late[event.entity_id] = stored
-                    self._on_late(event)
+                    if self._on_late is not None:
+                        await self._on_late(event)
             for entity_id, stored in late.items():
                 left = await self._inventory.erased(tenant, entity_id, stored.sequence)
                 await self._purge(stored, set(left.left), left.watermark[self._site])
@@ -175,14 +179,15 @@ class Eraser:
         """Take out of the log what the stores have no more."""
         place = place_of(forget.message.subject)
         anywhere = subjects.log_event("*", place.tenant, place.partition, place.entity)
-        spared: set[str] = set()
+        spared: dict[str, set[str]] = defaultdict(set)
         first: dict[str, int] = {}
         between: list[int] = []
         for stored in await history_of(self._asker.inbox, self._log, anywhere, upto=upto):
             subject = stored.message.subject
-            if self._is_spared(stored, left):
-                spared.add(subject)
-            elif subject in spared:  # it came here a second time
+            event_id = self._spared(stored, left)
+            if event_id is not None and event_id not in spared[subject]:
+                spared[subject].add(event_id)
+            elif spared[subject]:  # it came here a second time
                 between.append(stored.sequence)
             else:
                 first[subject] = stored.sequence
@@ -195,13 +200,16 @@ class Eraser:
     async def _api(self, verb: str, body: dict[str, object]) -> None:
         await api(self._asker.inbox, f"{verb}.{self._log}", body)
 
-    def _is_spared(self, stored: Stored, left: set[str]) -> bool:
-        """Whether a store has it, or no store ever had: what is quarantined, as hubs do, is not lost for that."""
+    def _spared(self, stored: Stored, left: set[str]) -> str | None:
+        """The event's id if a store has it, or no store ever had: what is quarantined is not lost for that."""
         try:
             event = decode_event(stored.message.data)
         except MnemeshError:
-            return False
-        return event.id in left or (self._kind == "hub" and is_too_far_ahead(event.hlc, stored.recorded_at))
+            return None
+        return event.id if event.id in left or self._is_quarantined(stored, event) else None
+
+    def _is_quarantined(self, stored: Stored, event: Event) -> bool:
+        return self._kind == "hub" and is_too_far_ahead(event.hlc, stored.recorded_at)
 
     def _name_of(self, stored: Stored, event: Event) -> str:
         """The same at every site: where the forget was born."""

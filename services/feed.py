@@ -34,6 +34,7 @@ from mnemesh.jetstream import Stored, StreamState, history_of
 from mnemesh.messages import Carried, FeedBatch, Holding, Interest
 from mnemesh.origin import BORN, Place, born, check_carried, hash_of, mark_in, place_of
 from router.inventory import Inventory
+from services.debts import Debts
 from services.roster import Candidate, Key, Roster
 from services.sovereignty import Leaves, reduced_event
 
@@ -75,6 +76,7 @@ class Feed:
         device: str,
         interest: Interest,
         held: Mapping[Key, int],
+        debts: Debts,
         leaves: LeavesOf,
         region_of: Callable[[str], str],
     ) -> None:
@@ -84,6 +86,7 @@ class Feed:
         self._site = site
         self._device = device
         self._held = held
+        self._debts = debts
         self._leaves = leaves
         self._region_of = region_of
         self._log = subjects.log_stream(site)
@@ -98,8 +101,8 @@ class Feed:
         self._unwanted: set[Key] = set()
         self._wrote: set[Key] = set()
         """Entities of the batch at hand that the device wrote itself."""
-        self._owed: set[Key] = set()
-        """Entities whose forget the device missed: it wrote them meanwhile."""
+        self._paying: set[Key] = set()
+        """Entities whose owed forgets are among what is to be sent, or are sent and not confirmed."""
         self._hlc = 0
         self._last = FeedBatch(turn=0, place=0)
         self._batches: AsyncGenerator[list[Stored], None] | None = None
@@ -153,8 +156,7 @@ class Feed:
             raise Conflict(f"turn {turn} does not follow {self._last.turn}")
         now = asyncio.get_running_loop().time
         began = now()
-        while self._owed:
-            await self._send_forgets(next(iter(self._owed)))
+        await self._pay()
         while not any(not isinstance(item, Reached) for item in self._items):
             left = began + (PROGRESS_S if self._items else wait_s) - now()
             if left <= 0:
@@ -300,9 +302,16 @@ class Feed:
             hlc = 0 if is_too_far_ahead(mark.hlc, stored.recorded_at) else mark.hlc
             marks[place.origin] = msgspec.structs.replace(mark, by=self._site, hlc=hlc).encode()
 
-    def owe_forget(self, key: Key) -> None:
-        """What the device wrote came after a forget that wins over it, of which the device may not have heard."""
-        self._owed.add(key)
+    async def _pay(self) -> None:
+        """Send the forgets that the device is owed. It has what was sent once it asks for more."""
+        owed = self._debts.to(self._device)
+        if not self._items:
+            for key in list(self._paying):
+                await self._debts.settle(self._device, key)
+                self._paying.discard(key)
+        for key in owed - self._paying:
+            await self._send_forgets(key)
+            self._paying.add(key)
 
     async def _send_forgets(self, key: Key) -> None:
         """Where the device has the forget already, it must not erase what came after: so it goes without its rollup."""
@@ -310,7 +319,6 @@ class Feed:
             place = place_of(stored.message.subject)
             if ROLLUP in stored.message.headers and (event := self._event(stored, place)) is not None:
                 self._send(stored, place, event, erases=False)
-        self._owed.discard(key)
 
     def _event(self, stored: Stored, place: Place) -> Event | None:
         """The event in a message, where it may concern the device."""

@@ -34,6 +34,7 @@ from mnemesh.origin import Mark, hash_of, mark_in, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
+from services.debts import OWED, Debts
 from services.disclosure import Disclosure
 from services.erasure import PLACE, Eraser, keep
 from services.feed import Feed
@@ -92,8 +93,7 @@ class Hub(Actor):
         self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
         self._disclosure = Disclosure(self.asker, self._inventory, self._policy)
         self._eraser = Eraser(self.asker, self._inventory, site=site, on_late=self._owe_forget)
-        self._owed: dict[str, set[Key]] = defaultdict(set)
-        """Entities that devices wrote after a forget which they may not have heard of, until they have a feed."""
+        self._debts = Debts(self.asker.inbox)
         self._receipts = BucketView(subjects.RECEIPTS.name)
         self._openings: dict[str, _Opening] = {}
         self._feeds: dict[str, _Feeding] = {}
@@ -132,6 +132,7 @@ class Hub(Actor):
 
     async def _erase(self) -> None:
         await self.ready()
+        await self._debts.load()
         await self._eraser.run()
 
     async def ready(self) -> None:
@@ -191,6 +192,7 @@ class Hub(Actor):
             device=device,
             interest=request.interest,
             held=opening.held,
+            debts=self._debts,
             leaves=self._policy.leaves,
             region_of=self._policy.region_of,
         )
@@ -201,8 +203,6 @@ class Hub(Actor):
             raise
         await self._close_feed(device)
         self._feeds[device] = _Feeding(request.session, feed)
-        for key in self._owed.pop(device, ()):
-            feed.owe_forget(key)
         return opened
 
     async def _is_ours(self, request: messages.OpenFeed, state: StreamState) -> bool:
@@ -231,13 +231,9 @@ class Hub(Actor):
             feeding.asked_at = asyncio.get_running_loop().time()
         return batch
 
-    def _owe_forget(self, event: Event) -> None:
+    async def _owe_forget(self, event: Event) -> None:
         """A device wrote what was forgotten already: it is to hear of that, whether or not it holds the entity."""
-        key = event.tenant, event.entity_id
-        if (feeding := self._feeds.get(event.site)) is not None:
-            feeding.feed.owe_forget(key)
-        else:
-            self._owed[event.site].add(key)
+        await self._debts.add(event.site, (event.tenant, event.entity_id))
 
     async def _forget_feeds(self) -> None:
         while True:
@@ -314,7 +310,7 @@ class Hub(Actor):
         """By the receipts: this site's own tell what was forgotten, and a device that erased nothing sent none."""
         receipts: dict[str, list[messages.Receipt]] = defaultdict(list)
         for key, value in self._receipts.entries.items():
-            if key != PLACE:
+            if key != PLACE and not key.startswith(f"{OWED}."):
                 receipts[key.partition(".")[0]].append(msgspec.json.decode(value, type=messages.Receipt))
         own = [receipt for several in receipts.values() for receipt in several if receipt.site == self.site]
         wanted = [
