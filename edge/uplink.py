@@ -221,9 +221,14 @@ class Uplink:
                 self.waiting = len(own) + batch[-1].following
                 if own:
                     self._waiting_since_ms = own[0].recorded_at
-                for some in _batches(await self._leaving(own), self._most_bytes):
-                    position = await self._send(some, position)
-                    self.waiting -= len(some)
+                while own:
+                    rules = self._policy.rules
+                    for some in _batches(await self._leaving(own), self._most_bytes):
+                        if self._policy.rules != rules:  # what is left must be looked at again
+                            break
+                        position = await self._send(some, position)
+                        own = own[len(some) :]
+                        self.waiting -= len(some)
                 self._waiting_since_ms = None
 
     def _is_own(self, stored: Stored) -> bool:

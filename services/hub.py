@@ -64,9 +64,11 @@ class _Opening:
 class _Feeding:
     """A device's feed, one request at a time."""
 
-    def __init__(self, session: str, feed: Feed) -> None:
+    def __init__(self, session: str, feed: Feed, rules: object) -> None:
         self.session = session
         self.feed = feed
+        self.rules = rules
+        """What was said of the device and of what may leave when this was opened."""
         self.turn = asyncio.Lock()
         self.asked_at = asyncio.get_running_loop().time()
 
@@ -179,6 +181,7 @@ class Hub(Actor):
         if request.more:
             return opened
         del self._openings[device]
+        rules = self._rules(device)
         for want in request.interest.wants:
             self._check_tenant(device, want.tenant)
             if want.hops and not want.entities:
@@ -202,7 +205,7 @@ class Hub(Actor):
             await feed.close()
             raise
         await self._close_feed(device)
-        self._feeds[device] = _Feeding(request.session, feed)
+        self._feeds[device] = _Feeding(request.session, feed, rules)
         return opened
 
     async def _is_ours(self, request: messages.OpenFeed, state: StreamState) -> bool:
@@ -229,7 +232,13 @@ class Hub(Actor):
                 await self._close_feed(device)
                 raise Conflict(f"the feed of {device} ended; open another") from error
             feeding.asked_at = asyncio.get_running_loop().time()
+        if feeding.rules != self._rules(device):  # what waits in the feed may not leave any more
+            await self._close_feed(device)
+            raise Conflict(f"what {device} may have has changed; open another feed")
         return batch
+
+    def _rules(self, device: str) -> object:
+        return self._policy.text, self._policy.entry(device)
 
     async def _owe_forget(self, event: Event) -> None:
         """A device wrote what was forgotten already: it is to hear of that, whether or not it holds the entity."""

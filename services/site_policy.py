@@ -67,6 +67,11 @@ class SitePolicy:
         return (entries.get("own") or entries.get("handed") or b"").decode()
 
     @property
+    def rules(self) -> tuple[str, str]:
+        """What decides what may leave of the site's own data: it does not, where this has changed."""
+        return self.text, self.region
+
+    @property
     def handed(self) -> Policy:
         """What the hub handed here last."""
         text = self._texts.entries.get("handed")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import nats.errors
+from nats.aio.client import Client
+
 import mnemesh
 from cli.devices import Devices, public_of, seed_of
 from cli.edge_node import EdgeNode, EdgeOptions
 from cli.provision import even_shards, provision, put_sites, sites_of
-from cli.server import NatsServer, free_port
+from cli.server import NatsServer, find_nats_server, free_port
 from cli.server_config import ServerOptions
 from memory_shards.shard import Shard
 from mnemesh import Consistency, Memory, messages, subjects
@@ -27,6 +31,7 @@ from services.policy import TenantGuard
 
 TENANT = "acme"
 AGENT = (TENANT, "alice")
+ONCE: dict[str, Any] = {"max_reconnect_attempts": 1, "allow_reconnect": False}
 
 
 class HubSite:
@@ -45,11 +50,11 @@ class HubSite:
             operator = self.server.credentials.load("operator").link_options()
             await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1))
             actors: list[Actor] = [
-                Gateway(await self._link("gateway"), site="hub", guard=TenantGuard()),
-                Router(await self._link("router"), guard=TenantGuard()),
-                Hub(await self._link("hub"), site="hub"),
+                Gateway(await self.link("gateway"), site="hub", guard=TenantGuard()),
+                Router(await self.link("router"), guard=TenantGuard()),
+                Hub(await self.link("hub"), site="hub"),
                 Shard(
-                    await self._link("shard"),
+                    await self.link("shard"),
                     name="s0",
                     site="hub",
                     partitions=range(PARTITIONS),
@@ -60,7 +65,7 @@ class HubSite:
             async with hosted(*actors):
                 yield self
 
-    async def _link(self, role: str) -> Link:
+    async def link(self, role: str) -> Link:
         return await Link.open(self.server.credentials.load(role).link_options(role))
 
     async def enrol(self, name: str, data: Path, *, region: str = "", tenants: Sequence[str] = ()) -> None:
@@ -112,3 +117,29 @@ async def status_of(node: EdgeNode) -> messages.EdgeStatus:
         return await asker.ask(subjects.EDGE_STATUS, subjects.edge_status(site), messages.Status())
     finally:
         await link.close()
+
+
+@contextlib.asynccontextmanager
+async def stolen(hub: HubSite, data: Path) -> AsyncIterator[Client]:
+    """A client without any limits on a nats-server that has the key of the device whose folder this is."""
+    data.joinpath("thief").mkdir(parents=True)
+    port = free_port()
+    remote = f'url: "nats://127.0.0.1:{hub.options.leaf_port}", nkey: "{seed_of(data)}"'
+    config = data / "thief" / "nats.conf"
+    config.write_text(f"port: {port}\nhttp: {free_port()}\nleafnodes {{ remotes: [ {{ {remote} }} ] }}\n")
+    process = await asyncio.create_subprocess_exec(
+        *(find_nats_server(), "-c", config),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    client = Client()
+    try:
+        while not client.is_connected:
+            with contextlib.suppress(OSError, nats.errors.Error):
+                await client.connect(f"nats://127.0.0.1:{port}", inbox_prefix=subjects.edge_inbox("sub7"), **ONCE)
+        yield client
+    finally:
+        await client.close()
+        process.terminate()
+        await process.wait()

@@ -6,19 +6,23 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import nats.errors
 import numpy as np
 import pytest
 import pytest_asyncio
-from sites import TENANT, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, device, device_options, since, status_of, stolen
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
 from cli.main import main
 from cli.operator import asking
-from mnemesh import Memory, kv, subjects
-from mnemesh.errors import MnemeshError, NotFound
-from mnemesh.messages import Interest, Want
+from mnemesh import Memory, kv, subjects, wire
+from mnemesh.call import ERROR_CODE, error_from
+from mnemesh.contract import Operation, R
+from mnemesh.errors import Conflict, MnemeshError, NotFound
+from mnemesh.messages import Carried, Interest, NextFeed, OpenFeed, Want
 
 LONG_MS = 30_000
 PUBLIC, SECRET = "PUBLIC-BYTES", "PROTECTED-BYTES"
@@ -151,6 +155,58 @@ async def test_what_is_kept_from_the_hub_is_read_on_the_device_while_the_line_is
         for name, written in of_each.items():
             found = await here.get_context(name, consistency=since(written))
             assert (found.attributes, found.complete) == ({"kv": 1, SECRET: 2}, name == "bus:1")
+
+
+async def test_what_waits_for_a_device_does_not_leave_once_the_policy_keeps_it_back(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    await hub.enrol("sub7", tmp_path / "d")
+    many = 8
+    async with (
+        alice_at(hub.server) as there,
+        asking(hub.options, "test") as operator,
+        stolen(hub, tmp_path / "d") as device,
+    ):
+        for n in range(many):
+            await there.set_context(f"meter:{n}", type="meter", text="x" * 300_000)
+
+        async def ask(operation: Operation[Any, R], subject: str, asked: object) -> R:
+            while True:  # until the leaf is there
+                with contextlib.suppress(nats.errors.Error):
+                    message = await device.request(subject, wire.encode(asked), timeout=5.0)
+                    code = (message.headers or {}).get(ERROR_CODE)
+                    if code is not None:
+                        raise error_from(code, wire.decode(message.data))
+                    return wire.decode_as(message.data, operation.reply)
+
+        wants = OpenFeed(session="s", interest=Interest(wants=[Want(tenant=TENANT)]))
+        await ask(subjects.OPEN_FEED, subjects.open_feed("sub7"), wants)
+        first = await ask(subjects.NEXT_FEED, subjects.next_feed("sub7"), NextFeed(session="s", turn=1))
+        assert 0 < len([item for item in first.items if isinstance(item, Carried)]) < many
+        await kv.put(operator.inbox, subjects.POLICIES.name, "own", POLICY.encode())
+        follows = NextFeed(session="s", turn=2)
+        with pytest.raises(Conflict, match="has changed"):
+            await ask(subjects.NEXT_FEED, subjects.next_feed("sub7"), follows)
+
+
+async def test_what_waits_for_the_uplink_does_not_leave_once_the_policy_keeps_it_back(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    """On a slow line a batch that was read is on its way for long."""
+    many = 12
+    async with (
+        EdgeNode(device_options("sub7", tmp_path / "d", "nats://127.0.0.1:1")) as node,
+        alice_at(node.server) as here,
+    ):
+        for n in range(many):
+            written = await here.set_context(f"meter:{n}", type="meter", text="x" * 20_000)
+    async with device(hub, tmp_path / "d", uplink_bytes_per_s=50_000) as node, alice_at(hub.server) as there:
+        while (await status_of(node)).uplinked < 2:
+            pass
+        async with asking(node.options.server, "test") as operator:
+            await kv.put(operator.inbox, subjects.POLICIES.name, "own", POLICY.encode())
+        with pytest.raises(NotFound):
+            await there.get_context(f"meter:{many - 1}", consistency=since(written), budget_ms=LONG_MS)
 
 
 async def until_answered(memory: Memory) -> None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import nats.errors
 import pytest
 import pytest_asyncio
-from nats.aio.client import Client
 from nats.aio.msg import Msg
-from sites import TENANT, HubSite, alice_at, device, device_options, since, status_of
+from sites import TENANT, HubSite, alice_at, device, device_options, since, status_of, stolen
 
 from bench.cable import Cable
 from cli.devices import Devices, public_of, seed_of
 from cli.edge import shut_out
 from cli.edge_node import EdgeNode
-from cli.server import find_nats_server, free_port
 from mnemesh import Consistency, Memory, subjects
 from mnemesh.asker import Asker
 from mnemesh.connection import Link
@@ -33,7 +29,6 @@ from mnemesh.jetstream import api, stream_state
 from mnemesh.messages import Status
 
 LONG_MS = 30_000
-ONCE: dict[str, Any] = {"max_reconnect_attempts": 1, "allow_reconnect": False}
 
 
 @pytest_asyncio.fixture
@@ -189,32 +184,6 @@ async def test_what_a_device_forgets_the_hub_forgets_of_it(hub: HubSite, tmp_pat
         of_it = [count for subject, count in kept["state"]["subjects"].items() if f".{TENANT}." in subject]
         assert of_it == [1]
         await operator.close()
-
-
-@contextlib.asynccontextmanager
-async def stolen(hub: HubSite, data: Path) -> AsyncIterator[Client]:
-    """A client without any limits on a nats-server that has the key of the device whose folder this is."""
-    data.joinpath("thief").mkdir(parents=True)
-    port = free_port()
-    remote = f'url: "nats://127.0.0.1:{hub.options.leaf_port}", nkey: "{seed_of(data)}"'
-    config = data / "thief" / "nats.conf"
-    config.write_text(f"port: {port}\nhttp: {free_port()}\nleafnodes {{ remotes: [ {{ {remote} }} ] }}\n")
-    process = await asyncio.create_subprocess_exec(
-        *(find_nats_server(), "-c", config),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    client = Client()
-    try:
-        while not client.is_connected:
-            with contextlib.suppress(OSError, nats.errors.Error):
-                await client.connect(f"nats://127.0.0.1:{port}", inbox_prefix=subjects.edge_inbox("sub7"), **ONCE)
-        yield client
-    finally:
-        await client.close()
-        process.terminate()
-        await process.wait()
 
 
 async def test_a_stolen_key_speaks_and_hears_only_for_its_own_device(hub: HubSite, tmp_path: Path) -> None:
