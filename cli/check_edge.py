@@ -46,7 +46,8 @@ def _device(device: messages.DeviceSeen) -> Iterator[Finding]:
         yield wrong(
             f"{device.quarantined:,} events of {name} are put aside: they were stamped more than "
             f"{MOST_AHEAD_MS // 1000} s ahead of this hub's clock",
-            f"set {name}'s clock (NTP); what is put aside is in the log and takes effect nowhere",
+            f"set {name}'s clock (NTP), stop it, `mnemesh edge restamp` there and start it: what is put aside takes "
+            "effect then",
         )
     if device.clock_offset_ms is not None and abs(device.clock_offset_ms) > LARGEST_OFFSET_MS:
         yield warning(
@@ -83,6 +84,11 @@ async def hub(asker: Asker, options: ServerOptions) -> AsyncIterator[Finding]:
     if abs(status.clock_offset_ms) > LARGEST_OFFSET_MS:
         yield warning(
             f"this device's clock is off by {status.clock_offset_ms / 1000:+.1f} s from its hub's", "set it (NTP)"
+        )
+    if status.put_aside:
+        yield wrong(
+            f"the hub put aside {status.put_aside:,} events of this device, stamped while its clock was ahead",
+            "set its clock (NTP), stop it, `mnemesh edge restamp` and start it",
         )
     if status.hub_contract != subjects.CONTRACT:
         yield warning(

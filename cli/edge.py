@@ -1,10 +1,11 @@
-"""`mnemesh edge up | key` on a device, `enrol | revoke | ls` at its hub."""
+"""`mnemesh edge up | key | restamp` on a device, `enrol | revoke | ls` at its hub."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from rich.table import Table
 from cli import up
 from cli.credentials import SYSTEM
 from cli.devices import Devices, new_seed, public_of, seed_of
-from cli.edge_node import EdgeNode, EdgeOptions
+from cli.edge_node import EdgeNode, EdgeOptions, shard_folder
 from cli.interest import read_interest
-from cli.operator import asking
+from cli.operator import asking, options_of
 from cli.policy import read_policy
 from cli.private import write_private
 from cli.provision import put_sites, sites_of
 from cli.run import stop_when_stdin_closes
-from cli.server import monitoring, reload_running, running_pid
+from cli.server import NatsServer, monitoring, reload_running, running_pid
 from cli.server_config import ServerOptions, saved_options
+from edge.restamping import Restamping
 from mnemesh import subjects
 from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, Unavailable
@@ -61,8 +63,13 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
         "--policy", type=Path, metavar="FILE", help="what of its own data may leave, whatever its hub says"
     )
 
-    verb = verbs.add_parser("key", help="on a device: print its public key, which the hub enrols")
-    verb.add_argument("--data", type=Path, default=DEVICE_DATA, help="the device's folder (default: %(default)s)")
+    on_device = {
+        "key": "on a device: print its public key, which the hub enrols",
+        "restamp": "on a stopped device whose clock is right again: stamp anew what it wrote while it was ahead",
+    }
+    for name, about in on_device.items():
+        folder = verbs.add_parser(name, help=about).add_argument("--data", type=Path, default=DEVICE_DATA)
+        folder.help = "the device's folder (default: %(default)s)"
 
     verb = verbs.add_parser("enrol", help="at the hub: let a device connect under a name")
     verb.add_argument("name")
@@ -85,6 +92,9 @@ def run(flags: argparse.Namespace) -> int:
         return run_process(lambda stop: _up(_options(flags), stop, until_stdin_closes=flags.until_stdin_closes))
     if flags.verb == "key":
         print(public_of(seed_of(flags.data)))
+        return 0
+    if flags.verb == "restamp":
+        asyncio.run(restamp(_device(flags.data)))
         return 0
     options = _hub(flags.data)
     devices = Devices(flags.data)
@@ -157,6 +167,28 @@ def _greeting(node: EdgeNode, key: str) -> str:
         f"At the hub, once: mnemesh edge enrol {server.site} --key and this key. Ctrl-C drains and stops.",
     ]
     return "\n".join(lines)
+
+
+async def restamp(options: ServerOptions) -> int:
+    """Stamp anew what the device of this folder wrote while its clock was ahead; returns how many events that were."""
+    if running_pid(options.data) is not None:
+        raise BadRequest(f"{options.site} runs; stop it first")
+    shutil.rmtree(shard_folder(options), ignore_errors=True)  # it comes back from the log
+    async with (
+        NatsServer(options),
+        asking(options, "restamp", role="gateway") as writer,
+        asking(options, "restamp", role="edge") as eraser,
+    ):
+        count = await Restamping(writer, eraser, site=options.site).run()
+    print(f"{count:,} events of {options.site} were stamped ahead of its clock, and are stamped now")
+    return count
+
+
+def _device(data: Path) -> ServerOptions:
+    options = options_of(data)
+    if not options.hub:
+        raise BadRequest(f"{data} is a mesh of its own, not a device")
+    return options
 
 
 def _hub(data: Path) -> ServerOptions:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cli.allocator import keep_small
@@ -52,6 +53,11 @@ class EdgeOptions:
     policy: str | None = None
     uplink_bytes_per_s: float | None = None
     erase_first_after_s: float = 3600.0
+
+
+def shard_folder(options: ServerOptions) -> Path:
+    """Where a device has its stores; all of it comes back from the log."""
+    return options.data / "shard"
 
 
 class EdgeNode:
@@ -103,7 +109,7 @@ class EdgeNode:
             name=site,
             site=site,
             partitions=range(PARTITIONS),
-            folder=self.options.server.data / "shard",
+            folder=shard_folder(self.options.server),
             guard=self._guard(edge),
             hub=edge.hub,
         )

@@ -13,9 +13,9 @@ from mnemesh.errors import BadRequest
 
 
 @contextlib.asynccontextmanager
-async def asking(options: ServerOptions, name: str) -> AsyncIterator[Asker]:
+async def asking(options: ServerOptions, name: str, *, role: str = "operator") -> AsyncIterator[Asker]:
     """An asker as the operator; `name` is what the server shows for it. Raises `Unavailable` where the site is down."""
-    link = await Link.open(options.credentials().load("operator").link_options(name))
+    link = await Link.open(options.credentials().load(role).link_options(name))
     try:
         yield await Asker(link).open()
     finally:

@@ -201,5 +201,6 @@ class Edge(Actor):
             current=downlink.current.is_set(),
             clock_offset_ms=uplink.clock_offset_ms,
             hub_contract=uplink.hub_contract,
+            put_aside=uplink.put_aside,
             trouble=uplink.trouble or downlink.trouble,
         )

@@ -98,6 +98,8 @@ class Uplink:
         self.waiting = 0
         self.trouble = ""
         self.sent = 0
+        self.put_aside = 0
+        """Events that the hub quarantined, as it will have: they were stamped too far ahead of its clock."""
 
     @property
     def position(self) -> Position:
@@ -271,6 +273,8 @@ class Uplink:
             last=hash_of(last.message),
             hlc=0 if newest is None else newest.hlc,
         )
+        if newest is not None and is_too_far_ahead(newest.hlc, self._hub_ms()):
+            self.put_aside += len(some)
         events = [self._event(stored, payload) for stored, payload in some if payload is not None]
         batch = [*without_erased(events), self._mark(mark, position)]
         try:
@@ -296,9 +300,12 @@ class Uplink:
 
     def _is_put_aside(self, stored: Stored) -> bool:
         """Whether the hub will quarantine an event, or cannot read it, which then must erase nothing."""
-        hub_ms = wall_ms() - self.clock_offset_ms
         event = _event_in(stored)
-        return event is None or is_too_far_ahead(event.hlc, hub_ms)
+        return event is None or is_too_far_ahead(event.hlc, self._hub_ms())
+
+    def _hub_ms(self) -> int:
+        """What the hub's clock shows."""
+        return wall_ms() - self.clock_offset_ms
 
     def _mark(self, mark: Mark, position: Position) -> Outgoing:
         headers = {ROLLUP: "sub", EXPECTED: str(position.place), COMPARED: subjects.log_mark(self._site)}

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from bench.cable import Cable
+from cli import check_edge
 from cli.check_edge import devices
+from cli.edge import restamp
 from cli.edge_node import EdgeNode
 from cli.operator import asking
+from cli.server_config import ServerOptions
 from mnemesh import Consistency, messages, subjects
 from mnemesh.atomic_batch import ROLLUP
 from mnemesh.clock import COUNTER_BITS, HybridClock, wall_ms
 from mnemesh.connection import Link
+from mnemesh.errors import NotFound
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
@@ -141,3 +146,35 @@ async def test_a_write_that_did_not_know_of_the_other_leaves_a_suspect(hub: HubS
         written = await there.set_context("t1", attributes={"n": 9})
         found = await there.get_context("t1", consistency=since(written), include_suspects=True)
         assert found.suspects == []
+
+
+async def test_what_was_stamped_ahead_takes_effect_once_it_is_stamped_anew(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        before = await here.set_context("before", attributes={"n": 1})
+        await here.set_context("gone", attributes={"n": 1})
+        await write_ahead(node, "ahead", "put", attributes={"n": 1})
+        await write_ahead(node, "gone", "forget")
+        await write_ahead(node, "ahead", "put", attributes={"n": 2, "m": 1})
+        await there.get_context("before", consistency=since(before), budget_ms=LONG_MS)
+        while (await status_of(node)).put_aside < 3:
+            pass
+        assert "put aside 3 events" in (await wrong_at(node.options.server))[0]
+    options = node.options.server
+    assert await restamp(options) == 3
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("after", attributes={"n": 1})
+        for memory in (here, there):
+            await memory.get_context("after", consistency=since(written), budget_ms=LONG_MS)
+            assert (await memory.get_context("ahead")).attributes == {"n": 2, "m": 1}
+            with pytest.raises(NotFound):
+                await memory.get_context("gone")
+            timeline = await memory.timeline("ahead")
+            assert [event.op for event in timeline.events] == ["put", "put"]
+        assert ((await status_of(node)).put_aside, (await seen_of(hub, "sub7")).quarantined) == (0, 0)
+    assert await restamp(options) == 0
+
+
+async def wrong_at(options: ServerOptions) -> list[str]:
+    """What doctor finds wrong between a device and its hub."""
+    async with asking(options, "test") as asker:
+        return [finding.what async for finding in check_edge.hub(asker, options) if finding.verdict == "wrong"]

@@ -83,7 +83,7 @@ class SqliteStore(SqliteReader):
         self._writer.execute("BEGIN IMMEDIATE")
         try:
             fresh = [record for record in records if record.sequence > self._watermark]
-            batch = Batch(self._writer, fresh, site=self._site, erasing=self._erasing)
+            batch = Batch(self._writer, fresh, site=self._site, erasing=self._erasing, put_aside=self.quarantined)
             batch.write()
             rejected = self._rejected + batch.rejected
             self._writer.executemany(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -49,6 +49,7 @@ _FORGET_EVENTS = "DELETE FROM event WHERE entity = ? AND (stamp, site) < (?, ?)"
 _FORGET_EDGES = "DELETE FROM edge WHERE source = ?"
 _RELEASE = [f"DELETE FROM {table} = ?" for table in ("event WHERE entity", "edge WHERE source", "entity WHERE id")]
 _QUARANTINE = "INSERT INTO quarantine VALUES (?, ?, ?, ?, ?, ?)"
+_RESTAMP = "DELETE FROM quarantine WHERE site = ? AND event_id = ?"
 _UNINDEX_TEXT = "INSERT INTO entity_text (entity_text, rowid, text) VALUES ('delete', ?, ?)"
 _INDEX_TEXT = "INSERT INTO entity_text (rowid, text) VALUES (?, ?)"
 _MERGE_INDEX = "INSERT INTO entity_text (entity_text, rank) VALUES ('merge', ?)"
@@ -77,17 +78,25 @@ class _Touched:
 class Batch:
     """Takes records in log order; `write` writes them. Used once, in a transaction that its maker owns.
 
-    `site` is where the log is. While `erasing`, words of texts that are gone are still in the index.
+    `site` is where the log is. While `erasing`, words of texts that are gone are still in the index. `put_aside` is how
+    many events of each site are quarantined; `quarantined` is by how much that changes.
     """
 
     def __init__(
-        self, connection: sqlite3.Connection, records: Sequence[Record], *, site: str, erasing: bool = False
+        self,
+        connection: sqlite3.Connection,
+        records: Sequence[Record],
+        *,
+        site: str,
+        erasing: bool,
+        put_aside: Mapping[str, int],
     ) -> None:
         self.rejected = 0
         self.quarantined: Counter[str] = Counter()
         self.erasing = erasing
         self._erased_more = False
         self._site = site
+        self._put_aside = put_aside
         self._connection = connection
         self._records = records
         self._loaded: dict[tuple[str, str], _Touched] = {}
@@ -143,6 +152,8 @@ class Batch:
             self._connection.execute(_QUARANTINE, told)
             self.quarantined[event.site] += 1
             return
+        if self._put_aside.get(event.site) or self.quarantined[event.site]:  # it may have been stamped anew
+            self.quarantined[event.site] -= self._connection.execute(_RESTAMP, (event.site, event.id)).rowcount
         try:
             patch = merge.patch_of(event)
             body = body_blob(event, patch)

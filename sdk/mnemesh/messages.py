@@ -728,7 +728,8 @@ class EdgeStatus(Reply, frozen=True, kw_only=True):
 
     `linked` while its hub answers; `silent_s` is since when it does not. `waiting` is how many of its events the hub
     lacks, and `lag_s` for how long the oldest of them has waited. `downlinked` is up to where it has the hub's log of
-    what it wants, and `current` whether there was no more. `trouble` says, in words, what an operator must mend.
+    what it wants, and `current` whether there was no more. `put_aside` is how many of its events the hub quarantined
+    since this started. `trouble` says, in words, what an operator must mend.
     """
 
     site: str
@@ -742,6 +743,7 @@ class EdgeStatus(Reply, frozen=True, kw_only=True):
     current: bool = False
     clock_offset_ms: int = 0
     hub_contract: str = ""
+    put_aside: int = 0
     trouble: str = ""
 
 

@@ -1,0 +1,78 @@
+"""Stamps anew what a device wrote while its clock was ahead. Its hub puts such events aside, and all that follow them.
+
+For a device that is stopped, once its clock is right. Each event comes again at the end of the log, with its id, in its
+order and with a stamp of now; then the first one goes. When interrupted, do it again. Looks at `mnemesh` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from mnemesh import subjects
+from mnemesh.asker import Asker
+from mnemesh.atomic_batch import Outgoing, publish_all
+from mnemesh.clock import HybridClock, is_too_far_ahead, wall_ms
+from mnemesh.errors import MnemeshError
+from mnemesh.event import Event, decode_event
+from mnemesh.jetstream import Stored, api, message_at, next_of
+
+MOST_AT_ONCE = 200
+BUDGET_S = 30.0
+
+
+class Restamping:
+    """For the log of one site: `writer` may append to it, and `eraser` delete from it. `run` once."""
+
+    def __init__(self, writer: Asker, eraser: Asker, *, site: str) -> None:
+        self._writer = writer
+        self._eraser = eraser
+        self._log = subjects.log_stream(site)
+        self._own = subjects.log_event(site, "*", "*", "*")
+        self._clock = HybridClock()
+
+    async def run(self) -> int:
+        """Returns how many events had a stamp that was ahead."""
+        ahead, again = await self._ahead()
+        missing = [sequence for sequence, event_id in ahead.items() if event_id not in again]
+        for start in range(0, len(missing), MOST_AT_ONCE):
+            await self._append(missing[start : start + MOST_AT_ONCE])
+        for sequence in ahead:
+            await api(self._eraser.inbox, f"STREAM.MSG.DELETE.{self._log}", {"seq": sequence})
+        return len(ahead)
+
+    async def _ahead(self) -> tuple[dict[int, str], set[str]]:
+        """Where events are whose stamp is ahead, and their ids; those of events that came after one and are not."""
+        ahead: dict[int, str] = {}
+        others: set[str] = set()
+        now_ms = wall_ms()
+        after = 0
+        while some := await next_of(self._writer.inbox, self._log, self._own, after=after):
+            after = some[-1].sequence
+            for stored in some:
+                if (event := _event_in(stored)) is None:
+                    continue
+                if is_too_far_ahead(event.hlc, now_ms):
+                    ahead[stored.sequence] = event.id
+                else:
+                    self._clock.observe(event.hlc)
+                    if ahead:
+                        others.add(event.id)
+        return ahead, others
+
+    async def _append(self, sequences: Sequence[int]) -> None:
+        """What these events say, with new stamps. A forget erased already, and is not to erase what follows it here."""
+        batch = []
+        for sequence in sequences:
+            stored = await message_at(self._writer.inbox, self._log, sequence)
+            event = replace(decode_event(stored.message.data), hlc=self._clock.now())
+            batch.append(Outgoing(stored.message.subject, event.encode(), {}))
+        await publish_all(self._writer.link, self._writer.inbox, batch, budget_s=BUDGET_S)
+
+
+def _event_in(stored: Stored) -> Event | None:
+    try:
+        return decode_event(stored.message.data)
+    except MnemeshError:
+        return None
