@@ -7,16 +7,16 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 import uvloop
 from conftest import SITE, OpenAsker, OpenLink, server_options
+from disk import disk, needs_root
 from ledger import STRONG, statuses
 
 import mnemesh
@@ -347,22 +347,7 @@ async def test_a_nats_server_that_is_killed_while_it_starts_is_started_again(tmp
         assert await is_full(memory)
 
 
-@contextmanager
-def disk(folder: Path, *, megabytes: int) -> Iterator[Callable[[int], None]]:
-    """A disk of its own at `folder`; yields what gives it another size."""
-    folder.mkdir()
-
-    def mount(*arguments: str) -> None:
-        subprocess.run(["mount", *arguments, folder], check=True)
-
-    mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs")
-    try:
-        yield lambda larger: mount("-o", f"remount,size={larger}m")
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
+@needs_root
 async def test_a_full_disk_costs_nothing_that_was_acknowledged_and_writes_go_on_once_there_is_room(
     tmp_path: Path,
 ) -> None:
