@@ -107,7 +107,8 @@ class Downlink:
         self._hub = position.hub
         mark = await self._mark()
         session = nats.nuid.NUID().next().decode()
-        held = await self._held()
+        log = await stream_state(self._asker.inbox, self._log)
+        held = await self._held(log.last_sequence)
         for start in range(0, len(held) + 1, HELD_A_PAGE):
             opening = OpenFeed(
                 session=session,
@@ -117,6 +118,7 @@ class Downlink:
                 incarnation=mark.incarnation,
                 after=mark.sequence,
                 last=mark.last,
+                log=log.incarnation,
             )
             try:
                 opened = await self._asker.ask(
@@ -142,8 +144,7 @@ class Downlink:
         self._hlc = max(self._hlc, mark.hlc)
         return mark
 
-    async def _held(self) -> list[tuple[str, str, int]]:
-        head = (await stream_state(self._asker.inbox, self._log)).last_sequence
+    async def _held(self, head: int) -> list[tuple[str, str, int]]:
         return [
             (tenant, entity.entity_id, entity.bytes)
             for tenant in await kv.keys(self._asker.inbox, subjects.TENANTS.name)

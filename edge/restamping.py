@@ -17,6 +17,7 @@ from mnemesh.clock import HybridClock, is_too_far_ahead, wall_ms
 from mnemesh.errors import MnemeshError
 from mnemesh.event import Event, decode_event
 from mnemesh.jetstream import Stored, api, message_at, next_of
+from mnemesh.origin import BORN
 
 MOST_AT_ONCE = 200
 BUDGET_S = 30.0
@@ -51,7 +52,7 @@ class Restamping:
         while some := await next_of(self._writer.inbox, self._log, self._own, after=after):
             after = some[-1].sequence
             for stored in some:
-                if (event := _event_in(stored)) is None:
+                if BORN in stored.message.headers or (event := _event_in(stored)) is None:
                     continue
                 if is_too_far_ahead(event.hlc, now_ms):
                     ahead[stored.sequence] = event.id

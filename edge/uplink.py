@@ -31,7 +31,7 @@ from mnemesh.follower import Follower
 from mnemesh.jetstream import Stored, WrongSequence, message_at, stream_state
 from mnemesh.log_writer import EXPECTED
 from mnemesh.messages import AskPosition, Description, Position
-from mnemesh.origin import BORN, Mark, born, hash_of, place_of
+from mnemesh.origin import BORN, Mark, born, hash_of, is_born_here, place_of
 from router.inventory import Inventory
 from services.site_policy import SitePolicy
 from services.sovereignty import Policy, reduced_event
@@ -234,8 +234,7 @@ class Uplink:
                 self._waiting_since_ms = None
 
     def _is_own(self, stored: Stored) -> bool:
-        place = place_of(stored.message.subject)
-        return place.origin == self._site and place.is_event
+        return place_of(stored.message.subject).is_event and is_born_here(stored.message, self._site)
 
     async def _leaving(self, own: Sequence[Stored]) -> list[_Leaving]:
         """What may leave of each event."""

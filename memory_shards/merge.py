@@ -1,8 +1,8 @@
 """How concurrent events of one entity become one state, whatever order their sites' logs arrive in.
 
 * **Stamps.** Two gateways of a site may have clocks that differ; the site's log order still wins. So the
-  effective stamp of an event is `max(event.hlc, last effective stamp of that entity from that site + 1)`. It
-  depends only on the events of its own site, which always arrive in that site's order.
+  effective stamp of an event is `max(event.hlc, last effective stamp of that entity from that log + 1)`. It
+  depends only on the events of its own log, which always arrive in that log's order.
 * **Once.** An event that was carried here says where it was born. What a site has had of an origin's log it does not
   take again, in whatever batch it comes (`is_repeated`).
 * **Last writer wins**, by the key `(valid_from, stamp, site)`, for each attribute, each edge `(relation, target)`,
@@ -126,6 +126,11 @@ class Ledger(msgspec.Struct, array_like=True):
     gone: str | None = None
     """The type that it had when it was forgotten, for whoever must know what may be told of it."""
 
+    @property
+    def sites(self) -> list[str]:
+        """Who wrote it."""
+        return list(dict.fromkeys(log.partition(" ")[0] for log in self.stamps))
+
 
 class State(msgspec.Struct):
     """An entity as far as merged. `alive` is false until a put, and after a forget until the next put."""
@@ -231,9 +236,9 @@ def patch_of(event: Event) -> Patch:
 
 
 def stamped(record: Record, patch: Patch, stamps: dict[str, int]) -> Change:
-    """The change that a record makes. `stamps`, the entity's last stamp of each site, moves on."""
-    event = record.event
-    stamp = stamps[event.site] = max(event.hlc, stamps.get(event.site, -1) + 1)
+    """The change that a record makes. `stamps`, the entity's last stamp of each log, moves on."""
+    event, log = record.event, record.log
+    stamp = stamps[log] = max(event.hlc, stamps.get(log, -1) + 1)
     return Change(
         record.sequence,
         record.recorded_at,
@@ -256,7 +261,7 @@ def is_repeated(record: Record, births: dict[str, int], stamps: dict[str, int]) 
     if record.birth is None:
         return False
     log, sequence = record.birth
-    if sequence <= births.get(log, 0) and record.event.hlc <= stamps.get(record.event.site, -1):
+    if sequence <= births.get(log, 0) and record.event.hlc <= stamps.get(log, -1):
         return True
     births[log] = max(sequence, births.get(log, 0))
     return False

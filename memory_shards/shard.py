@@ -43,7 +43,7 @@ from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import from_token, partition_of, to_token
 from mnemesh.jetstream import SiteKind, Stored, last_of_each, stream_state
-from mnemesh.origin import Place, birth_of, check_carried, decode_mark, hub_sequence_of, place_of
+from mnemesh.origin import Place, birth_of, check_carried, decode_mark, hub_sequence_of, is_born_here, place_of
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
 
@@ -221,7 +221,7 @@ class Shard(Actor):
 
     def _record(self, stored: Stored, place: Place, partition: int) -> Record:
         event = decode_event(stored.message.data)
-        if place.origin == self.site:
+        if is_born_here(stored.message, self.site):
             hub = stored.sequence if self._kind == "hub" else None
             return Record(stored.sequence, stored.recorded_at, partition, event, hub=hub)
         check_carried(event, place)
@@ -266,11 +266,12 @@ class Shard(Actor):
         if self._documents.holds(tenant, entity_id):
             return await here()
         found = self._documents.get(tenant, entity_id)
+        last_own = self._documents.last_own(tenant, entity_id)
         return await elsewhere.get_context(
             self._elsewhere,
             replace(request, entity_id=entity_id),
             call,
-            own=None if found is None else (self.site, found.version),
+            own=None if last_own is None else (self.site, last_own),
             kind=None if found is None else found.type,
             here=here,
         )

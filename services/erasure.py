@@ -28,7 +28,7 @@ from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, next_of, stream_state
 from mnemesh.messages import Receipt
-from mnemesh.origin import Place, birth_of, check_carried, mark_in, place_of
+from mnemesh.origin import Place, birth_of, check_carried, is_born_here, mark_in, place_of
 from router.inventory import Inventory
 
 logger = logging.getLogger("mnemesh.erasure")
@@ -112,7 +112,7 @@ class Eraser:
             if not place.is_event:
                 return
             if ROLLUP not in stored.message.headers:
-                if place.origin != self._site:
+                if not is_born_here(stored.message, self._site):
                     self._carried.append(stored)
                 return
             event = self._event(stored, place)
@@ -125,7 +125,7 @@ class Eraser:
     def _event(self, stored: Stored, place: Place) -> Event:
         """The event in a message. Raises `BadRequest` where it says to be about another entity than its subject."""
         event = decode_event(stored.message.data)
-        if place.origin != self._site:
+        if not is_born_here(stored.message, self._site):
             check_carried(event, place)
         return event
 

@@ -77,6 +77,7 @@ class Feed:
         interest: Interest,
         held: Mapping[Key, int],
         debts: Debts,
+        own_log: str,
         leaves: LeavesOf,
         region_of: Callable[[str], str],
     ) -> None:
@@ -87,6 +88,7 @@ class Feed:
         self._device = device
         self._held = held
         self._debts = debts
+        self._own_log = own_log
         self._leaves = leaves
         self._region_of = region_of
         self._log = subjects.log_stream(site)
@@ -391,12 +393,18 @@ class Feed:
     # ── sending ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _history(self, key: Key, upto: int) -> list[Stored]:
-        """All events of an entity, but those that the device wrote itself."""
+        """All events of an entity, but those that the device has as its own."""
         tenant, entity_id = key
         token = to_token(entity_id)
         subject = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
         found = await history_of(self._asker.inbox, self._log, subject, upto=upto)
-        return [stored for stored in found if place_of(stored.message.subject).origin != self._device]
+        return [stored for stored in found if not self._is_in_own_log(stored)]
+
+    def _is_in_own_log(self, stored: Stored) -> bool:
+        """Whether the device has an event as one of its own: not where it wrote it in a log that it lost since."""
+        if place_of(stored.message.subject).origin != self._device:
+            return False
+        return not self._own_log or stored.message.headers.get(BORN, "").partition(" ")[2] in ("", self._own_log)
 
     def _send_history(self, history: Sequence[Stored]) -> int:
         size = 0
@@ -408,7 +416,7 @@ class Feed:
 
     def _send(self, stored: Stored, place: Place, event: Event, *, erases: bool = True) -> int:
         """Put an event among what is to be sent, as far as it may leave; returns its bytes."""
-        if place.origin == self._device:
+        if self._is_in_own_log(stored):
             return 0
         kinds = {self._types.get((event.tenant, event.entity_id)), event.body.get("type")}
         region = self._region_of(place.origin)
@@ -426,7 +434,7 @@ class Feed:
             payload,
             headers.get(BORN) or born(stored.sequence, self._incarnation),
             stored.sequence,
-            erases and ROLLUP in headers,
+            erases and ROLLUP in headers and place.origin != self._device,  # there, its own of now have this subject
         )
         self._items.append(carried)
         self._hlc = max(self._hlc, event.hlc)

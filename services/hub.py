@@ -196,6 +196,7 @@ class Hub(Actor):
             interest=request.interest,
             held=opening.held,
             debts=self._debts,
+            own_log=request.log,
             leaves=self._policy.leaves,
             region_of=self._policy.region_of,
         )

@@ -40,8 +40,8 @@ def records(events: list[Event], every_ms: int = 5) -> list[Record]:
 
 
 def carried(sequence: int, event: Event, born: int, log: str = "1", **more: Any) -> Record:
-    """A record of an event that was born as `born` in a log of its site, and stands at `sequence` in this one."""
-    return Record(sequence, sequence * 5, 0, event, Birth(f"{event.site} {log}", born), **more)
+    """A record of an event that was born as `born` in a log of its site, and is at `sequence` here and at the hub."""
+    return Record(sequence, sequence * 5, 0, event, Birth(f"{event.site} {log}", born), **({"hub": sequence} | more))
 
 
 def changes(events: list[Event]) -> list[Change]:

@@ -26,7 +26,7 @@ from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import api, stream_state
-from mnemesh.messages import Status
+from mnemesh.messages import Interest, Status, Want
 
 LONG_MS = 30_000
 
@@ -334,3 +334,39 @@ async def test_an_event_that_cannot_be_read_keeps_nothing_from_following_it(
         await gateway.close()
         written = await here.set_context("t2", attributes={"n": 1})
         await there.get_context("t2", consistency=since(written), budget_ms=LONG_MS)
+
+
+async def test_what_a_device_wrote_in_a_log_that_was_lost_comes_back_as_it_wants_it(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    wants = Interest(wants=[Want(tenant=TENANT)])
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        await here.set_context("gone", attributes={"n": 1})
+        await here.forget("gone")
+        await here.set_context("t1", attributes={"n": 1, "m": 1})
+        written = await here.set_context("t1", attributes={"n": 2})
+        await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
+    for lost in ("jetstream", "shard"):
+        shutil.rmtree(tmp_path / "d" / lost)
+    cable = Cable(hub.options.leaf_port)
+    cable.cut()
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "d", line=f"nats://127.0.0.1:{port}", interest=wants) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await here.set_context("gone", attributes={"n": 3})
+        await here.set_context("t1", attributes={"n": 3, "o": 1})
+        cable.heal()
+        while "o" not in (await there.get_context("t1")).attributes:
+            pass
+        while not (await status_of(node)).current:
+            pass
+        cable.cut()
+        for memory in (here, there):
+            assert (await memory.get_context("t1")).attributes == {"n": 3, "m": 1, "o": 1}
+            assert (await memory.get_context("gone")).attributes == {"n": 3}
+            assert sorted(await counted(memory, "t1")) == [1, 2, 3]
+        assert (await here.get_context("t1")).complete
+        assert (await status_of(node)).uplinked == 2

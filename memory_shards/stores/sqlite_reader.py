@@ -59,6 +59,10 @@ SELECT entity_id, -rank FROM entity_text JOIN entity ON entity.id = entity_text.
 WHERE entity_text MATCH ? AND tenant = ?{type} ORDER BY rank, entity_id LIMIT ?
 """
 _HOLDS = "SELECT held IS NOT NULL FROM entity WHERE tenant = ? AND entity_id = ?"
+_LAST_OWN = """
+SELECT max(event.sequence) FROM entity CROSS JOIN event ON event.entity = entity.id
+WHERE entity.tenant = ? AND entity_id = ? AND event.hub IS NULL
+"""
 _LIST = """
 SELECT entity_id, type, version, ifnull(held, (SELECT sum(length(body)) FROM event WHERE entity = entity.id)), ledger
 FROM entity WHERE tenant = ? AND entity_id > ? AND {which}{types} ORDER BY entity_id LIMIT ?
@@ -134,6 +138,11 @@ class SqliteReader:
         held: tuple[int] | None = self._connection.execute(_HOLDS, (tenant, entity_id)).fetchone()
         return held == (1,)
 
+    def last_own(self, tenant: str, entity_id: str) -> int | None:
+        """The sequence of this device's last event of an entity, if it has one that its log was the first to have."""
+        last: tuple[int | None] = self._connection.execute(_LAST_OWN, (tenant, entity_id)).fetchone()
+        return last[0]
+
     def list_entities(
         self, tenant: str, after: str, limit: int, *, types: Sequence[str] = (), held: bool, with_sites: bool
     ) -> list[ListedEntity]:
@@ -143,7 +152,7 @@ class SqliteReader:
         rows = self._connection.execute(_LIST.format(which=which, types=chosen), (tenant, after, *types, limit))
         return [
             ListedEntity(
-                entity_id, type, version, size or 0, list(_ledger_decoder.decode(ledger).stamps) if with_sites else []
+                entity_id, type, version, size or 0, _ledger_decoder.decode(ledger).sites if with_sites else []
             )
             for entity_id, type, version, size, ledger in rows
         ]
@@ -158,7 +167,7 @@ class SqliteReader:
                 ledger = _ledger_decoder.decode(raw)
                 is_gone = not alive and ledger.tombstone is not None
                 found[entity_id] = Description(
-                    ledger.gone if is_gone else type, list(ledger.stamps), is_gone, ledger.tombstone
+                    ledger.gone if is_gone else type, ledger.sites, is_gone, ledger.tombstone
                 )
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 

@@ -82,6 +82,11 @@ class Record(NamedTuple):
     hub: int | None = None
     quarantined: bool = False
 
+    @property
+    def log(self) -> str:
+        """The log that has it at its place: one of its site, which may have had several."""
+        return self.event.site if self.birth is None else self.birth.log
+
 
 _FIELDS = tuple(name for name in Event.__struct_fields__ if name != "extra")
 _KNOWN = frozenset(_FIELDS)

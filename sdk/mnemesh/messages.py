@@ -658,7 +658,8 @@ class Interest(Request, frozen=True, kw_only=True):
 class OpenFeed(Request, frozen=True, kw_only=True):
     """Request of `open_feed`. `held` are the (tenant, entity, bytes) that the device holds, in as many requests as it
     takes, all but the last with `more`. It has the hub's log `incarnation` up to `after`, where `last` is a hash of
-    what stood there: in a log that was restored from an older copy, something else does.
+    what stood there: in a log that was restored from an older copy, something else does. `log` is the incarnation of
+    the device's own: what it wrote in an earlier one comes back.
     """
 
     session: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -669,6 +670,7 @@ class OpenFeed(Request, frozen=True, kw_only=True):
     incarnation: str = ""
     after: Sequence = 0
     last: str = ""
+    log: Annotated[str, Meta(max_length=255)] = ""
 
 
 class FeedOpened(Reply, frozen=True, kw_only=True):

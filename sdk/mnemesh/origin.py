@@ -57,6 +57,11 @@ _HOLDING_TOKENS = subjects.log_holding("", "", "", "").count(".") + 1
 _ORIGIN = subjects.log_mark("*").split(".").index("*")
 
 
+def is_born_here(message: Message, site: str) -> bool:
+    """Whether a message was written to this log of a site first. What came back from an earlier log of it was not."""
+    return place_of(message.subject).origin == site and BORN not in message.headers
+
+
 def check_carried(event: Event, place: Place) -> None:
     """Raise `BadRequest` where an event says another place than its subject, which is what the broker checked.
 
