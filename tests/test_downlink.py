@@ -327,6 +327,8 @@ async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: H
         interest = wants({"entities": ["before"]}, {"types": ["weather"]})
         async with device(hub, tmp_path / "d", interest=interest) as node, alice_at(node.server) as here:
             await current(node)
+            while not (await here.timeline("long", limit=1)).complete:
+                pass
             count, after = 0, 0
             while True:
                 page = await here.timeline("long", after=after, limit=1000)
