@@ -6,6 +6,10 @@ The hub's stream turns uplink subjects into those of its log. The mark that ends
 before it is the one that we know, in the same commit as the events: so a batch whose ack was lost is refused when it is
 sent again, and a hub that was restored from a backup tells what it lacks. Nothing is kept on the device.
 
+An event that comes alone is sent without a batch, which would cost the hub's disk several times as much: first itself,
+stored only if the mark is the one that we know, and then the mark. Where a line broke in between, the hub looks for it;
+and as it may still be on its way, we set the mark anew before we ask: what comes after that is refused.
+
 What the policy keeps back is left out before anything is sent; the mark passes over it. The type that decides is the
 entity's own, and where an event brings another, both.
 
@@ -28,7 +32,7 @@ from mnemesh.clock import is_too_far_ahead, wall_ms
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
-from mnemesh.jetstream import Stored, WrongSequence, message_at, stream_state
+from mnemesh.jetstream import Stored, StreamState, WrongSequence, message_at, stream_state
 from mnemesh.log_writer import EXPECTED
 from mnemesh.messages import AskPosition, Description, Position
 from mnemesh.origin import BORN, Mark, born, hash_of, is_born_here, place_of
@@ -162,29 +166,45 @@ class Uplink:
 
     async def _agreed(self) -> Position:
         """Up to where the hub has our log. Raises `Conflict` where what it has is not ours."""
-        position = await self._asked()
         state = await stream_state(self._asker.inbox, self._log)
+        position = await self._asked()
         self.linked = True
-        self._position = position
-        self._incarnation = state.incarnation
+        await self._check_is_ours(position, state)
+        # What is on its way there since before expects the mark of then: set it anew, and that is refused.
+        incarnation = position.incarnation or state.incarnation
+        mark = Mark(incarnation=incarnation, sequence=position.sequence, last=position.last)
+        await self._publish([self._mark(mark, position)])
+        position = await self._asked(log=state.incarnation)
+        await self._check_is_ours(position, state)
         if position.incarnation != state.incarnation:
-            if position.place:
-                logger.warning("the hub knew another log of %s; this one is sent from its beginning", self._site)
-            self._position = Position(hub=position.hub, place=position.place, incarnation=state.incarnation)
-            return self._position
+            logger.warning("the hub knew another log of %s; this one is sent from its beginning", self._site)
+            position = Position(hub=position.hub, place=position.place, incarnation=state.incarnation)
+        self._incarnation = state.incarnation
+        self._position = position
+        return position
+
+    async def _check_is_ours(self, position: Position, state: StreamState) -> None:
+        """Whether what the hub knows of this log is what we have there. It may have been erased since."""
+        if position.incarnation != state.incarnation:
+            return
         if position.sequence > state.last_sequence:
             raise Conflict(
                 f"the hub has {self._site} up to {position.sequence}, and this log ends at {state.last_sequence}: "
                 "its folder was restored from an older copy, or another device has one"
             )
-        if not await self._is_ours(position):
+        if not position.last:
+            return
+        try:
+            held = await message_at(self._asker.inbox, self._log, position.sequence)
+        except NotFound:
+            return
+        if hash_of(held.message) != position.last:
             raise Conflict(
                 f"the hub has another event as {position.sequence} of {self._site} than this log: "
                 "another device sends from a copy of its folder"
             )
-        return position
 
-    async def _asked(self) -> Position:
+    async def _asked(self, *, log: str = "") -> Position:
         told = self._says(
             AskPosition(
                 waiting=self.waiting,
@@ -193,6 +213,7 @@ class Uplink:
                 log_bytes=self._log_bytes,
                 contract=subjects.CONTRACT,
                 policy=self._policy.handed.version,
+                log=log,
             )
         )
         position = await self._asker.ask(
@@ -204,14 +225,6 @@ class Uplink:
         if position.policy:  # before anything is sent that it may keep back
             await self._policy.take(self._asker.inbox, position.policy)
         return position
-
-    async def _is_ours(self, position: Position) -> bool:
-        """Whether the last of ours that the hub knows is the one that we have there. It may have been erased since."""
-        try:
-            held = await message_at(self._asker.inbox, self._log, position.sequence)
-        except NotFound:
-            return True
-        return hash_of(held.message) == position.last
 
     async def _send_from(self, position: Position) -> None:
         """Follow our log from a position and send all of it."""
@@ -275,11 +288,12 @@ class Uplink:
         if newest is not None and is_too_far_ahead(newest.hlc, self._hub_ms()):
             self.put_aside += len(some)
         events = [self._event(stored, payload) for stored, payload in some if payload is not None]
-        batch = [*without_erased(events), self._mark(mark, position)]
-        try:
-            place = await publish_all(self._asker.link, self._asker.inbox, batch, budget_s=SEND_S)
-        except WrongSequence as error:  # a batch whose ack we did not get, or another device in our name
-            raise _Moved(f"the hub has more of {self._site} than we knew") from error
+        if len(events) == 1:
+            (event,) = events
+            await self._publish([event._replace(headers={**event.headers, **self._after(position)})])
+            place = await self._publish([self._mark(mark, position)])
+        else:
+            place = await self._publish([*without_erased(events), self._mark(mark, position)])
         self.sent += len(events)
         self._position = position = Position(
             hub=position.hub, place=place, incarnation=mark.incarnation, sequence=mark.sequence, last=mark.last
@@ -288,6 +302,12 @@ class Uplink:
             earliest = began + sum(map(_size, some)) / self._bytes_per_s
             await asyncio.sleep(earliest - asyncio.get_running_loop().time())
         return position
+
+    async def _publish(self, messages: Sequence[Outgoing]) -> int:
+        try:
+            return await publish_all(self._asker.link, self._asker.inbox, messages, budget_s=SEND_S)
+        except WrongSequence as error:  # a batch whose ack we did not get, or another device in our name
+            raise _Moved(f"the hub has more of {self._site} than we knew") from error
 
     def _event(self, stored: Stored, payload: bytes) -> Outgoing:
         place = place_of(stored.message.subject)
@@ -307,8 +327,11 @@ class Uplink:
         return wall_ms() - self.clock_offset_ms
 
     def _mark(self, mark: Mark, position: Position) -> Outgoing:
-        headers = {ROLLUP: "sub", EXPECTED: str(position.place), COMPARED: subjects.log_mark(self._site)}
-        return Outgoing(subjects.uplink_mark(self._site), mark.encode(), headers)
+        return Outgoing(subjects.uplink_mark(self._site), mark.encode(), {ROLLUP: "sub"} | self._after(position))
+
+    def _after(self, position: Position) -> dict[str, str]:
+        """The headers of what the hub stores only while our mark is the one of this position."""
+        return {EXPECTED: str(position.place), COMPARED: subjects.log_mark(self._site)}
 
 
 def _event_in(stored: Stored) -> Event | None:

@@ -18,9 +18,10 @@ MOST_MARKS = 4096
 
 
 class Origins:
-    """The marks that the follower has seen."""
+    """The marks that the follower has seen. Where they `may_go_back`, a log was restored from an older copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_go_back: bool) -> None:
+        self._may_go_back = may_go_back
         self._marks: dict[str, _Marks] = {}
         self._newcomer = asyncio.Event()
 
@@ -31,18 +32,21 @@ class Origins:
             marks = self._marks[origin] = _Marks()
             self._newcomer.set()
             self._newcomer = asyncio.Event()
-        is_back = bool(marks.sequences) and place > marks.places[-1] and mark.sequence < marks.sequences[-1]
+        sequence = mark.sequence
+        is_back = bool(marks.sequences) and place > marks.places[-1] and sequence < marks.sequences[-1]
+        if is_back and not self._may_go_back and mark.incarnation == marks.incarnation:
+            sequence, is_back = marks.sequences[-1], False
         if mark.incarnation != marks.incarnation or is_back:  # the origin's log began anew, or was restored
             marks.incarnation = mark.incarnation
             marks.places.clear()
             marks.sequences.clear()
-            marks.known = Watermark()
+            marks.known.begin_anew()
         if not marks.places or place > marks.places[-1]:
             marks.places.append(place)
-            marks.sequences.append(mark.sequence)
+            marks.sequences.append(sequence)
             if len(marks.places) > MOST_MARKS:
                 del marks.places[: MOST_MARKS // 2], marks.sequences[: MOST_MARKS // 2]
-            marks.known.advance(mark.sequence)
+            marks.known.advance(sequence)
 
     async def local(self, origin: str, sequence: int) -> int:
         """The sequence of this log at which the origin's is here up to `sequence`. Waits until there is one."""

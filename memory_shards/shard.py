@@ -43,7 +43,7 @@ from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import from_token, partition_of, to_token
 from mnemesh.jetstream import SiteKind, Stored, last_of_each, stream_state
-from mnemesh.origin import Place, birth_of, check_carried, decode_mark, hub_sequence_of, is_born_here, place_of
+from mnemesh.origin import Mark, Place, birth_of, check_carried, decode_mark, hub_sequence_of, is_born_here, place_of
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
 
@@ -94,7 +94,7 @@ class Shard(Actor):
         self._folder = folder
         self._log = subjects.log_stream(site)
         self._partition_tokens = {str(partition): partition for partition in self.partitions}
-        self._origins = Origins()
+        self._origins = Origins(may_go_back=self._kind == "device")  # a device does not go on from an older copy
         self._projections: tuple[Projection, ...] = ()
         self._lock: IO[str] | None = None
         self._freshness = Freshness(site, LogHead(self._ask_head), self._origins)
@@ -205,18 +205,27 @@ class Shard(Actor):
     def _records(self, batch: Sequence[Stored]) -> list[Record]:
         """The events of our partitions. What cannot be read, or says another origin than its subject, is skipped."""
         records = []
+        unmarked: dict[str, Record] = {}
         for stored in batch:
             place = place_of(stored.message.subject)
             partition = self._partition_tokens.get(place.partition)
             if partition is None:
                 if place.is_mark:
                     self._note(stored)
+                    unmarked.pop(place.origin, None)
                 continue
             try:
-                records.append(self._record(stored, place, partition))
+                record = self._record(stored, place, partition)
+                records.append(record)
+                if self._kind == "hub" and record.birth is not None:
+                    unmarked[place.origin] = record
             except MnemeshError as error:
                 self.undecodable += 1
                 logger.error("event %d of %s cannot be taken: %s", stored.sequence, self._log, error)
+        for origin, record in unmarked.items():  # sent alone: the mark follows, and readers need not wait for it
+            if record.birth is not None:
+                mark = Mark(incarnation=record.birth.incarnation, sequence=record.birth.sequence)
+                self._origins.note(origin, record.sequence, mark)
         return records
 
     def _record(self, stored: Stored, place: Place, partition: int) -> Record:

@@ -8,7 +8,7 @@ from itertools import count
 
 
 class Watermark:
-    """Only grows. Belongs to one event loop."""
+    """Only grows, until it begins anew. Belongs to one event loop."""
 
     def __init__(self, value: int = 0) -> None:
         self._value = value
@@ -26,6 +26,10 @@ class Watermark:
             _, _, waiter = heapq.heappop(self._waiters)
             if not waiter.done():
                 waiter.set_result(None)
+
+    def begin_anew(self) -> None:
+        """Stand at 0 again: what it counts did. Whoever waits waits on."""
+        self._value = 0
 
     async def reached(self, sequence: int) -> None:
         """Return once the watermark is at least `sequence`. Bound it with `asyncio.timeout`."""

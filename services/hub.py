@@ -30,7 +30,7 @@ from mnemesh.ids import check_name, to_token
 from mnemesh.jetstream import Stored, StreamState, last_of, last_of_each, message_at, stream_state
 from mnemesh.kv import BucketView
 from mnemesh.messages import DeviceSeen
-from mnemesh.origin import Mark, hash_of, mark_in, place_of
+from mnemesh.origin import Mark, birth_of, hash_of, mark_in, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
@@ -151,14 +151,12 @@ class Hub(Actor):
         device = call.tokens["site"]
         self._heard[device] = _Heard(wall_ms(), request)
         policy = self._policy.text if self._policy.policy.version > request.policy else ""
-        try:
-            stored = await last_of(self.asker.inbox, self._log, subjects.log_mark(device))
-        except NotFound:
-            return messages.Position(hub=self.site, clock_ms=wall_ms(), contract=subjects.CONTRACT, policy=policy)
-        mark = mark_in(stored.message) or NO_MARK
+        place, mark = await self._last_mark(device)
+        if request.log:
+            mark = await self._unmarked(device, request.log, mark) or mark
         return messages.Position(
             hub=self.site,
-            place=stored.sequence,
+            place=place,
             incarnation=mark.incarnation,
             sequence=mark.sequence,
             last=mark.last,
@@ -166,6 +164,24 @@ class Hub(Actor):
             contract=subjects.CONTRACT,
             policy=policy,
         )
+
+    async def _last_mark(self, device: str) -> tuple[int, Mark]:
+        try:
+            stored = await last_of(self.asker.inbox, self._log, subjects.log_mark(device))
+        except NotFound:
+            return 0, NO_MARK
+        return stored.sequence, mark_in(stored.message) or NO_MARK
+
+    async def _unmarked(self, device: str, log: str, mark: Mark) -> Mark | None:
+        """What a mark would say of an event that came alone, where its mark did not come."""
+        try:
+            stored = await last_of(self.asker.inbox, self._log, subjects.log_event(device, "*", "*", "*"))
+            birth = birth_of(stored.message, device)
+        except (NotFound, BadRequest):
+            return None
+        if birth is None or birth.incarnation != log or (mark.incarnation == log and mark.sequence >= birth.sequence):
+            return None
+        return Mark(incarnation=log, sequence=birth.sequence)
 
     # ── what a device is to hold ────────────────────────────────────────────────────────────────────────────
 

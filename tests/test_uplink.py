@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import nats.errors
@@ -18,15 +18,19 @@ from bench.cable import Cable
 from cli.devices import Devices, public_of, seed_of
 from cli.edge import shut_out
 from cli.edge_node import EdgeNode
+from cli.operator import asking
+from edge.uplink import Uplink
 from mnemesh import Consistency, Memory, subjects
 from mnemesh.asker import Asker
+from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.connection import Link
-from mnemesh.errors import MnemeshError, NotFound, Stale, Unavailable
+from mnemesh.errors import MnemeshError, NotFound, Stale, Timeout, Unavailable
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import api, stream_state
+from mnemesh.jetstream import WrongSequence, api, history_of, stream_state
 from mnemesh.messages import Interest, Status, Want
+from mnemesh.origin import BORN
 
 LONG_MS = 30_000
 
@@ -114,8 +118,8 @@ async def test_no_batch_is_more_than_a_slow_line_takes_in_a_second(hub: HubSite,
     operator = await Link.open(hub.server.credentials.load("operator").link_options())
     inbox = Inbox(operator)
     await inbox.open()
-    batches = 3
-    assert (await stream_state(inbox, subjects.log_stream("hub"))).last_sequence == 6 + batches  # a mark ends each
+    batches, agreed = 3, 1
+    assert (await stream_state(inbox, subjects.log_stream("hub"))).last_sequence == 6 + batches + agreed  # a mark each
     await operator.close()
 
 
@@ -370,3 +374,35 @@ async def test_what_a_device_wrote_in_a_log_that_was_lost_comes_back_as_it_wants
             assert sorted(await counted(memory, "t1")) == [1, 2, 3]
         assert (await here.get_context("t1")).complete
         assert (await status_of(node)).uplinked == 2
+
+
+@pytest.mark.parametrize("lost", ["event", "mark"])
+async def test_an_event_that_came_alone_comes_once_though_the_line_broke_before_its_mark(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    withheld: list[Outgoing] = []
+    publish = Uplink._publish
+
+    async def losing(self: Uplink, messages: Sequence[Outgoing]) -> int:
+        if len(messages) == 1 and BORN in messages[0].headers and not withheld:
+            withheld.extend(messages)
+            if lost == "mark":
+                await publish(self, messages)
+            raise Timeout("the line broke")
+        return await publish(self, messages)
+
+    monkeypatch.setattr(Uplink, "_publish", losing)
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("t1", attributes={"n": 0})
+        await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
+        while (await status_of(node)).uplinked < written.token["sub7"]:
+            pass
+        edge = await Asker(await Link.open(node.server.credentials.load("edge").link_options())).open()
+        with pytest.raises(WrongSequence):  # what was on its way all the time comes now
+            await publish_all(edge.link, edge.inbox, withheld, budget_s=5.0)
+        await edge.link.close()
+        written = await here.set_context("t1", attributes={"n": 1})
+        await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
+        async with asking(hub.options, "test") as operator:
+            subject = subjects.log_event("sub7", TENANT, "*", "t1")
+            assert len(await history_of(operator.inbox, subjects.log_stream("hub"), subject, upto=1 << 40)) == 2

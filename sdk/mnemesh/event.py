@@ -66,6 +66,10 @@ class Birth(NamedTuple):
     log: str
     sequence: int
 
+    @property
+    def incarnation(self) -> str:
+        return self.log.partition(" ")[2]
+
 
 class Record(NamedTuple):
     """An event at its place in a site's log. `recorded_at` is the log's time, in milliseconds since 1970.

@@ -597,7 +597,8 @@ class AskPosition(Request, frozen=True, kw_only=True):
     `waiting` events are still to be sent, the oldest for `lag_s`; it has the hub's log up to `downlinked`, of what it
     wants, and has erased what was forgotten there up to `erased`. `clock_ms` is the device's time, in milliseconds
     since 1970, and `log_bytes` the size of its log. It holds so many entities and bytes of the hub's. `policy` is the
-    version of the policy that it was handed.
+    version of the policy that it was handed. One that names the incarnation of its
+    `log` asks for an event beyond its mark, too.
     """
 
     waiting: Annotated[int, Meta(ge=0)] = 0
@@ -610,12 +611,14 @@ class AskPosition(Request, frozen=True, kw_only=True):
     clock_ms: int = 0
     log_bytes: Annotated[int, Meta(ge=0)] = 0
     policy: int = 0
+    log: Annotated[str, Meta(max_length=255)] = ""
 
 
 class Position(Reply, frozen=True, kw_only=True):
-    """Up to where a hub has a device's log, from the device's last mark, at `place` of the hub's log; 0: there is none.
+    """Up to where a hub has a device's log. The device's last mark is at `place` of the hub's log; 0: there is none.
 
-    `incarnation` tells the device's log from another of the same name made later; `last` is a hash of the last message.
+    `incarnation` tells the device's log from another of the same name made later; `last` is a hash of the last message,
+    empty where it is not known.
     `clock_ms` is the hub's time, in milliseconds since 1970. `policy` is there where the device has an older one.
     """
 

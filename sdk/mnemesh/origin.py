@@ -2,7 +2,8 @@
 
 An event keeps the subject of the site where it was born, wherever it is carried, and its birth in a header.
 A mark says up to where the origin's log is in this one, filtered events included. It is the last message of each batch
-that a carrier appends, in the same commit, compared with the mark before: so whatever is sent twice is stored once.
+that a carrier appends, in the same commit, compared with the mark before: so whatever is sent twice is stored once. An
+event that an uplink sends alone comes before its mark (`edge.uplink`).
 Looks at `subjects`, `wire`, `event` and `connection`.
 """
 
