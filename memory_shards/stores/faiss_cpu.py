@@ -61,7 +61,7 @@ CREATE INDEX IF NOT EXISTS crowded ON entities (number) WHERE length(waiting) > 
 -- place = space number << 40 | entity number: one B-tree, in which each space is one contiguous range.
 CREATE TABLE IF NOT EXISTS vectors (place INTEGER PRIMARY KEY, length REAL NOT NULL, halves BLOB NOT NULL);
 """
-_LAYOUT = 4
+_LAYOUT = 5
 _STORED = """
 WITH wanted (tenant, entity_id) AS (VALUES {rows})
 SELECT number, tenant, entity_id, state, waiting FROM wanted CROSS JOIN entities USING (tenant, entity_id)

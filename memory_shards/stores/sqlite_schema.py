@@ -24,7 +24,7 @@ from memory_shards.merge import Change, Patch
 from mnemesh import wire
 from mnemesh.event import Event
 
-LAYOUT = 2
+LAYOUT = 3
 """Goes up with every change of the tables or of what is in them; a file of another layout is rebuilt."""
 
 SCHEMA = """
@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS entity (
     exact_from INTEGER NOT NULL,  -- ms; before that only the history tells what is true now
     type TEXT, doc BLOB NOT NULL, ledger BLOB NOT NULL, text TEXT, held INTEGER,
     UNIQUE (tenant, entity_id));
+CREATE INDEX IF NOT EXISTS entity_held ON entity (tenant, entity_id, held) WHERE held IS NOT NULL;
 CREATE TABLE IF NOT EXISTS edge (
     source INTEGER NOT NULL, relation TEXT NOT NULL, target TEXT NOT NULL, tenant TEXT NOT NULL,
     removed INTEGER NOT NULL, valid_from INTEGER NOT NULL, stamp INTEGER NOT NULL, site TEXT NOT NULL,
