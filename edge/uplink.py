@@ -172,8 +172,8 @@ class Uplink:
         await self._check_is_ours(position, state)
         # What is on its way there since before expects the mark of then: set it anew, and that is refused.
         incarnation = position.incarnation or state.incarnation
-        mark = Mark(incarnation=incarnation, sequence=position.sequence, last=position.last)
-        await self._publish([self._mark(mark, position)])
+        known = Mark(incarnation=incarnation, sequence=position.sequence, last=position.last, hlc=position.hlc)
+        await self._publish([self._mark(known, position)])
         position = await self._asked(log=state.incarnation)
         await self._check_is_ours(position, state)
         if position.incarnation != state.incarnation:

@@ -160,6 +160,7 @@ class Hub(Actor):
             incarnation=mark.incarnation,
             sequence=mark.sequence,
             last=mark.last,
+            hlc=mark.hlc,
             clock_ms=wall_ms(),
             contract=subjects.CONTRACT,
             policy=policy,

@@ -28,9 +28,9 @@ from mnemesh.errors import MnemeshError, NotFound, Stale, Timeout, Unavailable
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import WrongSequence, api, history_of, stream_state
+from mnemesh.jetstream import Stored, WrongSequence, api, history_of, last_of, stream_state
 from mnemesh.messages import Interest, Status, Want
-from mnemesh.origin import BORN
+from mnemesh.origin import BORN, decode_mark
 
 LONG_MS = 30_000
 
@@ -406,3 +406,22 @@ async def test_an_event_that_came_alone_comes_once_though_the_line_broke_before_
         async with asking(hub.options, "test") as operator:
             subject = subjects.log_event("sub7", TENANT, "*", "t1")
             assert len(await history_of(operator.inbox, subjects.log_stream("hub"), subject, upto=1 << 40)) == 2
+
+
+async def test_a_device_that_comes_back_sets_its_mark_anew_as_it_was(hub: HubSite, tmp_path: Path) -> None:
+    async def mark() -> Stored:
+        async with asking(hub.options, "test") as operator:
+            return await last_of(operator.inbox, subjects.log_stream("hub"), subjects.log_mark("sub7"))
+
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here:
+        written = await here.set_context("t1", attributes={"n": 0})
+        while (await status_of(node)).uplinked < written.token["sub7"]:
+            pass
+    before = await mark()
+    async with device(hub, tmp_path / "d") as node:
+        while (await status_of(node)).uplinked < written.token["sub7"]:
+            pass
+        again = await mark()
+    assert again.sequence > before.sequence
+    assert decode_mark(again.message.data) == decode_mark(before.message.data)
+    assert decode_mark(again.message.data).hlc

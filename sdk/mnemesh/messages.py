@@ -618,7 +618,7 @@ class Position(Reply, frozen=True, kw_only=True):
     """Up to where a hub has a device's log. The device's last mark is at `place` of the hub's log; 0: there is none.
 
     `incarnation` tells the device's log from another of the same name made later; `last` is a hash of the last message,
-    empty where it is not known.
+    empty where it is not known, and `hlc` the newest stamp that came.
     `clock_ms` is the hub's time, in milliseconds since 1970. `policy` is there where the device has an older one.
     """
 
@@ -627,6 +627,7 @@ class Position(Reply, frozen=True, kw_only=True):
     incarnation: str = ""
     sequence: int = 0
     last: str = ""
+    hlc: int = 0
     clock_ms: int = 0
     contract: str = ""
     policy: str = ""
