@@ -16,9 +16,12 @@ import pytest
 import yaml
 
 from cli import edge, mesh, up
+from cli.interest import read_interest
 from cli.main import _parser
+from cli.policy import read_policy
 from cli.server import NatsServer
 from mnemesh import host
+from services.sovereignty_text import parse
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "edge"
@@ -133,3 +136,11 @@ def test_what_pip_installs_has_the_contract_with_it(tmp_path: Path) -> None:
     subprocess.run(pip, check=True)
     with zipfile.ZipFile(next(tmp_path.glob("mnemesh_server-*.whl"))) as wheel:
         assert wheel.read("cli/subjects.yaml") == (ROOT / "subjects.yaml").read_bytes()
+
+
+def test_the_files_of_wants_and_of_what_may_leave_are_read() -> None:
+    near, weather = read_interest(EXAMPLE / "interest.yaml").wants
+    assert (near.hops, weather.regions) == (2, ["north"])
+    policy = parse(read_policy(EXAMPLE / "policy.yaml"))
+    told = {kind: policy.leaves("demo", kind, "north").tells_fields for kind in ("meter", "forecast", "transformer")}
+    assert told == {"meter": False, "forecast": False, "transformer": True}
