@@ -267,7 +267,7 @@ class SqliteReader:
         return counted
 
     def counts(self) -> tuple[int, int]:
-        """How many entities and edges are remembered. Walks an index of each: milliseconds a million."""
+        """How many entities and edges are remembered. Walks an index of the ones, and all of the others."""
         with self._snapshot:
             (entities,) = self._connection.execute("SELECT count(*) FROM entity WHERE alive").fetchone()
             (edges,) = self._connection.execute("SELECT count(*) FROM edge WHERE NOT removed").fetchone()

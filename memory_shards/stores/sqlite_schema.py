@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS entity (
     exact_from INTEGER NOT NULL,  -- ms; before that only the history tells what is true now
     type TEXT, doc BLOB NOT NULL, ledger BLOB NOT NULL, text TEXT, held INTEGER,
     UNIQUE (tenant, entity_id));
+CREATE INDEX IF NOT EXISTS entity_alive ON entity (alive);
 CREATE INDEX IF NOT EXISTS entity_held ON entity (tenant, entity_id, held) WHERE held IS NOT NULL;
 CREATE TABLE IF NOT EXISTS edge (
     source INTEGER NOT NULL, relation TEXT NOT NULL, target TEXT NOT NULL, tenant TEXT NOT NULL,
