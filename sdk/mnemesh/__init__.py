@@ -6,7 +6,7 @@
         await memory.set_context("bus:7", type="bus", attributes={"kv": 20})
 
 `Memory` has one method an operation (`client.py`); what can go wrong is in `errors.py`; what replies hold in
-`messages.py`.
+`messages`.
 """
 
 from mnemesh.client import Memory, connect

@@ -1,0 +1,151 @@
+"""What routers, gateways and hubs ask shards."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from mnemesh.messages.base import Consistency, Direction, Relations, Reply, Request, Sequence, Token
+
+
+class Expand(Request, frozen=True, kw_only=True):
+    """Request of `shard_expand`: the edges that touch `entity_ids` on this shard, one hop.
+
+    Outward it may walk up to `ahead` more hops, as far as it has the entities itself and that is cheap: the asker, who
+    will want those edges next, finds them there.
+    """
+
+    entity_ids: list[str]
+    relations: Relations = []
+    direction: Direction = "out"
+    ahead: Annotated[int, Meta(ge=0)] = 0
+    limit: Annotated[int, Meta(ge=1)] = 100_000
+    consistency: Consistency | None = None
+
+
+class Expanded(Reply, frozen=True, kw_only=True):
+    """Edges as (from, relation, to) in the direction walked. `truncated` if there were more than `limit`.
+
+    `ahead` are the entities beyond those asked for whose edges are all there too, also where there are none. Of those
+    that are `lacking` a device's hub may know more.
+    """
+
+    edges: list[tuple[str, str, str]]
+    truncated: bool
+    ahead: list[str] = []
+    lacking: list[str] = []
+    watermark: Token
+
+
+class ListEntities(Request, frozen=True, kw_only=True):
+    """Request of `shard_list`: a tenant's entities in the order of their ids, after the id `after`.
+
+    Only those of `types`, if there are any; only those that are `held` for this device; `with_sites` tells who wrote.
+    """
+
+    types: list[str] = []
+    held: bool = False
+    with_sites: bool = False
+    after: str = ""
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 5_000
+    consistency: Consistency | None = None
+
+
+class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
+    """One entity: its type, the log sequence of its last event, and the bytes of its events, vectors left out.
+
+    Of one that is held, `bytes` are those that the hub sent when that began.
+    """
+
+    entity_id: str
+    type: str | None
+    version: int
+    bytes: int
+    sites: list[str] = []
+
+
+class Entities(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_list`. `more`: ask again, after the last of these."""
+
+    entities: list[ListedEntity]
+    more: bool
+    watermark: Token
+
+
+class Describe(Request, frozen=True, kw_only=True):
+    """Request of `shard_describe`."""
+
+    entity_ids: Annotated[list[str], Meta(max_length=10_000)]
+    consistency: Consistency | None = None
+
+
+class Description(msgspec.Struct, frozen=True, array_like=True):
+    """The type of an entity, and the sites that ever wrote it, forgotten writes too.
+
+    One that `is_gone` was forgotten, and its type is that of then. `tombstone` is the (stamp, site) of the forget that
+    wins over all others, also when it was written again.
+    """
+
+    type: str | None = None
+    sites: list[str] = []
+    is_gone: bool = False
+    tombstone: tuple[int, str] | None = None
+
+
+class Descriptions(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_describe`, in the order of the request."""
+
+    entities: list[Description]
+    watermark: Token
+
+
+class AskHeld(Request, frozen=True, kw_only=True):
+    """Request of `shard_held`."""
+
+
+class Held(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_held`: entities that are held for this device, and the bytes that its hub sent of them."""
+
+    entities: int
+    bytes: int
+
+
+class AskErased(Request, frozen=True, kw_only=True):
+    """Request of `shard_erased`: about the forget at this `sequence` of the site's log."""
+
+    entity_id: Annotated[str, Meta(min_length=1)]
+    sequence: Sequence
+
+
+class Erased(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_erased`: how many `events` the forget erased, and the ids of those that are left."""
+
+    events: int
+    left: list[str]
+    watermark: Token
+
+
+class Status(Request, frozen=True, kw_only=True):
+    """Request of `shard_status`."""
+
+    digest: bool = False
+
+
+class ShardStatus(Reply, frozen=True, kw_only=True):
+    """Where a replica stands. `digest` is a hash over all that it holds, to compare replicas with.
+
+    `skipped` events of the log have no effect: they could not be read, or broke a rule. Nor have those `quarantined`,
+    by the site that they came from: they are stamped further ahead of the hub's clock than may be.
+    """
+
+    shard: str
+    watermark: Token
+    partitions: int
+    entities: int
+    edges: int
+    vectors: int
+    skipped: int = 0
+    quarantined: dict[str, int] = {}
+    digest: str | None = None
