@@ -39,7 +39,7 @@ class Position(Reply, frozen=True, kw_only=True):
     """Up to where a hub has a device's log. The device's last mark is at `place` of the hub's log; 0: there is none.
 
     `incarnation` tells the device's log from another of the same name made later; `last` is a hash of the last message,
-    empty where it is not known, and `hlc` the newest stamp that came. `clock_ms` is the hub's time, in milliseconds since
+    empty where it is not known, and `hlc` the newest stamp that came. `clock_ms` is the hub's time, in ms since
     1970. `policy` is there where the device has an older one.
     """
 
