@@ -26,14 +26,19 @@ class Origins:
         self._newcomer = asyncio.Event()
 
     def note(self, origin: str, place: int, mark: Mark) -> None:
-        """Note the mark at `place` of this log. A follower that begins anew notes some again."""
+        """Note the mark at `place` of this log. What is before the last one that was noted tells nothing new.
+
+        A follower that begins anew comes by it again: also by what came of an earlier log of the origin.
+        """
         marks = self._marks.get(origin)
         if marks is None:
             marks = self._marks[origin] = _Marks()
             self._newcomer.set()
             self._newcomer = asyncio.Event()
+        elif place <= marks.places[-1]:
+            return
         sequence = mark.sequence
-        is_back = bool(marks.sequences) and place > marks.places[-1] and sequence < marks.sequences[-1]
+        is_back = bool(marks.sequences) and sequence < marks.sequences[-1]
         if is_back and not self._may_go_back and mark.incarnation == marks.incarnation:
             sequence, is_back = marks.sequences[-1], False
         if mark.incarnation != marks.incarnation or is_back:  # the origin's log began anew, or was restored
@@ -41,12 +46,11 @@ class Origins:
             marks.places.clear()
             marks.sequences.clear()
             marks.known.begin_anew()
-        if not marks.places or place > marks.places[-1]:
-            marks.places.append(place)
-            marks.sequences.append(sequence)
-            if len(marks.places) > MOST_MARKS:
-                del marks.places[: MOST_MARKS // 2], marks.sequences[: MOST_MARKS // 2]
-            marks.known.advance(sequence)
+        marks.places.append(place)
+        marks.sequences.append(sequence)
+        if len(marks.places) > MOST_MARKS:
+            del marks.places[: MOST_MARKS // 2], marks.sequences[: MOST_MARKS // 2]
+        marks.known.advance(sequence)
 
     async def local(self, origin: str, sequence: int) -> int:
         """The sequence of this log at which the origin's is here up to `sequence`. Waits until there is one."""
