@@ -14,8 +14,9 @@ from mnemesh.ids import to_token
 from mnemesh.inbox import Inbox
 from services.roster import Key
 
-OWED = "owed"
-"""What the keys of debts begin with; those of receipts begin with a forget's name."""
+OWED = "owed="
+"""What the keys of debts begin with; those of receipts begin with a forget's name, which a device says and where no
+`=` may be."""
 
 
 class Debts:

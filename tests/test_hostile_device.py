@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sites import TENANT, HubSite, alice_at, device, since, status_of
 from cli.edge_node import EdgeNode
 from cli.operator import asking
 from mnemesh import Memory, subjects
+from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound, Unavailable
@@ -21,7 +23,7 @@ from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import history_of
-from mnemesh.messages import AskDevices, AskErasures, Interest, Want
+from mnemesh.messages import AskDevices, AskErasures, ConfirmErased, Interest, Receipt, Want
 from mnemesh.origin import BORN, Mark
 
 LONG_MS = 30_000
@@ -128,3 +130,25 @@ async def test_a_forget_that_names_another_entity_than_its_subject_erases_neithe
                 pass
             of_it = subjects.log_event("hub", TENANT, "*", "victim")
             assert len(await history_of(asker.inbox, subjects.log_stream("hub"), of_it, upto=last.token["hub"])) == 1
+
+
+async def test_a_receipt_that_is_named_like_a_debt_is_not_taken_for_one(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    async with hub.up(), device(hub, tmp_path / "d") as node:
+        forged = Receipt(
+            forget="owed", site="sub7", tenant=TENANT, entity_id="x", sequence=1, events=0, erased_at=datetime.now(UTC)
+        )
+        link = await Link.open(node.server.credentials.load("edge").link_options())
+        asker = await Asker(link).open()
+        while True:
+            with contextlib.suppress(Unavailable):
+                confirming = ConfirmErased(receipts=[forged])
+                await asker.ask(subjects.CONFIRM_ERASED, subjects.confirm_erased("sub7"), confirming)
+                break
+        await link.close()
+    async with hub.up(), alice_at(hub.server) as there:
+        last = await there.forget("another")
+        async with asking(hub.options, "test") as operator:
+            while not (await operator.ask(subjects.ERASURES, subjects.erasures(), AskErasures())).erasures:
+                pass
+        assert last.token
