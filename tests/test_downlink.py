@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import shutil
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
+from edge import downlink
+from edge.downlink import Downlink
 from mnemesh import Memory, messages, subjects
 from mnemesh.connection import Link
-from mnemesh.errors import NotFound, Unavailable
+from mnemesh.errors import NotFound, Timeout, Unavailable
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import StreamState, api
 from mnemesh.messages import Interest, Want
@@ -364,3 +367,24 @@ async def test_a_hub_that_was_restored_from_a_backup_is_heard_though_it_gives_se
             assert kept == [*range(20), *range(100, 140)]  # what the hub lost, the device still has
             found = await here.get_context("t:1", include_vectors=True)
             assert np.allclose((found.vectors or {})["v"], [0.0, 1.0], atol=1e-2)
+
+
+async def test_a_device_that_was_cut_off_within_the_first_messages_of_the_log_goes_on(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Downlink._keep
+    kept: list[messages.FeedBatch] = []
+
+    async def once(self: Downlink, batch: messages.FeedBatch) -> None:
+        await keep(self, batch)
+        kept.append(batch)
+        if len(kept) == 1:
+            raise Timeout("the line broke")
+
+    monkeypatch.setattr(Downlink, "_keep", once)
+    monkeypatch.setattr(downlink, "NextFeed", partial(messages.NextFeed, most_bytes=1024))
+    async with alice_at(hub.server) as there:
+        await there.ingest([{"entity_id": f"e{n}", "type": "weather", "text": "x" * 2_000} for n in range(9)])
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node:
+            await current(node)
+            assert (kept[0].place, len(kept) > 1) == (0, True)

@@ -114,6 +114,8 @@ async def last_of(inbox: Inbox, stream: str, subject: str) -> Stored:
 
 async def message_at(inbox: Inbox, stream: str, sequence: int) -> Stored:
     """The message at a sequence. Raises `NotFound` where none is, or none is any more."""
+    if sequence < 1:
+        raise NotFound(f"{stream} begins at 1")  # which the server calls a bad request
     return await _get(inbox, stream, {"seq": sequence})
 
 
