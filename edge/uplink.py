@@ -19,11 +19,14 @@ Looks at `services.site_policy`, `router.inventory` and `mnemesh`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from mnemesh import subjects
 from mnemesh.asker import Asker
@@ -171,17 +174,37 @@ class Uplink:
         self.linked = True
         await self._check_is_ours(position, state)
         # What is on its way there since before expects the mark of then: set it anew, and that is refused.
-        incarnation = position.incarnation or state.incarnation
-        known = Mark(incarnation=incarnation, sequence=position.sequence, last=position.last, hlc=position.hlc)
-        await self._publish([self._mark(known, position)])
+        self._incarnation = state.incarnation
+        marked = await self._mark_at(position)
+        await self._publish([self._mark(marked, position)])
         position = await self._asked(log=state.incarnation)
         await self._check_is_ours(position, state)
         if position.incarnation != state.incarnation:
             logger.warning("the hub knew another log of %s; this one is sent from its beginning", self._site)
             position = Position(hub=position.hub, place=position.place, incarnation=state.incarnation)
-        self._incarnation = state.incarnation
+        elif (position.incarnation, position.sequence) != (marked.incarnation, marked.sequence):
+            mark = await self._mark_at(position)  # an event is there whose mark did not come: readers wait for that
+            place = await self._publish([self._mark(mark, position)])
+            position = replace(position, place=place, last=mark.last)
         self._position = position
         return position
+
+    async def _mark_at(self, position: Position) -> Mark:
+        """The mark that says of the hub what this position does."""
+        incarnation = position.incarnation or self._incarnation
+        if incarnation == self._incarnation:
+            with contextlib.suppress(NotFound):  # the beginning, or erased since
+                return self._mark_of(await message_at(self._asker.inbox, self._log, position.sequence))
+        return Mark(incarnation=incarnation, sequence=position.sequence, last=position.last, hlc=position.hlc)
+
+    def _mark_of(self, last: Stored) -> Mark:
+        newest = _event_in(last)
+        return Mark(
+            incarnation=self._incarnation,
+            sequence=last.sequence,
+            last=hash_of(last.message),
+            hlc=0 if newest is None else newest.hlc,
+        )
 
     async def _check_is_ours(self, position: Position, state: StreamState) -> None:
         """Whether what the hub knows of this log is what we have there. It may have been erased since."""
@@ -277,15 +300,8 @@ class Uplink:
     async def _send(self, some: Sequence[_Leaving], position: Position) -> Position:
         """One batch: events and the mark after them. Returns where the hub then stands."""
         began = asyncio.get_running_loop().time()
-        last = some[-1].stored
-        newest = _event_in(last)
-        mark = Mark(
-            incarnation=self._incarnation,
-            sequence=last.sequence,
-            last=hash_of(last.message),
-            hlc=0 if newest is None else newest.hlc,
-        )
-        if newest is not None and is_too_far_ahead(newest.hlc, self._hub_ms()):
+        mark = self._mark_of(some[-1].stored)
+        if is_too_far_ahead(mark.hlc, self._hub_ms()):
             self.put_aside += len(some)
         events = [self._event(stored, payload) for stored, payload in some if payload is not None]
         if len(events) == 1:

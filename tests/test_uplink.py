@@ -29,7 +29,7 @@ from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import Stored, WrongSequence, api, history_of, last_of, stream_state
-from mnemesh.messages import Interest, Status, Want
+from mnemesh.messages import AskDevices, Interest, Status, Want
 from mnemesh.origin import BORN, decode_mark
 
 LONG_MS = 30_000
@@ -397,6 +397,9 @@ async def test_an_event_that_came_alone_comes_once_though_the_line_broke_before_
         await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
         while (await status_of(node)).uplinked < written.token["sub7"]:
             pass
+        async with asking(hub.options, "test") as operator:
+            (seen,) = (await operator.ask(subjects.DEVICES, subjects.devices(), AskDevices())).devices
+            assert seen.uplinked == written.token["sub7"], "shards of other entities know it by its mark alone"
         edge = await Asker(await Link.open(node.server.credentials.load("edge").link_options())).open()
         with pytest.raises(WrongSequence):  # what was on its way all the time comes now
             await publish_all(edge.link, edge.inbox, withheld, budget_s=5.0)
