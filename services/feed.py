@@ -317,7 +317,7 @@ class Feed:
 
     async def _send_forgets(self, key: Key) -> None:
         """Where the device has the forget already, it must not erase what came after: so it goes without its rollup."""
-        for stored in await self._history(key, self._position):
+        for stored in await self._history(key, max(self._position, self._has_upto)):
             place = place_of(stored.message.subject)
             if ROLLUP in stored.message.headers and (event := self._event(stored, place)) is not None:
                 self._send(stored, place, event, erases=False)
