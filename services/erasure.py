@@ -201,12 +201,17 @@ class Eraser:
         await api(self._asker.inbox, f"{verb}.{self._log}", body)
 
     def _spared(self, stored: Stored, left: set[str]) -> str | None:
-        """The event's id if a store has it, or no store ever had: what is quarantined is not lost for that."""
+        """What the event is told from a second copy by, if a store has it, or no store ever had.
+
+        What is quarantined is not lost for that; stamped anew it comes under its id again, and is no copy.
+        """
         try:
             event = decode_event(stored.message.data)
         except MnemeshError:
             return None
-        return event.id if event.id in left or self._is_quarantined(stored, event) else None
+        if self._is_quarantined(stored, event):
+            return f"{event.id} at {stored.sequence}"
+        return event.id if event.id in left else None
 
     def _is_quarantined(self, stored: Stored, event: Event) -> bool:
         return self._kind == "hub" and is_too_far_ahead(event.hlc, stored.recorded_at)

@@ -18,12 +18,13 @@ from cli.operator import asking
 from cli.server_config import ServerOptions
 from mnemesh import Consistency, messages, subjects
 from mnemesh.atomic_batch import ROLLUP
-from mnemesh.clock import COUNTER_BITS, HybridClock, wall_ms
+from mnemesh.clock import COUNTER_BITS, HybridClock, is_too_far_ahead, wall_ms
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound
-from mnemesh.event import Event
+from mnemesh.event import Event, decode_event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
+from mnemesh.jetstream import history_of
 from mnemesh.messages import Interest, Want
 from services.gateway import Gateway
 
@@ -178,3 +179,42 @@ async def wrong_at(options: ServerOptions) -> list[str]:
     """What doctor finds wrong between a device and its hub."""
     async with asking(options, "test") as asker:
         return [finding.what async for finding in check_edge.hub(asker, options) if finding.verdict == "wrong"]
+
+
+async def test_what_was_stamped_anew_stays_in_the_log_when_what_was_forgotten_comes_late(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    line = Cable(hub.options.leaf_port)
+    async with alice_at(hub.server) as there, line.laid() as port:
+        async with device(hub, tmp_path / "late", name="late", line=f"nats://127.0.0.1:{port}") as late:
+            async with device(hub, tmp_path / "d") as node:
+                await write_ahead(node, "t1", "put", attributes={"n": 1})
+                while (await seen_of(hub, "sub7")).quarantined < 1:
+                    pass
+            line.cut()
+            async with alice_at(late.server) as memory:
+                await memory.set_context("t1", attributes={"n": 2})
+            await there.forget("t1")
+            options = node.options.server
+            await restamp(options)
+            async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here:
+                written = await here.set_context("after", attributes={"n": 1})
+                await there.get_context("after", consistency=since(written), budget_ms=LONG_MS)
+                line.heal()
+                while (await seen_of(hub, "late")).uplinked < 1:
+                    pass
+                while await stamps_at(hub, "late", "t1"):  # erased
+                    pass
+                await there.forget("after")
+                while await stamps_at(hub, "sub7", "after"):  # so the eraser has done with what was before
+                    pass
+        ahead, anew = await stamps_at(hub, "sub7", "t1")
+        assert [is_too_far_ahead(stamp, wall_ms()) for stamp in (ahead, anew)] == [True, False]
+
+
+async def stamps_at(hub: HubSite, origin: str, entity_id: str) -> list[int]:
+    """The stamps of what the hub's log has of an entity from one site."""
+    async with asking(hub.options, "test") as asker:
+        subject = subjects.log_event(origin, TENANT, "*", entity_id)
+        found = await history_of(asker.inbox, subjects.log_stream("hub"), subject, upto=1 << 40)
+    return [decode_event(stored.message.data).hlc for stored in found]
