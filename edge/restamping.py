@@ -1,7 +1,7 @@
 """Stamps anew what a device wrote while its clock was ahead. Its hub puts such events aside, and all that follow them.
 
 For a device that is stopped, once its clock is right. Each event comes again at the end of the log, with its id, in its
-order and with a stamp of now; then the first one goes. When interrupted, do it again. Looks at `mnemesh` only.
+order and with a stamp of now; then the first one goes. When interrupted, do it again. Looks at `aside` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
+from edge.aside import Aside, is_ahead
 from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import Outgoing, publish_all
-from mnemesh.clock import HybridClock, is_too_far_ahead, wall_ms
+from mnemesh.clock import HybridClock, wall_ms
 from mnemesh.errors import MnemeshError
 from mnemesh.event import Event, decode_event
-from mnemesh.jetstream import Stored, api, message_at, next_of
-from mnemesh.origin import BORN
+from mnemesh.jetstream import Stored, api, last_of_each, message_at, next_of
+from mnemesh.origin import BORN, mark_in
 
 MOST_AT_ONCE = 200
 BUDGET_S = 30.0
@@ -32,15 +33,18 @@ class Restamping:
         self._log = subjects.log_stream(site)
         self._own = subjects.log_event(site, "*", "*", "*")
         self._clock = HybridClock()
+        self._aside = Aside(eraser.inbox)
 
     async def run(self) -> int:
         """Returns how many events had a stamp that was ahead."""
+        await self._aside.load()
         ahead, again = await self._ahead()
         missing = [sequence for sequence, event_id in ahead.items() if event_id not in again]
         for start in range(0, len(missing), MOST_AT_ONCE):
             await self._append(missing[start : start + MOST_AT_ONCE])
         for sequence in ahead:
             await api(self._eraser.inbox, f"STREAM.MSG.DELETE.{self._log}", {"seq": sequence})
+        await self._aside.clear()
         return len(ahead)
 
     async def _ahead(self) -> tuple[dict[int, str], set[str]]:
@@ -48,13 +52,17 @@ class Restamping:
         ahead: dict[int, str] = {}
         others: set[str] = set()
         now_ms = wall_ms()
+        for stored in await last_of_each(self._writer.inbox, self._log, subjects.log_mark("*")):
+            mark = mark_in(stored.message)
+            if mark is not None and not is_ahead(mark.hlc, now_ms):
+                self._clock.observe(mark.hlc)
         after = 0
         while some := await next_of(self._writer.inbox, self._log, self._own, after=after):
             after = some[-1].sequence
             for stored in some:
                 if BORN in stored.message.headers or (event := _event_in(stored)) is None:
                     continue
-                if is_too_far_ahead(event.hlc, now_ms):
+                if stored.sequence in self._aside or is_ahead(event.hlc, now_ms):
                     ahead[stored.sequence] = event.id
                 else:
                     self._clock.observe(event.hlc)

@@ -13,7 +13,7 @@ and as it may still be on its way, we set the mark anew before we ask: what come
 What the policy keeps back is left out before anything is sent; the mark passes over it. The type that decides is the
 entity's own, and where an event brings another, both.
 
-Looks at `services.site_policy`, `router.inventory` and `mnemesh`.
+Looks at `aside`, `services.site_policy`, `router.inventory` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from edge.aside import Aside, is_ahead
 from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, ROLLUP, Outgoing, publish_all, without_erased
-from mnemesh.clock import is_too_far_ahead, wall_ms
+from mnemesh.clock import wall_ms
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
 from mnemesh.jetstream import Stored, StreamState, WrongSequence, message_at, stream_state
 from mnemesh.log_writer import EXPECTED
 from mnemesh.messages import AskPosition, Description, Position
-from mnemesh.origin import BORN, Mark, born, hash_of, is_born_here, place_of
+from mnemesh.origin import ASIDE, BORN, Mark, born, hash_of, is_born_here, place_of
 from router.inventory import Inventory
 from services.site_policy import SitePolicy
 from services.sovereignty import Policy, reduced_event
@@ -105,13 +106,17 @@ class Uplink:
         self.waiting = 0
         self.trouble = ""
         self.sent = 0
-        self.put_aside = 0
-        """Events that the hub quarantined, as it will have: they were stamped too far ahead of its clock."""
+        self._aside = Aside(asker.inbox)
 
     @property
     def position(self) -> Position:
         """Up to where the hub had our log when it last said so."""
         return self._position or Position(hub="")
+
+    @property
+    def put_aside(self) -> int:
+        """Events that the hub quarantined, as they were stamped ahead of its clock."""
+        return len(self._aside)
 
     @property
     def hub(self) -> str:
@@ -169,6 +174,7 @@ class Uplink:
 
     async def _agreed(self) -> Position:
         """Up to where the hub has our log. Raises `Conflict` where what it has is not ours."""
+        await self._aside.load()
         state = await stream_state(self._asker.inbox, self._log)
         position = await self._asked()
         self.linked = True
@@ -301,8 +307,8 @@ class Uplink:
         """One batch: events and the mark after them. Returns where the hub then stands."""
         began = asyncio.get_running_loop().time()
         mark = self._mark_of(some[-1].stored)
-        if is_too_far_ahead(mark.hlc, self._hub_ms()):
-            self.put_aside += len(some)
+        if is_ahead(mark.hlc, self._hub_ms()):
+            await self._put_aside(some)
         events = [self._event(stored, payload) for stored, payload in some if payload is not None]
         if len(events) == 1:
             (event,) = events
@@ -328,15 +334,19 @@ class Uplink:
     def _event(self, stored: Stored, payload: bytes) -> Outgoing:
         place = place_of(stored.message.subject)
         headers = {BORN: born(stored.sequence, self._incarnation)}
-        if (rollup := stored.message.headers.get(ROLLUP)) is not None and not self._is_put_aside(stored):
+        rollup = stored.message.headers.get(ROLLUP)
+        if stored.sequence in self._aside:
+            headers[ASIDE] = "1"
+        elif rollup is not None and _event_in(stored) is not None:
             headers[ROLLUP] = rollup  # a forget erases what the hub has of ours, as it did here
         subject = subjects.uplink_event(place.origin, place.tenant, place.partition, place.entity)
         return Outgoing(subject, payload, headers)
 
-    def _is_put_aside(self, stored: Stored) -> bool:
-        """Whether the hub will quarantine an event, or cannot read it, which then must erase nothing."""
-        event = _event_in(stored)
-        return event is None or is_too_far_ahead(event.hlc, self._hub_ms())
+    async def _put_aside(self, some: Sequence[_Leaving]) -> None:
+        """Have the hub quarantine those whose stamps are ahead, and know that before it does."""
+        hub_ms = self._hub_ms()
+        events = [(stored.sequence, _event_in(stored)) for stored, _ in some]
+        await self._aside.add([sequence for sequence, event in events if event and is_ahead(event.hlc, hub_ms)])
 
     def _hub_ms(self) -> int:
         """What the hub's clock shows."""

@@ -34,7 +34,7 @@ from memory_shards.stores.sqlite_schema import is_corrupt
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
 from mnemesh.call import Call
-from mnemesh.clock import is_too_far_ahead, to_ms
+from mnemesh.clock import to_ms
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
@@ -43,7 +43,17 @@ from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import from_token, partition_of, to_token
 from mnemesh.jetstream import SiteKind, Stored, last_of_each, stream_state
-from mnemesh.origin import Mark, Place, birth_of, check_carried, decode_mark, hub_sequence_of, is_born_here, place_of
+from mnemesh.origin import (
+    Mark,
+    Place,
+    birth_of,
+    check_carried,
+    decode_mark,
+    hub_sequence_of,
+    is_born_here,
+    is_put_aside,
+    place_of,
+)
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
 
@@ -242,7 +252,7 @@ class Shard(Actor):
             event,
             birth_of(stored.message, place.origin),
             hub=stored.sequence if is_hub else hub_sequence_of(stored.message),
-            quarantined=is_hub and is_too_far_ahead(event.hlc, stored.recorded_at),
+            quarantined=is_hub and is_put_aside(stored.message, event, stored.recorded_at),
         )
 
     def _note(self, stored: Stored) -> None:

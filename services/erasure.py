@@ -23,12 +23,11 @@ import msgspec
 from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP
-from mnemesh.clock import is_too_far_ahead
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, next_of, stream_state
 from mnemesh.messages import Receipt
-from mnemesh.origin import Place, birth_of, check_carried, is_born_here, mark_in, place_of
+from mnemesh.origin import Place, birth_of, check_carried, is_born_here, is_put_aside, mark_in, place_of
 from router.inventory import Inventory
 
 logger = logging.getLogger("mnemesh.erasure")
@@ -214,7 +213,7 @@ class Eraser:
         return event.id if event.id in left else None
 
     def _is_quarantined(self, stored: Stored, event: Event) -> bool:
-        return self._kind == "hub" and is_too_far_ahead(event.hlc, stored.recorded_at)
+        return self._kind == "hub" and is_put_aside(stored.message, event, stored.recorded_at)
 
     def _name_of(self, stored: Stored, event: Event) -> str:
         """The same at every site: where the forget was born."""

@@ -32,7 +32,7 @@ from mnemesh.follower import Follower
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import Stored, StreamState, history_of
 from mnemesh.messages import Carried, FeedBatch, Holding, Interest
-from mnemesh.origin import BORN, Place, born, check_carried, hash_of, mark_in, place_of
+from mnemesh.origin import BORN, Place, born, check_carried, hash_of, is_put_aside, mark_in, place_of
 from router.inventory import Inventory
 from services.debts import Debts
 from services.roster import Candidate, Key, Roster
@@ -332,7 +332,7 @@ class Feed:
                 check_carried(event, place)
         except MnemeshError:
             return None  # the shards count it
-        if place.origin != self._site and is_too_far_ahead(event.hlc, stored.recorded_at):
+        if place.origin != self._site and is_put_aside(stored.message, event, stored.recorded_at):
             return None
         return event
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from cli.edge import restamp
 from cli.edge_node import EdgeNode
 from cli.operator import asking
 from cli.server_config import ServerOptions
+from edge.aside import MARGIN_MS
 from mnemesh import Consistency, messages, subjects
 from mnemesh.atomic_batch import ROLLUP
-from mnemesh.clock import COUNTER_BITS, HybridClock, is_too_far_ahead, wall_ms
+from mnemesh.clock import COUNTER_BITS, MOST_AHEAD_MS, HybridClock, is_too_far_ahead, wall_ms
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound
 from mnemesh.event import Event, decode_event
@@ -39,13 +41,13 @@ async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
         yield hub
 
 
-async def write_ahead(node: EdgeNode, entity_id: str, op: str, **body: object) -> None:
-    """What the device's gateway would append if its clock were ten years ahead."""
+async def write_ahead(node: EdgeNode, entity_id: str, op: str, by_ms: int = TEN_YEARS_MS, **body: object) -> None:
+    """What the device's gateway would append if its clock were that much ahead."""
     link = await Link.open(node.server.credentials.load("gateway").link_options())
     inbox = Inbox(link)
     await inbox.open()
     site = node.options.server.site
-    hlc = (wall_ms() + TEN_YEARS_MS) << COUNTER_BITS
+    hlc = (wall_ms() + by_ms) << COUNTER_BITS
     event = Event(
         id=f"ahead-{entity_id}",
         tenant=TENANT,
@@ -218,3 +220,22 @@ async def stamps_at(hub: HubSite, origin: str, entity_id: str) -> list[int]:
         subject = subjects.log_event(origin, TENANT, "*", entity_id)
         found = await history_of(asker.inbox, subjects.log_stream("hub"), subject, upto=1 << 40)
     return [decode_event(stored.message.data).hlc for stored in found]
+
+
+async def test_what_was_put_aside_is_stamped_anew_also_when_the_clock_has_caught_up_with_its_stamp(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with device(hub, tmp_path / "d") as node:
+        await write_ahead(node, "t1", "put", by_ms=MOST_AHEAD_MS - MARGIN_MS + 1_000, attributes={"n": 1})
+        while not (await seen_of(hub, "sub7")).quarantined:
+            pass
+    await asyncio.sleep(1.5)
+    async with device(hub, tmp_path / "d") as node:
+        while not (await status_of(node)).put_aside:
+            pass
+    assert await restamp(node.options.server) == 1
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        while (await seen_of(hub, "sub7")).quarantined:
+            pass
+        assert (await there.get_context("t1")).attributes == {"n": 1}
+        assert not (await status_of(node)).put_aside

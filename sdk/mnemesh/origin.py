@@ -4,7 +4,7 @@ An event keeps the subject of the site where it was born, wherever it is carried
 A mark says up to where the origin's log is in this one, filtered events included. It is the last message of each batch
 that a carrier appends, in the same commit, compared with the mark before: so whatever is sent twice is stored once. An
 event that an uplink sends alone comes before its mark (`edge.uplink`).
-Looks at `subjects`, `wire`, `event` and `connection`.
+Looks at `subjects`, `wire`, `clock`, `event` and `connection`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 import msgspec
 
 from mnemesh import subjects, wire
+from mnemesh.clock import is_too_far_ahead
 from mnemesh.connection import Message
 from mnemesh.errors import BadRequest, MnemeshError
 from mnemesh.event import Birth, Event, Number
@@ -25,6 +26,10 @@ BORN = "Mnemesh-Born"
 
 HUB_SEQUENCE = "Mnemesh-Hub-Sequence"
 """Header: the event's sequence in the hub's log, on what a hub sends its devices."""
+
+
+ASIDE = "Mnemesh-Aside"
+"""Header: the event is to have no effect, says the device that wrote it: it was stamped while its clock was ahead."""
 
 
 class Place(NamedTuple):
@@ -61,6 +66,11 @@ _ORIGIN = subjects.log_mark("*").split(".").index("*")
 def is_born_here(message: Message, site: str) -> bool:
     """Whether a message was written to this log of a site first. What came back from an earlier log of it was not."""
     return place_of(message.subject).origin == site and BORN not in message.headers
+
+
+def is_put_aside(message: Message, event: Event, recorded_at: int) -> bool:
+    """Whether an event that a hub recorded then is quarantined there."""
+    return ASIDE in message.headers or is_too_far_ahead(event.hlc, recorded_at)
 
 
 def check_carried(event: Event, place: Place) -> None:

@@ -155,8 +155,8 @@ class EdgeStatus(Reply, frozen=True, kw_only=True):
 
     `linked` while its hub answers; `silent_s` is since when it does not. `waiting` is how many of its events the hub
     lacks, and `lag_s` for how long the oldest of them has waited. `downlinked` is up to where it has the hub's log of
-    what it wants, and `current` whether there was no more. `put_aside` is how many of its events the hub quarantined
-    since this started. `trouble` says, in words, what an operator must mend.
+    what it wants, and `current` whether there was no more. `put_aside` is how many of its events the hub quarantined.
+    `trouble` says, in words, what an operator must mend.
     """
 
     site: str
