@@ -2,6 +2,7 @@
 
     say what we want and what we hold → get a batch → append it with a mark of the hub's log, all or nothing → the next
 
+The mark says which batch of which feed it ends: after an interruption the feed goes on there, if the hub still has it.
 The hub chooses (`services/feed.py`); here a batch is only kept. Its mark is stored only if the mark before it is the
 one that we know, so a batch whose ack was lost is not kept twice. What the hub has us release goes from the log, too,
 unless this device wrote some of it itself.
@@ -12,12 +13,14 @@ Looks at `router.inventory` and `mnemesh`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
+from typing import NamedTuple
 
 import nats.nuid
 
-from mnemesh import kv, subjects
+from mnemesh import kv, subjects, wire
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all, without_erased
 from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, NotFound, Timeout, TooLarge
@@ -40,6 +43,20 @@ much to choose from takes long, but with a line that was cut meanwhile the answe
 HELD_A_PAGE = 20_000
 
 
+KEPT = "Mnemesh-Kept"
+"""Header of the hub's mark here: the feed's session and turn that it ends, and a hash of what was wanted."""
+
+
+class _Kept(NamedTuple):
+    """The last batch of a feed that is in our log."""
+
+    session: str
+    turn: int
+
+
+NO_FEED = _Kept("", 0)
+
+
 class Downlink:
     """Keeps what one device wants. `run` for ever; the other attributes say how far it is."""
 
@@ -48,6 +65,8 @@ class Downlink:
         self._inventory = inventory
         self._site = site
         self._interest = interest
+        self._digest = hashlib.blake2b(wire.encode(interest), digest_size=8).hexdigest()
+        self._kept = NO_FEED
         self._log = subjects.log_stream(site)
         self._hub = ""
         self._incarnation = ""
@@ -85,27 +104,42 @@ class Downlink:
             await asyncio.sleep(random.uniform(pause_s / 2, pause_s))
 
     async def _keep_on(self) -> None:
-        session = await self._open()
-        self.trouble = ""
-        turn = 0
-        while True:
-            turn += 1
-            wanted = NextFeed(session=session, turn=turn)
-            batch = await self._asker.ask(subjects.NEXT_FEED, subjects.next_feed(self._site), wanted)
-            await self._keep(batch)
-            if batch.current and not self.current.is_set():
-                self.current_from = batch.place
-                self.current.set()
-
-    # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _open(self) -> str:
-        """Have the hub feed us from where we stand; returns the session."""
         position = await self._asker.ask(
             subjects.UPLINK_POSITION, subjects.uplink_position(self._site), {}, budget_s=RETRY_S * 4
         )
         self._hub = position.hub
         mark = await self._mark()
+        try:
+            batch = await self._resumed(mark)
+        except Conflict:
+            self._kept = _Kept(await self._open(mark), 0)
+            batch = await self._next()
+        self.trouble = ""
+        while True:
+            await self._keep(batch)
+            if batch.current and not self.current.is_set():
+                self.current_from = batch.place
+                self.current.set()
+            batch = await self._next()
+
+    async def _next(self) -> FeedBatch:
+        session, turn = self._kept
+        wanted = NextFeed(session=session, turn=turn + 1)
+        return await self._asker.ask(subjects.NEXT_FEED, subjects.next_feed(self._site), wanted)
+
+    async def _resumed(self, mark: Mark) -> FeedBatch:
+        """What follows in the feed of before. Raises `Conflict` where that is gone, or was for another interest."""
+        if self._kept == NO_FEED:
+            raise Conflict("there is no feed to go on with")
+        batch = await self._next()
+        self._incarnation = mark.incarnation
+        self.sequence = mark.sequence
+        return batch
+
+    # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _open(self, mark: Mark) -> str:
+        """Have the hub feed us from where we stand; returns the session."""
         session = nats.nuid.NUID().next().decode()
         log = await stream_state(self._asker.inbox, self._log)
         held = await self._held(log.last_sequence)
@@ -133,13 +167,17 @@ class Downlink:
         return session
 
     async def _mark(self) -> Mark:
-        """Up to where the hub's log is in ours."""
+        """Up to where the hub's log is in ours, and what of its feed was kept last."""
         try:
             stored = await last_of(self._asker.inbox, self._log, subjects.log_mark(self._hub))
         except NotFound:
             self._place = 0
             return Mark(incarnation="", sequence=0)
         self._place = stored.sequence
+        session, turn, wanted = stored.message.headers.get(KEPT, f"{NO_FEED.session} 0 -").split(" ")
+        kept = _Kept(session, int(turn)) if wanted == self._digest else NO_FEED
+        if kept.session != self._kept.session or kept.turn > self._kept.turn:
+            self._kept = kept
         mark = decode_mark(stored.message.data)
         self._hlc = max(self._hlc, mark.hlc)
         return mark
@@ -154,15 +192,18 @@ class Downlink:
     # ── keeping ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _keep(self, batch: FeedBatch) -> None:
+        kept = self._kept._replace(turn=batch.turn)
         if not batch.items and batch.place == self.sequence:
+            self._kept = kept
             return
         self._hlc = max(self._hlc, batch.hlc)
         mark = Mark(incarnation=self._incarnation, sequence=batch.place, last=batch.last, hlc=self._hlc)
         messages = without_erased([*map(self._message, batch.items)])
         messages += [Outgoing(subjects.log_mark(origin), data, {ROLLUP: "sub"}) for origin, data in batch.marks.items()]
-        headers = {ROLLUP: "sub", EXPECTED: str(self._place)}
+        headers = {ROLLUP: "sub", EXPECTED: str(self._place), KEPT: f"{kept.session} {kept.turn} {self._digest}"}
         messages.append(Outgoing(subjects.log_mark(self._hub), mark.encode(), headers))
         self._place = await publish_all(self._asker.link, self._asker.inbox, messages, budget_s=APPEND_S)
+        self._kept = kept
         self.sequence = batch.place
         self.received += sum(isinstance(item, Carried) for item in batch.items)
         for item in batch.items:

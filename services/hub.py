@@ -49,7 +49,7 @@ NO_MARK = Mark(incarnation="", sequence=0)
 
 FEED_WAIT_S = 4.0
 FEED_MARGIN_S = 1.0
-FORGOTTEN_S = 60.0
+FORGOTTEN_S = 600.0
 """How long a feed is kept that its device does not ask for. It can open another, which costs a listing."""
 
 

@@ -17,6 +17,7 @@ from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
+from cli.operator import asking
 from edge import downlink
 from edge.downlink import Downlink
 from mnemesh import Memory, messages, subjects
@@ -25,6 +26,7 @@ from mnemesh.errors import NotFound, Timeout, Unavailable
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import StreamState, api
 from mnemesh.messages import Interest, Want
+from mnemesh.origin import Mark
 from services.feed import Feed
 
 LONG_MS = 30_000
@@ -388,3 +390,48 @@ async def test_a_device_that_was_cut_off_within_the_first_messages_of_the_log_go
         async with device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node:
             await current(node)
             assert (kept[0].place, len(kept) > 1) == (0, True)
+
+
+async def test_a_feed_goes_on_where_it_was_whatever_interrupted_it(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More entities than are fetched one by one are read from the log's beginning: not again each time."""
+    monkeypatch.setattr("services.hub.FEED_WAIT_S", 1.0)
+    documents = [
+        {"entity_id": f"w:{n}", "type": "weather", "attributes": {"n": n}, "text": "x" * 2000} for n in range(1500)
+    ]
+    opened: list[str] = []
+    open_feed = Downlink._open
+
+    async def noted(self: Downlink, mark: Mark) -> str:
+        opened.append("opened")
+        return await open_feed(self, mark)
+
+    monkeypatch.setattr(Downlink, "_open", noted)
+    cable = Cable(hub.options.leaf_port)
+    async with alice_at(hub.server) as there, cable.laid() as port:
+        for start in range(0, len(documents), 100):
+            written = await there.ingest(documents[start : start + 100])
+        line = f"nats://127.0.0.1:{port}"
+        interest = wants({"types": ["weather"]})
+        async with device(hub, tmp_path / "d", line=line, interest=interest) as node:
+            while not (await status_of(node)).downlinked:
+                pass
+            cable.cut()
+            cable.heal()
+        async with device(hub, tmp_path / "d", line=line, interest=interest) as node, alice_at(node.server) as here:
+            await current(node)
+            await here.get_context("w:0", consistency=since(written), budget_ms=LONG_MS)
+            cable.cut()
+            for n in range(0, 1500, 50):
+                assert [event.body["attributes"]["n"] for event in (await here.timeline(f"w:{n}")).events] == [n]
+            async with asking(node.options.server, "test") as asker:
+                of_hub = subjects.log_event("hub", TENANT, "*", "*")
+                log = subjects.log_stream("sub7")
+                stored = await api(asker.inbox, f"STREAM.INFO.{log}", {"subjects_filter": of_hub})
+        assert opened == ["opened"]
+        assert sum(stored["state"]["subjects"].values()) == 1500
+        async with device(hub, tmp_path / "d", line=line, interest=wants({"types": ["other"]})) as node:
+            cable.heal()
+            await current(node)
+        assert opened == ["opened", "opened"]
