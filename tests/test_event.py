@@ -17,7 +17,7 @@ from mnemesh.errors import BadRequest
 from mnemesh.event import SCHEMA, Event, decode_event
 
 FIELDS = {name for name in Event.__struct_fields__ if name != "extra"}
-INTEGERS = st.integers(0, 2**63)
+INTEGERS = st.integers(0, 2**63 - 1)
 
 EVENTS = st.builds(
     Event,
