@@ -9,7 +9,6 @@ from cli.finding import Finding, ok, warning, wrong
 from cli.server_config import ServerOptions
 from mnemesh import messages, subjects
 from mnemesh.asker import Asker
-from mnemesh.clock import MOST_AHEAD_MS
 from mnemesh.errors import MnemeshError
 
 LARGEST_OFFSET_MS = 5_000
@@ -44,8 +43,7 @@ def _device(device: messages.DeviceSeen) -> Iterator[Finding]:
         )
     if device.quarantined:
         yield wrong(
-            f"{device.quarantined:,} events of {name} are put aside: they were stamped more than "
-            f"{MOST_AHEAD_MS // 1000} s ahead of this hub's clock",
+            f"{device.quarantined:,} events of {name} are put aside: they were stamped far ahead of this hub's clock",
             f"set {name}'s clock (NTP), stop it, `mnemesh edge restamp` there and start it: what is put aside takes "
             "effect then",
         )

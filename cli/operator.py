@@ -1,4 +1,4 @@
-"""Asking a running site as its operator."""
+"""Asking a running site, mostly as its operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mnemesh.errors import BadRequest
 
 @contextlib.asynccontextmanager
 async def asking(options: ServerOptions, name: str, *, role: str = "operator") -> AsyncIterator[Asker]:
-    """An asker as the operator; `name` is what the server shows for it. Raises `Unavailable` where the site is down."""
+    """An asker in a `role`; `name` is what the server shows for it. Raises `Unavailable` where the site is down."""
     link = await Link.open(options.credentials().load(role).link_options(name))
     try:
         yield await Asker(link).open()

@@ -7,7 +7,7 @@ The device only appends what it is given. An entity counts as held there once al
 does not fit any more, or is not wanted any more, it is told to release. What comes twice has no effect there, for
 each event says where it was born. Forgets go also to a device that wrote the entity, whatever it holds.
 
-The feed is kept in memory, as long as its device asks on; a device that finds it gone opens another.
+The feed is kept in memory, also for a while that its device does not ask; one that finds it gone opens another.
 """
 
 from __future__ import annotations

@@ -229,7 +229,8 @@ async def test_what_was_put_aside_is_stamped_anew_also_when_the_clock_has_caught
         await write_ahead(node, "t1", "put", by_ms=MOST_AHEAD_MS - MARGIN_MS + 1_000, attributes={"n": 1})
         while not (await seen_of(hub, "sub7")).quarantined:
             pass
-    await asyncio.sleep(1.5)
+        caught_up = wall_ms() + 1_000
+    await asyncio.sleep(max(0, caught_up + 1 - wall_ms()) / 1000)
     async with device(hub, tmp_path / "d") as node:
         while not (await status_of(node)).put_aside:
             pass

@@ -396,7 +396,6 @@ async def test_a_feed_goes_on_where_it_was_whatever_interrupted_it(
     hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More entities than are fetched one by one are read from the log's beginning: not again each time."""
-    monkeypatch.setattr("services.hub.FEED_WAIT_S", 1.0)
     documents = [
         {"entity_id": f"w:{n}", "type": "weather", "attributes": {"n": n}, "text": "x" * 2000} for n in range(1500)
     ]
