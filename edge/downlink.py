@@ -182,9 +182,9 @@ class Downlink:
         self._hlc = max(self._hlc, mark.hlc)
         return mark
 
-    async def _held(self, head: int) -> list[tuple[str, str, int]]:
+    async def _held(self, head: int) -> list[tuple[str, str, int, bool]]:
         return [
-            (tenant, entity.entity_id, entity.bytes)
+            (tenant, entity.entity_id, entity.bytes, entity.whole)
             for tenant in await kv.keys(self._asker.inbox, subjects.TENANTS.name)
             async for entity in self._inventory.entities(tenant, upto=head, held=True)
         ]
@@ -223,7 +223,7 @@ class Downlink:
             agent="",
             site=self._site,
             hlc=0,
-            body={} if item.bytes is None else {"bytes": item.bytes},
+            body={"bytes": item.bytes} if item.whole else {},
         )
         token = to_token(item.entity_id)
         subject = subjects.log_holding(self._site, item.tenant, partition_of_tokens(item.tenant, token), token)

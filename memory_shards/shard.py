@@ -329,13 +329,14 @@ class Shard(Actor):
     async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
         entity_id = _entity_id(request.entity_id, call)
         tenant = call.caller.tenant
-        lacks = self._elsewhere is not None and not self._documents.holds(tenant, entity_id)
-        of_hub = request.after >= OF_HUB or (lacks and not self._documents.timeline(tenant, entity_id, 0, 1))
-        if of_hub and self._elsewhere is not None:
-            return await elsewhere.timeline(self._elsewhere, replace(request, entity_id=entity_id), call)
+        if self._elsewhere is not None:
+            is_here = self._documents.holds(tenant, entity_id) or self._documents.timeline(tenant, entity_id, 0, 1)
+            if request.after >= OF_HUB or not is_here:
+                return await elsewhere.timeline(self._elsewhere, replace(request, entity_id=entity_id), call)
         seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
         events = self._documents.timeline(tenant, entity_id, request.after, request.limit)
-        return replace(_page(events, request.limit, seen), complete=not lacks)
+        complete = self._elsewhere is None or self._documents.holds(tenant, entity_id)
+        return replace(_page(events, request.limit, seen), complete=complete)
 
     # ── parts of questions that span shards ─────────────────────────────────────────────────────────────────
 

@@ -3,11 +3,13 @@
     open    which entities does it want → of those that it lacks comes the history, up to where it stands
     next    follow the log from there → events of what it wants; whose turn it becomes brings its history along
 
-The device only appends what it is given. An entity counts as held there once all that the hub had of it has come; what
-does not fit any more, or is not wanted any more, it is told to release. What comes twice has no effect there, for
-each event says where it was born. Forgets go also to a device that wrote the entity, whatever it holds.
+The device only appends what it is given. An entity counts as held there once all that the hub had of it has come; of
+one whose events lie far apart it is told that it has begun to. What does not fit any more, or is not wanted any more,
+it is told to release. What comes twice has no effect there, for each event says where it was born. Forgets go also to
+a device that wrote the entity, whatever it holds.
 
-The feed is kept in memory, also for a while that its device does not ask; one that finds it gone opens another.
+The feed is kept in memory, also for a while that its device does not ask. One that finds it gone opens another, which
+goes on from what the device has: up to its mark, all of the entities that it holds or has begun to.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
 from functools import reduce
 from operator import and_
 from typing import NamedTuple, TypeAlias
@@ -76,6 +78,7 @@ class Feed:
         device: str,
         interest: Interest,
         held: Mapping[Key, int],
+        begun: Set[Key],
         debts: Debts,
         own_log: str,
         leaves: LeavesOf,
@@ -87,6 +90,7 @@ class Feed:
         self._site = site
         self._device = device
         self._held = held
+        self._begun = begun
         self._debts = debts
         self._own_log = own_log
         self._leaves = leaves
@@ -95,12 +99,13 @@ class Feed:
         self._items: deque[Item] = deque()
         self._types: dict[Key, str | None] = {}
         self._to_hold: deque[tuple[int, Key]] = deque()
-        """What the device lacks, by where it will have come: the entity's last event when this opened."""
+        """What the device has not all of, by where that will have come: the entity's last event when this opened."""
+        self._untold: set[Key] = set()
+        """Of these, those that the device was not told to have begun."""
         self._has_upto = 0
         self._lacking: Set[tuple[str, str]] = frozenset()
         """(tenant, token) of what is read from before that, where the device has the rest."""
         self._position = 0
-        self._unwanted: set[Key] = set()
         self._wrote: set[Key] = set()
         """Entities of the batch at hand that the device wrote itself."""
         self._paying: set[Key] = set()
@@ -123,31 +128,35 @@ class Feed:
         self._last = FeedBatch(turn=0, place=after, last=last)
         self._current_at = state.last_sequence
         self._has_upto = after
-        lacks: dict[Key, int] = {}
+        lacks: list[Key] = []
+        to_hold: list[tuple[int, Key]] = []
         for want, candidate, version in await self._fitting(state.last_sequence):
             key = candidate.key
             self._types[key] = candidate.type
             if key not in self._held:
-                lacks[key] = version
+                lacks.append(key)
+            if key not in self._held or key in self._begun:
+                to_hold.append((version, key))
             self._evict(self.roster.admit(key, want, self._held.get(key, 0)))
-        self._unwanted |= {key for key in self._held if key not in self.roster}
-        self._to_hold.extend(sorted((version, key) for key, version in lacks.items()))
-        begin = await self._bring(lacks, after)
+        self._evict([key for key in self._held if key not in self.roster])
+        self._to_hold.extend(sorted(to_hold))
+        self._untold.update(key for key in lacks if key in self.roster)
+        begin = await self._bring(after)
         follower = Follower(self._asker.link, self._asker.inbox, self._log, after=begin, incarnation=state.incarnation)
         self._batches = follower.batches(MOST_READ)
         self._settle(begin)
 
-    async def _bring(self, lacks: Iterable[Key], after: int) -> int:
+    async def _bring(self, after: int) -> int:
         """See that the device gets what it lacks up to where it stands. Returns from where on the log is followed."""
-        keys = [key for key in lacks if key in self.roster]
-        if after and len(keys) > MOST_HISTORIES:
-            self._lacking = {(tenant, to_token(entity_id)) for tenant, entity_id in keys}
+        if after and len(self._untold) > MOST_HISTORIES:
+            self._lacking = {(tenant, to_token(entity_id)) for tenant, entity_id in self._untold}
             return 0
         if after:
-            for key in keys:
+            for key in list(self._untold):
                 size = self._send_history(await self._history(key, after))
                 if key in self.roster:
                     self._evict(self.roster.grow(key, size))
+            self._tell_begun(self._untold)
         return after
 
     async def next(self, turn: int, most_bytes: int, wait_s: float) -> FeedBatch:
@@ -278,7 +287,7 @@ class Feed:
                 self._take_mark(stored, place, marks)
             elif place.is_event and (event := self._event(stored, place)) is not None:
                 events.append((stored, place, event))
-        joined = await self._join(events, upto)
+        joined = await self._join(events, max(upto, self._has_upto))
         for stored, place, event in events:
             key = event.tenant, event.entity_id
             if key in joined:
@@ -287,16 +296,20 @@ class Feed:
                 if isinstance(told := event.body.get("type"), str):
                     self._types[key] = told
                 self._evict(self.roster.grow(key, self._send(stored, place, event)))
-            elif event.op == "forget" and (key in self._unwanted or key in self._wrote):
+            elif event.op == "forget" and key in self._wrote:
                 self._send(stored, place, event)
         if self._items and isinstance(last := self._items[-1], Reached):
             self._items.pop()
             marks = {**last.marks, **marks}
+        begun = {(event.tenant, event.entity_id) for _, _, event in events}
+        if self._position < self._has_upto:
+            begun = set(self._untold)
+        self._settle(upto)
         if upto < self._has_upto:
             self._items.append(Reached(self._has_upto, self._last.last, marks))
         else:
+            self._tell_begun(begun)
             self._items.append(Reached(upto, hash_of(batch[-1].message), marks))
-        self._settle(upto)
 
     def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
         """Pass a mark on; the stamp in it is not, where it is of a clock that is wrong."""
@@ -360,7 +373,6 @@ class Feed:
                 self._send_history(history)
                 self._items.append(Holding(*key, size))
                 joined.add(key)
-            self._unwanted.discard(key)
             self._evict([other for other in evicted if other != key])
         return joined
 
@@ -375,19 +387,24 @@ class Feed:
         )
 
     def _settle(self, position: int) -> None:
-        """The log was read up to here: what the device lacked it holds once all of then has come, the unwanted goes."""
+        """The log was read up to here: what the device lacked it holds once all of then has come."""
         self._position = position
         while self._to_hold and self._to_hold[0][0] <= position:
             _, key = self._to_hold.popleft()
+            self._untold.discard(key)
             if key in self.roster:
                 self._items.append(Holding(*key, self.roster.size_of(key)))
-        if position >= self._current_at:
-            self._items.extend(Holding(*key, None) for key in self._unwanted)
-            self._unwanted.clear()
+
+    def _tell_begun(self, keys: Set[Key]) -> None:
+        """Of these the device has all up to the mark that comes next."""
+        begun = self._untold & keys
+        self._items.extend(Holding(*key, self.roster.size_of(key), whole=False) for key in begun)
+        self._untold -= begun
 
     def _evict(self, keys: Sequence[Key]) -> None:
         for key in keys:
             self._types.pop(key, None)
+            self._untold.discard(key)
             self._items.append(Holding(*key, None))
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -59,6 +59,7 @@ class _Opening:
     def __init__(self, session: str) -> None:
         self.session = session
         self.held: dict[Key, int] = {}
+        self.begun: set[Key] = set()
 
 
 class _Feeding:
@@ -192,7 +193,10 @@ class Hub(Actor):
         opening = self._openings.get(device)
         if opening is None or opening.session != request.session:
             opening = self._openings[device] = _Opening(request.session)
-        opening.held |= {(tenant, entity_id): size for tenant, entity_id, size in request.held}
+        for tenant, entity_id, size, whole in request.held:
+            opening.held[tenant, entity_id] = size
+            if not whole:
+                opening.begun.add((tenant, entity_id))
         state = await stream_state(self.asker.inbox, self._log)
         opened = messages.FeedOpened(hub=self.site, incarnation=state.incarnation)
         if request.more:
@@ -212,6 +216,7 @@ class Hub(Actor):
             device=device,
             interest=request.interest,
             held=opening.held,
+            begun=opening.begun,
             debts=self._debts,
             own_log=request.log,
             leaves=self._policy.leaves,

@@ -23,11 +23,13 @@ from edge.downlink import Downlink
 from mnemesh import Memory, messages, subjects
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound, Timeout, Unavailable
+from mnemesh.follower import StreamShrank
+from mnemesh.ids import to_token
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import StreamState, api
 from mnemesh.messages import Interest, Want
 from mnemesh.origin import Mark
-from services.feed import Feed
+from services.feed import MOST_READ, Feed
 
 LONG_MS = 30_000
 
@@ -57,6 +59,17 @@ async def held(memory: Memory, node: EdgeNode, entity_ids: list[str]) -> list[st
             await memory.get_context(entity_id, budget_ms=3000)
             found.append(entity_id)
     return found
+
+
+async def messages_of_hub(node: EdgeNode) -> dict[str, int]:
+    """How many messages the device's log has of each subject of the hub, by the last token: the entity's, or `mark`."""
+    operator = await Link.open(node.server.credentials.load("operator").link_options())
+    inbox = Inbox(operator)
+    await inbox.open()
+    kept = await api(inbox, f"STREAM.INFO.{subjects.log_stream('sub7')}", {"subjects_filter": ">"})
+    await operator.close()
+    counts = kept["state"]["subjects"]
+    return {subject.rpartition(".")[2]: count for subject, count in counts.items() if ".log.hub." in subject}
 
 
 async def test_what_is_wanted_by_type_is_there_with_the_hub_out_of_reach(tmp_path: Path) -> None:
@@ -313,13 +326,41 @@ async def test_where_many_entities_are_lacking_the_log_is_read_again_for_these_a
                 assert page.complete
                 told = [event.body["attributes"]["n"] for event in page.events]
                 assert told == ([0, 1, 2, 3] if name == "w:0" else [0, 1, 2])
-            operator = await Link.open(node.server.credentials.load("operator").link_options())
-            inbox = Inbox(operator)
-            await inbox.open()
-            kept = await api(inbox, f"STREAM.INFO.{subjects.log_stream('sub7')}", {"subjects_filter": ">"})
-            counts = [count for subject, count in kept["state"]["subjects"].items() if ".log.hub." in subject]
-            assert sorted(counts) == [1, 1, *[3] * 49, 4]  # the mark, what was held before, and the others
-            await operator.close()
+            counts = await messages_of_hub(node)
+            assert sorted(counts.values()) == [1, 1, *[3] * 49, 4]  # the mark, what was held before, and the others
+
+
+async def test_what_was_begun_goes_on_though_the_hub_lost_the_feed(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each entity is written at both ends of the log, so that none is held when the feed is lost."""
+    names = [f"w:{number}" for number in range(50)]
+    filling = [{"entity_id": f"f:{number}", "type": "weather", "text": "x" * 2000} for number in range(2000)]
+    lost: list[int] = []
+    follow = Feed.next
+
+    async def next(self: Feed, turn: int, most_bytes: int, wait_s: float) -> messages.FeedBatch:
+        if turn == 4 and len(lost) < 2:
+            lost.append(self.place)
+            raise StreamShrank("the hub was restarted")
+        return await follow(self, turn, most_bytes, wait_s)
+
+    monkeypatch.setattr(Feed, "next", next)
+    async with alice_at(hub.server) as there:
+        ends = [[{"entity_id": name, "type": "weather", "attributes": {"n": n}} for name in names] for n in range(2)]
+        await there.ingest(ends[0])
+        for start in range(0, len(filling), 100):
+            await there.ingest(filling[start : start + 100])
+        written = await there.ingest(ends[1])
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node:
+            await current(node)
+            assert 0 < lost[0] < lost[1] < 2050
+            counts = await messages_of_hub(node)
+            assert [counts[to_token(name)] for name in names] == [2] * 50
+            assert sum(counts.values()) <= 2101 + 2 * MOST_READ  # what was sent beyond the mark comes again
+            async with alice_at(node.server) as here:
+                for name in names:
+                    assert (await here.timeline(name, consistency=since(written), budget_ms=LONG_MS)).complete
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:

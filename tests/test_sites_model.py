@@ -112,10 +112,11 @@ class Site:
         self.log.append(Record(self.head, self.wall_ms, 0, event, birth, hub, quarantined))
         return self.log[-1]
 
-    def note(self, op: Any, entity_id: str) -> None:
+    def note(self, op: Any, entity_id: str, **body: Any) -> None:
         """Note what is held. Of the notes of an entity the log keeps the last."""
         self.log = [record for record in self.log if _is_event(record) or record.event.entity_id != entity_id]
-        self.append(Event(id="", tenant="acme", entity_id=entity_id, op=op, agent="", site=self.name, hlc=0))
+        told = Event(id="", tenant="acme", entity_id=entity_id, op=op, agent="", site=self.name, hlc=0, body=body)
+        self.append(told)
 
     def purge(self, entity_id: str, origins: Iterable[str]) -> None:
         self.log = [
@@ -346,7 +347,16 @@ class Sites(RuleBasedStateMachine):
         site.released.discard(entity)
         self._feed(device, self.hub.events(entity, upto=site.place))
         site.held.add(entity)
-        site.note("hold", entity)
+        site.note("hold", entity, bytes=0)
+
+    @rule(device=_devices, entity=_entities)
+    def begin(self, device: str, entity: str) -> None:
+        """Send the same, as part of what there is."""
+        site = self.sites[device]
+        if entity not in site.held:
+            site.released.discard(entity)
+            self._feed(device, self.hub.events(entity, upto=site.place))
+            site.note("hold", entity)
 
     @rule(device=_devices)
     def a_link_is_back(self, device: str) -> None:

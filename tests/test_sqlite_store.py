@@ -426,6 +426,17 @@ def test_a_device_may_hold_an_entity_of_which_nothing_is_remembered(device: Sqli
     assert device.holds("acme", "pump")
 
 
+def test_what_is_begun_is_listed_with_what_is_held_and_is_not_held(device: SqliteStore) -> None:
+    take(device, carried(1, put("hub", 10, attributes={"a": 1}), 1), note(2, "hold"))
+    (begun,) = device.list_entities("acme", "", 9, held=True, with_sites=False)
+    assert (begun.entity_id, begun.whole, begun.bytes > 0) == ("pump", False, True)
+    assert (device.holds("acme", "pump"), device.held()) == (False, (0, 0))
+    take(device, carried(3, put("hub", 20, attributes={"a": 2}), 2), note(4, "hold", bytes=9))
+    (whole,) = device.list_entities("acme", "", 9, held=True, with_sites=False)
+    assert (whole.whole, whole.bytes) == (True, 9)
+    assert (device.holds("acme", "pump"), device.held()) == (True, (1, 9))
+
+
 def test_notes_of_what_is_held_are_neither_in_timelines_nor_versions(device: SqliteStore) -> None:
     take(device, carried(1, put("hub", 10), 1), note(2, "hold", bytes=7))
     assert (told(device), got(device).version) == (["hub-10"], 1)

@@ -18,7 +18,7 @@ import msgspec
 from memory_shards import merge
 from memory_shards.merge import Change, State
 from memory_shards.stores.bulk import execute_all, select_all
-from memory_shards.stores.sqlite_schema import Doc, body_blob, history
+from memory_shards.stores.sqlite_schema import BEGUN, Doc, body_blob, history
 from mnemesh import wire
 from mnemesh.event import Record
 
@@ -141,7 +141,7 @@ class Batch:
         entity = self._dirty[name] = self._loaded[name]
         entity.partition = record.partition
         if event.op == "hold":
-            entity.held = event.body.get("bytes", 0)
+            entity.held = event.body.get("bytes", BEGUN)
             return
         if event.op == "release":
             self._release(name, entity)

@@ -2,7 +2,7 @@
 
 * `entity`: one row for each entity ever written, forgotten ones too (their tombstone is in `ledger`). `doc`
   holds `[attributes, spaces]`, which readers need; `ledger` the keys, which only merging needs. On a device, `held` is
-  there (the bytes that its hub sent then) where it holds all that the hub has of the entity.
+  there (the bytes that its hub sent then) where it holds all that the hub has of the entity; `BEGUN`: not all yet.
 * `edge`: the last write to each (source, relation, target), removals too. A target need not exist: it is a text.
 * `event`: the history that forgets have left, with effective stamps; of a vector only its dimension.
 * `erasure`: how many events each forget erased.
@@ -24,8 +24,11 @@ from memory_shards.merge import Change, Patch
 from mnemesh import wire
 from mnemesh.event import Event
 
-LAYOUT = 3
+LAYOUT = 4
 """Goes up with every change of the tables or of what is in them; a file of another layout is rebuilt."""
+
+BEGUN = -1
+"""In place of the bytes of an entity that is held."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;

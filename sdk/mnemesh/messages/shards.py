@@ -42,7 +42,8 @@ class Expanded(Reply, frozen=True, kw_only=True):
 class ListEntities(Request, frozen=True, kw_only=True):
     """Request of `shard_list`: a tenant's entities in the order of their ids, after the id `after`.
 
-    Only those of `types`, if there are any; only those that are `held` for this device; `with_sites` tells who wrote.
+    Only those of `types`, if there are any; only those that are `held` for this device, or begun to be; `with_sites`
+    tells who wrote.
     """
 
     types: list[str] = []
@@ -56,7 +57,7 @@ class ListEntities(Request, frozen=True, kw_only=True):
 class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
     """One entity: its type, the log sequence of its last event, and the bytes of its events, vectors left out.
 
-    Of one that is held, `bytes` are those that the hub sent when that began.
+    Of one that is held, `bytes` are those that the hub sent when that began; one that is not `whole` is begun only.
     """
 
     entity_id: str
@@ -64,6 +65,7 @@ class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
     version: int
     bytes: int
     sites: list[str] = []
+    whole: bool = True
 
 
 class Entities(Reply, frozen=True, kw_only=True):
