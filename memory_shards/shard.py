@@ -26,6 +26,7 @@ from memory_shards import folder as folders
 from memory_shards.batcher import Batcher
 from memory_shards.elsewhere import OF_HUB, Elsewhere
 from memory_shards.freshness import Freshness, LogHead
+from memory_shards.intake import Intake
 from memory_shards.origins import Origins
 from memory_shards.projection import Projection
 from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
@@ -37,23 +38,11 @@ from mnemesh.call import Call
 from mnemesh.clock import to_ms
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
-from mnemesh.errors import BadRequest, MnemeshError, NotFound
-from mnemesh.event import Record, decode_event
+from mnemesh.errors import BadRequest, NotFound
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import from_token, partition_of, to_token
-from mnemesh.jetstream import SiteKind, Stored, last_of_each, stream_state
-from mnemesh.origin import (
-    Mark,
-    Place,
-    birth_of,
-    check_carried,
-    decode_mark,
-    hub_sequence_of,
-    is_born_here,
-    is_put_aside,
-    place_of,
-)
+from mnemesh.jetstream import last_of_each, stream_state
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
 
@@ -96,18 +85,18 @@ class Shard(Actor):
     ) -> None:
         super().__init__(link, guard=guard)
         self._elsewhere = hub
-        self._kind: SiteKind = "hub" if hub is None else "device"
         self.name = name
         self.site = site
         self.partitions = frozenset(partitions)
-        self.undecodable = 0
         self._folder = folder
         self._log = subjects.log_stream(site)
-        self._partition_tokens = {str(partition): partition for partition in self.partitions}
-        self._origins = Origins(may_go_back=self._kind == "device")  # a device does not go on from an older copy
         self._projections: tuple[Projection, ...] = ()
         self._lock: IO[str] | None = None
-        self._freshness = Freshness(site, LogHead(self._ask_head), self._origins)
+        origins = Origins(may_go_back=hub is not None)  # a device does not go on from an older copy
+        self._intake = Intake(
+            site=site, kind="hub" if hub is None else "device", partitions=self.partitions, origins=origins
+        )
+        self._freshness = Freshness(site, LogHead(self._ask_head), origins)
         self._scanner = ThreadPoolExecutor(1, thread_name_prefix="scan-documents")
         self._searches: Batcher[VectorQuery, list[messages.Hit]] = Batcher(self._search)
 
@@ -115,7 +104,7 @@ class Shard(Actor):
 
     def bindings(self, operation: AnyOperation) -> Iterable[Mapping[str, str]]:
         if "partition" in operation.positions:
-            return [{"site": self.site, "partition": token} for token in self._partition_tokens]
+            return [{"site": self.site, "partition": str(partition)} for partition in self.partitions]
         return [{"shard": self.name, "site": self.site}]
 
     def queue(self, operation: AnyOperation) -> str:
@@ -126,7 +115,9 @@ class Shard(Actor):
         return {"shard": self.name, "site": self.site, "partitions": str(len(self.partitions))}
 
     def gauges(self) -> list[Gauge]:
-        gauges = [Gauge("undecodable_events", "Events of the log that could not be read", lambda: self.undecodable)]
+        gauges = [
+            Gauge("undecodable_events", "Events of the log that could not be read", lambda: self._intake.undecodable)
+        ]
         if self._projections:
             gauges += [
                 Gauge(
@@ -163,7 +154,7 @@ class Shard(Actor):
     async def prepare(self) -> None:
         self._lock = await folders.hold(self._folder)
         for stored in await last_of_each(self.asker.inbox, self._log, subjects.log_mark("*")):
-            self._note(stored)
+            self._intake.note(stored)
         state = await stream_state(self.asker.inbox, self._log)
         self._incarnation = state.incarnation
         try:
@@ -208,60 +199,9 @@ class Shard(Actor):
         after = min(projection.offered for projection in self._projections)
         follower = Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation)
         async for batch in follower.batches(MOST_FOLLOWED):
-            records = self._records(batch)
+            records = self._intake.records(batch)
             for projection in self._projections:
                 await projection.offer(records, batch[-1].sequence)
-
-    def _records(self, batch: Sequence[Stored]) -> list[Record]:
-        """The events of our partitions. What cannot be read, or says another origin than its subject, is skipped."""
-        records = []
-        unmarked: dict[str, Record] = {}
-        for stored in batch:
-            place = place_of(stored.message.subject)
-            partition = self._partition_tokens.get(place.partition)
-            if partition is None:
-                if place.is_mark:
-                    self._note(stored)
-                    unmarked.pop(place.origin, None)
-                continue
-            try:
-                record = self._record(stored, place, partition)
-                records.append(record)
-                if self._kind == "hub" and record.birth is not None:
-                    unmarked[place.origin] = record
-            except MnemeshError as error:
-                self.undecodable += 1
-                logger.error("event %d of %s cannot be taken: %s", stored.sequence, self._log, error)
-        for origin, record in unmarked.items():  # sent alone: the mark follows, and readers need not wait for it
-            if record.birth is not None:
-                mark = Mark(incarnation=record.birth.incarnation, sequence=record.birth.sequence)
-                self._origins.note(origin, record.sequence, mark)
-        return records
-
-    def _record(self, stored: Stored, place: Place, partition: int) -> Record:
-        event = decode_event(stored.message.data)
-        if is_born_here(stored.message, self.site):
-            hub = stored.sequence if self._kind == "hub" else None
-            return Record(stored.sequence, stored.recorded_at, partition, event, hub=hub)
-        check_carried(event, place)
-        is_hub = self._kind == "hub"
-        return Record(
-            stored.sequence,
-            stored.recorded_at,
-            partition,
-            event,
-            birth_of(stored.message, place.origin),
-            hub=stored.sequence if is_hub else hub_sequence_of(stored.message),
-            quarantined=is_hub and is_put_aside(stored.message, event, stored.recorded_at),
-        )
-
-    def _note(self, stored: Stored) -> None:
-        try:
-            mark = decode_mark(stored.message.data)
-        except MnemeshError as error:
-            logger.error("mark %d of %s cannot be read: %s", stored.sequence, self._log, error)
-        else:
-            self._origins.note(place_of(stored.message.subject).origin, stored.sequence, mark)
 
     async def _scan(self, work: Callable[..., Result], *arguments: object) -> Result:
         """A long read of `self._scanned`, on its thread: neither the loop nor `apply` waits for it, nor it for them."""
@@ -478,7 +418,7 @@ class Shard(Actor):
             entities=entities,
             edges=edges,
             vectors=count,
-            skipped=self.undecodable + self._documents.rejected,
+            skipped=self._intake.undecodable + self._documents.rejected,
             quarantined=dict(self._documents.quarantined),
             digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )

@@ -25,7 +25,17 @@ from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
-from mnemesh.jetstream import JetStreamError, SiteKind, Stored, api, history_of, last_of_each, next_of, stream_state
+from mnemesh.jetstream import (
+    JetStreamError,
+    SiteKind,
+    Stored,
+    api,
+    counts_of,
+    history_of,
+    last_of_each,
+    next_of,
+    stream_state,
+)
 from mnemesh.messages import Receipt
 from mnemesh.origin import Place, birth_of, check_carried, is_born_here, is_put_aside, mark_in, place_of
 from router.inventory import Inventory
@@ -178,6 +188,10 @@ class Eraser:
         """Take out of the log what the stores have no more."""
         place = place_of(forget.message.subject)
         anywhere = subjects.log_event("*", place.tenant, place.partition, place.entity)
+        if ROLLUP in forget.message.headers:  # the server took out what has its own subject
+            others = await counts_of(self._asker.inbox, self._log, anywhere)
+            if not others.keys() - {forget.message.subject}:
+                return
         spared: dict[str, set[str]] = defaultdict(set)
         first: dict[str, int] = {}
         between: list[int] = []

@@ -17,9 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
-from functools import reduce
-from operator import and_
+from collections.abc import AsyncGenerator, Mapping, Sequence, Set
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -33,12 +31,11 @@ from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import Stored, StreamState, history_of
-from mnemesh.messages import Carried, FeedBatch, Holding, Interest
+from mnemesh.messages import Carried, FeedBatch, Holding
 from mnemesh.origin import BORN, Place, born, check_carried, hash_of, is_put_aside, mark_in, place_of
-from router.inventory import Inventory
 from services.debts import Debts
-from services.roster import Candidate, Key, Roster
-from services.sovereignty import Leaves, reduced_event
+from services.roster import Key
+from services.selection import Selection
 
 MOST_READ = 500
 MOST_HISTORIES = 16
@@ -50,9 +47,6 @@ MOST_ITEMS = 900
 
 PROGRESS_S = 1.0
 """How often a device is told how far the log is, where nothing in it is for the device."""
-
-LeavesOf: TypeAlias = Callable[[str, str | None, str], Leaves]
-"""What may leave of (tenant, type, region where it was born)."""
 
 
 class Reached(NamedTuple):
@@ -67,34 +61,32 @@ Item: TypeAlias = Carried | Holding | Reached
 
 
 class Feed:
-    """What one device is sent. `open` it first; `close` gives back what it has."""
+    """What one device is sent. `open` it first; `close` gives back what it has.
+
+    `held` are the bytes of what the device holds or has `begun` to; `own_log` is the incarnation of its log.
+    """
 
     def __init__(
         self,
         asker: Asker,
-        inventory: Inventory,
+        selection: Selection,
         *,
         site: str,
         device: str,
-        interest: Interest,
         held: Mapping[Key, int],
         begun: Set[Key],
         debts: Debts,
         own_log: str,
-        leaves: LeavesOf,
-        region_of: Callable[[str], str],
     ) -> None:
-        self.roster = Roster(interest)
         self._asker = asker
-        self._inventory = inventory
+        self._selection = selection
+        self._roster = selection.roster
         self._site = site
         self._device = device
         self._held = held
         self._begun = begun
         self._debts = debts
         self._own_log = own_log
-        self._leaves = leaves
-        self._region_of = region_of
         self._log = subjects.log_stream(site)
         self._items: deque[Item] = deque()
         self._types: dict[Key, str | None] = {}
@@ -128,35 +120,37 @@ class Feed:
         self._last = FeedBatch(turn=0, place=after, last=last)
         self._current_at = state.last_sequence
         self._has_upto = after
-        lacks: list[Key] = []
+        lacks: set[Key] = set()
         to_hold: list[tuple[int, Key]] = []
-        for want, candidate, version in await self._fitting(state.last_sequence):
+        head = state.last_sequence
+        for want, changed, candidate, _ in await self._selection.fitting(self._held, after or head, head):
             key = candidate.key
             self._types[key] = candidate.type
-            if key not in self._held:
-                lacks.append(key)
             if key not in self._held or key in self._begun:
-                to_hold.append((version, key))
-            self._evict(self.roster.admit(key, want, self._held.get(key, 0)))
-        self._evict([key for key in self._held if key not in self.roster])
+                to_hold.append((changed, key))
+            if key not in self._held:
+                self._untold.add(key)
+                if candidate.first <= after:
+                    lacks.add(key)
+            self._evict(self._roster.admit(key, want, self._held.get(key, 0)))
+        self._evict([key for key in self._held if key not in self._roster])
         self._to_hold.extend(sorted(to_hold))
-        self._untold.update(key for key in lacks if key in self.roster)
-        begin = await self._bring(after)
+        begin = await self._bring(lacks & self._untold, after)
         follower = Follower(self._asker.link, self._asker.inbox, self._log, after=begin, incarnation=state.incarnation)
         self._batches = follower.batches(MOST_READ)
         self._settle(begin)
 
-    async def _bring(self, after: int) -> int:
+    async def _bring(self, lacks: Set[Key], after: int) -> int:
         """See that the device gets what it lacks up to where it stands. Returns from where on the log is followed."""
-        if after and len(self._untold) > MOST_HISTORIES:
-            self._lacking = {(tenant, to_token(entity_id)) for tenant, entity_id in self._untold}
+        if after and len(lacks) > MOST_HISTORIES:
+            self._lacking = {(tenant, to_token(entity_id)) for tenant, entity_id in lacks}
             return 0
         if after:
-            for key in list(self._untold):
+            for key in lacks:
                 size = self._send_history(await self._history(key, after))
-                if key in self.roster:
-                    self._evict(self.roster.grow(key, size))
-            self._tell_begun(self._untold)
+                if key in self._roster:
+                    self._evict(self._roster.grow(key, size))
+            self._tell_begun(lacks)
         return after
 
     async def next(self, turn: int, most_bytes: int, wait_s: float) -> FeedBatch:
@@ -177,87 +171,12 @@ class Feed:
         return self._last
 
     async def close(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
+        if (reading := self._reading) is not None:
+            reading.cancel()
             with contextlib.suppress(asyncio.CancelledError, MnemeshError):
-                await self._reading
+                await reading
         if self._batches is not None:
             await self._batches.aclose()
-
-    # ── what is wanted ──────────────────────────────────────────────────────────────────────────────────────
-
-    async def _fitting(self, head: int) -> list[tuple[int, Candidate, int]]:
-        """(want, entity, last change) of what is wanted and likely fits, in the order in which it is admitted.
-
-        By the bytes of events, vectors left out: what is too much after all is evicted when it comes.
-        """
-        entities, size = 0, 0
-        fitting = []
-        for want, changed, candidate, bytes in sorted(
-            await self._wanted(head), key=lambda entry: (entry[0], -entry[1])
-        ):
-            bytes = self._held.get(candidate.key, bytes)
-            if bytes > self.roster.interest.most_bytes:
-                continue
-            entities, size = entities + 1, size + bytes
-            if entities > self.roster.interest.most_entities or size > self.roster.interest.most_bytes:
-                break
-            fitting.append((want, candidate, changed))
-        return fitting[::-1]
-
-    async def _wanted(self, head: int) -> list[tuple[int, int, Candidate, int]]:
-        """(want, last change, entity, bytes) of all that is wanted."""
-        found: dict[Key, tuple[int, Candidate, int]] = {}
-        for want in self.roster.interest.wants:
-            if want.entities:
-                continue
-            with_sites = bool(want.regions)
-            async for entity in self._inventory.entities(
-                want.tenant, upto=head, types=want.types, with_sites=with_sites
-            ):
-                candidate = Candidate((want.tenant, entity.entity_id), entity.type, self._regions(entity.sites))
-                found[candidate.key] = entity.version, candidate, entity.bytes
-        await self._surround(head)
-        for key, candidate in (await self._described(set(self.roster.named()) - found.keys(), head)).items():
-            found[key] = head, candidate, 0
-        # What was forgotten is not listed, but stays held: a device knows by it that there is nothing.
-        for key, candidate in (await self._described(self._held.keys() - found.keys(), head)).items():
-            if candidate.is_gone:
-                found[key] = 0, candidate, 0
-        return [
-            (number, changed, candidate, size)
-            for changed, candidate, size in found.values()
-            if (number := self.roster.want_of(candidate)) is not None and self._may_have(candidate)
-        ]
-
-    async def _surround(self, upto: int) -> set[Key]:
-        """Bring the neighbourhoods up to date; returns who is new in one."""
-        new: set[Key] = set()
-        for number, want in self.roster.hoods():
-            near = await self._inventory.neighbourhood(want.tenant, want.entities, want.hops, upto=upto)
-            new.update(self.roster.surround(number, near))
-        return new
-
-    async def _described(self, keys: Set[Key], upto: int) -> dict[Key, Candidate]:
-        found = {}
-        for tenant in sorted({tenant for tenant, _ in keys}):
-            ids = sorted(entity_id for owner, entity_id in keys if owner == tenant)
-            described = await self._inventory.describe(tenant, ids, upto=upto)
-            for entity_id, told in described.items():
-                key = tenant, entity_id
-                found[key] = Candidate(key, told.type, self._regions(told.sites), told.is_gone)
-                if self._device in told.sites:
-                    self._wrote.add(key)
-        return found
-
-    def _regions(self, sites: Sequence[str]) -> frozenset[str]:
-        return frozenset(map(self._region_of, sites))
-
-    def _may_have(self, candidate: Candidate) -> bool:
-        """Whether anything of an entity may go to the device."""
-        tenant = candidate.key[0]
-        regions = candidate.regions or {self._region_of(self._site)}
-        return any(self._leaves(tenant, candidate.type, region).tells_fields for region in regions)
 
     # ── reading the log ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -271,6 +190,8 @@ class Feed:
             if not self._reading.done():
                 return
             reading, self._reading = self._reading, None
+            if reading.cancelled():
+                raise Conflict("this feed was closed; open another")
             self._at_hand = reading.result()
         await self._take(self._at_hand)
         self._at_hand = []
@@ -287,15 +208,15 @@ class Feed:
                 self._take_mark(stored, place, marks)
             elif place.is_event and (event := self._event(stored, place)) is not None:
                 events.append((stored, place, event))
-        joined = await self._join(events, max(upto, self._has_upto))
+        joined = await self._join(events, max(batch[0].sequence, self._has_upto + 1), max(upto, self._has_upto))
         for stored, place, event in events:
             key = event.tenant, event.entity_id
             if key in joined:
                 continue
-            if key in self.roster:
+            if key in self._roster:
                 if isinstance(told := event.body.get("type"), str):
                     self._types[key] = told
-                self._evict(self.roster.grow(key, self._send(stored, place, event)))
+                self._evict(self._roster.grow(key, self._send(stored, place, event)))
             elif event.op == "forget" and key in self._wrote:
                 self._send(stored, place, event)
         if self._items and isinstance(last := self._items[-1], Reached):
@@ -337,7 +258,7 @@ class Feed:
 
     def _event(self, stored: Stored, place: Place) -> Event | None:
         """The event in a message, where it may concern the device."""
-        if place.tenant not in self.roster.tenants and ROLLUP not in stored.message.headers:
+        if place.tenant not in self._roster.tenants and ROLLUP not in stored.message.headers:
             return None
         try:
             event = decode_event(stored.message.data)
@@ -349,26 +270,34 @@ class Feed:
             return None
         return event
 
-    async def _join(self, events: Sequence[tuple[Stored, Place, Event]], upto: int) -> set[Key]:
-        """Take in the entities that these events make wanted, with their history; returns them."""
-        self._wrote.clear()
+    async def _join(self, events: Sequence[tuple[Stored, Place, Event]], since: int, upto: int) -> set[Key]:
+        """Take in the entities that these events make wanted. Returns those whose history was sent with that.
+
+        Of one that began at `since` or later these events are all there is.
+        """
         doubtful = {
             (event.tenant, event.entity_id)
             for _, _, event in events
-            if (key := (event.tenant, event.entity_id)) not in self.roster
-            and (event.op == "forget" or self.roster.may_want(key))
+            if (key := (event.tenant, event.entity_id)) not in self._roster
+            and (event.op == "forget" or self._roster.may_want(key))
         }
-        if any(self._moves_a_hood(event) for _, _, event in events):
-            doubtful |= await self._surround(upto)
+        if any(self._selection.moves_a_hood(event) for _, _, event in events):
+            doubtful |= await self._selection.surround(upto)
+        described = await self._selection.described(doubtful, upto)
+        self._wrote = {key for key, candidate in described.items() if candidate.is_own}
         joined = set()
-        for key, candidate in (await self._described(doubtful, upto)).items() if doubtful else ():
-            want = self.roster.want_of(candidate)
-            if want is None or key in self.roster or not self._may_have(candidate):
+        for key, candidate in described.items():
+            want = self._selection.wanted_by(candidate)
+            if want is None or key in self._roster:
                 continue
             self._types[key] = candidate.type
+            if candidate.first >= since:
+                self._evict(self._roster.admit(key, want, 0))
+                self._to_hold.appendleft((since, key))
+                continue
             history = await self._history(key, upto)
             size = sum(len(stored.message.data) for stored in history)
-            evicted = self.roster.admit(key, want, size)
+            evicted = self._roster.admit(key, want, size)
             if key not in evicted:
                 self._send_history(history)
                 self._items.append(Holding(*key, size))
@@ -376,29 +305,19 @@ class Feed:
             self._evict([other for other in evicted if other != key])
         return joined
 
-    def _moves_a_hood(self, event: Event) -> bool:
-        edges = event.body.get("edges")
-        if not edges:
-            return False
-        ends = {event.entity_id, *(edge["target_id"] for edge in edges)}
-        return any(
-            want.tenant == event.tenant and any(self.roster.is_near(number, (event.tenant, end)) for end in ends)
-            for number, want in self.roster.hoods()
-        )
-
     def _settle(self, position: int) -> None:
         """The log was read up to here: what the device lacked it holds once all of then has come."""
         self._position = position
         while self._to_hold and self._to_hold[0][0] <= position:
             _, key = self._to_hold.popleft()
             self._untold.discard(key)
-            if key in self.roster:
-                self._items.append(Holding(*key, self.roster.size_of(key)))
+            if key in self._roster:
+                self._items.append(Holding(*key, self._roster.size_of(key)))
 
     def _tell_begun(self, keys: Set[Key]) -> None:
         """Of these the device has all up to the mark that comes next."""
         begun = self._untold & keys
-        self._items.extend(Holding(*key, self.roster.size_of(key), whole=False) for key in begun)
+        self._items.extend(Holding(*key, self._roster.size_of(key), whole=False) for key in begun)
         self._untold -= begun
 
     def _evict(self, keys: Sequence[Key]) -> None:
@@ -435,10 +354,8 @@ class Feed:
         """Put an event among what is to be sent, as far as it may leave; returns its bytes."""
         if self._is_in_own_log(stored):
             return 0
-        kinds = {self._types.get((event.tenant, event.entity_id)), event.body.get("type")}
-        region = self._region_of(place.origin)
-        leaves = reduce(and_, (self._leaves(event.tenant, kind, region) for kind in kinds))
-        may_leave = reduced_event(event, leaves)
+        kind = self._types.get((event.tenant, event.entity_id))
+        may_leave = self._selection.reduced(event, place.origin, kind)
         if may_leave is None:
             return 0
         payload = stored.message.data if may_leave is event else may_leave.encode()

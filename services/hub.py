@@ -1,20 +1,17 @@
 """The hub: what a site that has devices does for them.
 
-It tells each up to where it has the device's log, feeds it what it wants to hold, and answers for what it does not. Of
-a device it keeps what the device last said of itself, and its feed as long as it asks on; the rest is the log's marks.
-Looks at `feed`, `site_policy`, `disclosure`, `router` and `mnemesh`.
+It tells each up to where it has the device's log, feeds it what it wants to hold, answers for what it does not, and
+keeps what it confirms to have erased. Of a device it remembers what that last said of itself (`presence`), and its feed
+as long as it asks on; the rest is the log's marks. Looks at `services`, `router` and `mnemesh`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import NamedTuple
 
-import msgspec
 from msgspec.structs import replace
 
 from mnemesh import messages, subjects
@@ -26,23 +23,22 @@ from mnemesh.errors import BadRequest, Conflict, Denied, NotFound
 from mnemesh.event import Event
 from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
-from mnemesh.ids import check_name, to_token
+from mnemesh.ids import to_token
 from mnemesh.jetstream import Stored, StreamState, last_of, last_of_each, message_at, stream_state
-from mnemesh.kv import BucketView
 from mnemesh.messages import DeviceSeen
 from mnemesh.origin import Mark, birth_of, hash_of, mark_in, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
 from router.shard_map import ShardMap
-from services.debts import OWED, Debts
+from services.debts import Debts
 from services.disclosure import Disclosure
-from services.erasure import PLACE, Eraser, keep
+from services.erasure import Eraser
 from services.feed import Feed
+from services.presence import Presence, since_s
+from services.receipts import Receipts
 from services.roster import Key
+from services.selection import Selection
 from services.site_policy import SitePolicy
-
-LINKED_S = 15.0
-"""A device that was heard of since is linked; it speaks every 5 s."""
 
 NO_MARK = Mark(incarnation="", sequence=0)
 """What counts where a device's mark cannot be read: the device sends its log from the beginning."""
@@ -74,13 +70,6 @@ class _Feeding:
         self.asked_at = asyncio.get_running_loop().time()
 
 
-class _Heard(NamedTuple):
-    """What a device said, and when, by the hub's clock."""
-
-    at_ms: int
-    said: messages.AskPosition
-
-
 class Hub(Actor):
     """Answers the devices of a site, and operators about them."""
 
@@ -90,14 +79,14 @@ class Hub(Actor):
         super().__init__(link, guard=guard)
         self.site = site
         self._log = subjects.log_stream(site)
-        self._heard: dict[str, _Heard] = {}
+        self._presence = Presence()
         self._policy = SitePolicy(site)
         self._shards = ShardMap()
         self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
         self._disclosure = Disclosure(self.asker, self._inventory, self._policy)
         self._eraser = Eraser(self.asker, self._inventory, site=site, on_late=self._owe_forget)
         self._debts = Debts(self.asker.inbox)
-        self._receipts = BucketView(subjects.RECEIPTS.name)
+        self._receipts = Receipts(self.asker, self._policy, self._presence, site=site)
         self._openings: dict[str, _Opening] = {}
         self._feeds: dict[str, _Feeding] = {}
 
@@ -105,24 +94,7 @@ class Hub(Actor):
         return {"site": self.site}
 
     def gauges(self) -> list[Gauge]:
-        values: dict[str, tuple[str, Callable[[_Heard], float]]] = {
-            "device_silent_seconds": ("Since a device was last heard of", lambda heard: _since_s(heard.at_ms)),
-            "device_waiting": ("Events that a device has still to send", lambda heard: heard.said.waiting),
-            "device_lag_seconds": ("For how long the oldest of them has waited", lambda heard: heard.said.lag_s),
-            "device_clock_offset_seconds": (
-                "How far a device's clock is ahead",
-                lambda heard: _offset_ms(heard) / 1000,
-            ),
-            "device_downlink_sequence": ("Up to where a device has the log", lambda heard: heard.said.downlinked),
-            "device_held": ("Entities that a device holds of the hub's", lambda heard: heard.said.held),
-            "device_held_bytes": ("Bytes that it was sent of them", lambda heard: heard.said.held_bytes),
-            "device_log_bytes": ("Size of a device's log", lambda heard: heard.said.log_bytes),
-        }
-        return [
-            Gauge(name, about, lambda read=read, heard=heard: read(heard), {"site": site})  # type: ignore[misc]
-            for name, (about, read) in values.items()
-            for site, heard in self._heard.items()
-        ]
+        return self._presence.gauges()
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         return {
@@ -150,7 +122,7 @@ class Hub(Actor):
     @handles(subjects.UPLINK_POSITION)
     async def uplink_position(self, request: messages.AskPosition, call: Call) -> messages.Position:
         device = call.tokens["site"]
-        self._heard[device] = _Heard(wall_ms(), request)
+        self._presence.hear(device, request)
         policy = self._policy.text if self._policy.policy.version > request.policy else ""
         place, mark = await self._last_mark(device)
         if request.log:
@@ -209,18 +181,23 @@ class Hub(Actor):
                 raise BadRequest("a want with hops must name the entities that they are counted from")
         has_it = request.incarnation == state.incarnation and await self._is_ours(request, state)
         after, last = (request.after, request.last) if has_it else (0, "")
-        feed = Feed(
-            self.asker,
+        selection = Selection(
             self._inventory,
+            request.interest,
             site=self.site,
             device=device,
-            interest=request.interest,
+            leaves=self._policy.leaves,
+            region_of=self._policy.region_of,
+        )
+        feed = Feed(
+            self.asker,
+            selection,
+            site=self.site,
+            device=device,
             held=opening.held,
             begun=opening.begun,
             debts=self._debts,
             own_log=request.log,
-            leaves=self._policy.leaves,
-            region_of=self._policy.region_of,
         )
         try:
             await feed.open(after, last, state)
@@ -329,52 +306,12 @@ class Hub(Actor):
 
     @handles(subjects.CONFIRM_ERASED)
     async def confirm_erased(self, request: messages.ConfirmErased, call: Call) -> messages.Confirmed:
-        device = call.tokens["site"]
-        for receipt in request.receipts:
-            if receipt.site != device:
-                raise Denied(f"{device} cannot confirm for {receipt.site[:64]!r}")
-            check_name("forget", receipt.forget)
-            await keep(self.asker, receipt)
+        await self._receipts.take(call.tokens["site"], request.receipts)
         return messages.Confirmed()
 
     @handles(subjects.ERASURES)
     async def erasures(self, request: messages.AskErasures, call: Call) -> messages.Erasures:
-        """By the receipts: this site's own tell what was forgotten, and a device that erased nothing sent none."""
-        receipts: dict[str, list[messages.Receipt]] = defaultdict(list)
-        for key, value in self._receipts.entries.items():
-            if key != PLACE and not key.startswith(f"{OWED}."):
-                receipts[key.partition(".")[0]].append(msgspec.json.decode(value, type=messages.Receipt))
-        own = [receipt for several in receipts.values() for receipt in several if receipt.site == self.site]
-        wanted = [
-            receipt
-            for receipt in own
-            if request.tenant in (None, receipt.tenant) and request.entity_id in (None, receipt.entity_id)
-        ]
-        latest = heapq.nlargest(request.limit, wanted, key=lambda receipt: receipt.sequence)
-        return messages.Erasures(erasures=[self._erasure(receipt, receipts[receipt.forget]) for receipt in latest])
-
-    def _erasure(self, own: messages.Receipt, receipts: list[messages.Receipt]) -> messages.Erasure:
-        confirmed = {receipt.site for receipt in receipts}
-        nothing, pending = [], []
-        for site in self._policy.sites - confirmed:
-            tenants = self._policy.entry(site).tenants
-            heard = self._heard.get(site)
-            if tenants and own.tenant not in tenants:
-                continue
-            if heard is not None and heard.said.erased >= own.sequence:
-                nothing.append(site)
-            else:
-                pending.append(
-                    messages.PendingSite(site=site, silent_s=None if heard is None else _since_s(heard.at_ms))
-                )
-        return messages.Erasure(
-            tenant=own.tenant,
-            entity_id=own.entity_id,
-            sequence=own.sequence,
-            receipts=sorted(receipts, key=lambda receipt: receipt.site),
-            nothing=sorted(nothing),
-            pending=sorted(pending, key=lambda waiting: waiting.site),
-        )
+        return messages.Erasures(erasures=self._receipts.erasures(request))
 
     # ── what operators see ──────────────────────────────────────────────────────────────────────────────────
 
@@ -388,7 +325,7 @@ class Hub(Actor):
         quarantined = await self._quarantined() if request.quarantined else Counter()
         seen = [
             replace(await self._seen(site, marks.get(site), head), quarantined=quarantined[site])
-            for site in sorted(marks.keys() | self._heard.keys())
+            for site in sorted(marks.keys() | self._presence.devices)
         ]
         return messages.DevicesSeen(devices=seen)
 
@@ -401,47 +338,21 @@ class Hub(Actor):
 
     async def _seen(self, site: str, mark: Stored | None, head: int) -> DeviceSeen:
         entry = self._policy.entry(site)
-        heard = self._heard.get(site)
-        silent_s = _since_s(mark.recorded_at if heard is None and mark is not None else heard.at_ms if heard else 0)
-        seen = DeviceSeen(
-            site=site,
-            linked=heard is not None and silent_s < LINKED_S,
-            silent_s=silent_s,
-            uplinked=(mark_in(mark.message) or NO_MARK).sequence if mark else 0,
-            region=entry.region,
-            tenants=entry.tenants,
-        )
-        if heard is None:
+        seen = replace(self._presence.seen(site, mark), region=entry.region, tenants=entry.tenants)
+        if seen.downlinked is None:
             return seen
-        said = heard.said
         feeding = self._feeds.get(site)
-        downlinked = max(said.downlinked, feeding.feed.place if feeding else 0)
+        downlinked = max(seen.downlinked, feeding.feed.place if feeding else 0)
         return replace(
             seen,
-            waiting=said.waiting,
-            lag_s=said.lag_s,
             downlinked=downlinked,
             downlink_waiting=max(0, head - downlinked),
             downlink_lag_s=await self._age_s(downlinked + 1) if head > downlinked else 0.0,
-            erased=said.erased,
-            held=said.held,
-            held_bytes=said.held_bytes,
-            contract=said.contract,
-            clock_offset_ms=_offset_ms(heard),
-            log_bytes=said.log_bytes,
         )
 
     async def _age_s(self, sequence: int) -> float | None:
         """How old the message at a place of the log is, where it is still there."""
         try:
-            return _since_s((await message_at(self.asker.inbox, self._log, sequence)).recorded_at)
+            return since_s((await message_at(self.asker.inbox, self._log, sequence)).recorded_at)
         except NotFound:
             return None
-
-
-def _since_s(moment_ms: int) -> float:
-    return max(0.0, (wall_ms() - moment_ms) / 1000)
-
-
-def _offset_ms(heard: _Heard) -> int:
-    return heard.said.clock_ms - heard.at_ms

@@ -22,13 +22,16 @@ Key: TypeAlias = tuple[str, str]
 class Candidate(msgspec.Struct, frozen=True):
     """An entity that a device may want: its type, and the regions in which it was written.
 
-    One that `is_gone` was forgotten, and its type is that of then.
+    One that `is_gone` was forgotten, and its type is that of then. Of one that `is_own` the device wrote some itself.
+    `first` is where in the hub's log its events begin; 0: nobody can say.
     """
 
     key: Key
     type: str | None = None
     regions: Set[str] = frozenset()
     is_gone: bool = False
+    is_own: bool = False
+    first: int = 0
 
 
 class Roster:

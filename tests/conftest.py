@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from mesh import SHARDS, SPARE_TENANTS, Mesh
 from nats.aio.client import Client
+from sites import HubSite
 
 from cli.provision import even_shards, provision
 from cli.server import NatsServer, free_port
@@ -172,3 +173,10 @@ async def own(mesh: Mesh) -> AsyncIterator[Memory]:
     """An agent of a tenant that no other test has used."""
     async with mesh.connect(f"{mesh.tenant()}.ann") as memory:
         yield memory
+
+
+@pytest_asyncio.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
+    """A hub of its own for one test, which devices reach."""
+    async with HubSite(tmp_path / "hub").up() as hub:
+        yield hub

@@ -119,6 +119,13 @@ async def status_of(node: EdgeNode) -> messages.EdgeStatus:
         await link.close()
 
 
+async def current(node: EdgeNode) -> messages.EdgeStatus:
+    """Once the device has all that its hub has for it."""
+    while not (status := await status_of(node)).current:
+        pass
+    return status
+
+
 @contextlib.asynccontextmanager
 async def stolen(hub: HubSite, data: Path) -> AsyncIterator[Client]:
     """A client without any limits on a nats-server that has the key of the device whose folder this is."""

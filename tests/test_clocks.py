@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from bench.cable import Cable
@@ -33,12 +31,6 @@ from services.gateway import Gateway
 LONG_MS = 30_000
 TEN_YEARS_MS = 10 * 365 * 24 * 3600 * 1000
 EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
-
-
-@pytest_asyncio.fixture
-async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
-    async with HubSite(tmp_path / "hub").up() as hub:
-        yield hub
 
 
 async def write_ahead(node: EdgeNode, entity_id: str, op: str, by_ms: int = TEN_YEARS_MS, **body: object) -> None:

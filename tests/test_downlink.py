@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
-from sites import TENANT, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, current, device, since, status_of
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
@@ -34,21 +32,8 @@ from services.feed import MOST_READ, Feed
 LONG_MS = 30_000
 
 
-@pytest_asyncio.fixture
-async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
-    async with HubSite(tmp_path / "hub").up() as hub:
-        yield hub
-
-
 def wants(*wanted: dict[str, Any], **limits: int) -> Interest:
     return Interest(wants=[Want(tenant=TENANT, **want) for want in wanted], **limits)
-
-
-async def current(node: EdgeNode) -> messages.EdgeStatus:
-    """Once the device has all that its hub has for it."""
-    while not (status := await status_of(node)).current:
-        pass
-    return status
 
 
 async def held(memory: Memory, node: EdgeNode, entity_ids: list[str]) -> list[str]:

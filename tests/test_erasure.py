@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from bench.cable import Cable
@@ -24,12 +22,6 @@ from mnemesh.messages import AskErasures, Erasure, Interest, Want
 
 LONG_MS = 30_000
 EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
-
-
-@pytest_asyncio.fixture
-async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
-    async with HubSite(tmp_path / "hub").up() as hub:
-        yield hub
 
 
 async def logged(options: ServerOptions, entity: str) -> list[str]:

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import pytest_asyncio
-from sites import TENANT, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, current, device, since, status_of
 
 from bench.cable import Cable
-from cli.edge_node import EdgeNode
 from mnemesh import Memory, messages
 from mnemesh.messages import Hits, Interest, SiteCoverage, Traversal, Want
 
 KEEPS_ALL = "version: 1\notherwise: nothing\n"
 ONLY_SCORES = "version: 1\notherwise: scores\n"
 LONG_MS = 30_000
-
-
-@pytest_asyncio.fixture
-async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
-    async with HubSite(tmp_path / "hub").up() as hub:
-        yield hub
-
-
-async def until_current(node: EdgeNode) -> None:
-    while not (await status_of(node)).current:
-        pass
 
 
 async def asked(memory: Memory, state: str, **search: Any) -> tuple[Hits, SiteCoverage]:
@@ -47,7 +33,7 @@ async def test_a_hub_finds_by_score_what_a_device_does_not_send(hub: HubSite, tm
         alice_at(node.server) as here,
         alice_at(hub.server) as there,
     ):
-        await until_current(node)
+        await current(node)
         await there.set_context("hub:1", attributes={"n": 1}, vectors={"v": [0.0, 1.0]})
         await here.set_context("secret:1", attributes={"n": 2}, vectors={"v": [1.0, 0.1]}, text="hidden words")
         found, site = await asked(there, "answered", output_fields=["n"], include_vectors=True)
@@ -72,7 +58,7 @@ async def test_a_device_that_lets_nothing_out_has_refused(hub: HubSite, tmp_path
         alice_at(node.server) as here,
         alice_at(hub.server) as there,
     ):
-        await until_current(node)
+        await current(node)
         await there.set_context("hub:1", vectors={"v": [0.0, 1.0]})
         await here.set_context("secret:1", vectors={"v": [1.0, 0.1]})
         found, _ = await asked(there, "refused")
@@ -89,7 +75,7 @@ async def test_a_device_that_is_cut_off_is_named_with_since_when(hub: HubSite, t
         alice_at(node.server) as here,
         alice_at(hub.server) as there,
     ):
-        await until_current(node)
+        await current(node)
         written = await here.set_context("own", vectors={"v": [1.0, 0.0]}, edges=[{"relation": "r", "target_id": "x"}])
         await there.get_context("own", consistency=since(written), budget_ms=LONG_MS)
         await asked(there, "answered")
@@ -113,7 +99,7 @@ async def test_a_device_finds_what_its_hub_has_and_walks_on_there(hub: HubSite, 
     ):
         await there.set_context("b", type="bus", edges=[{"relation": "feeds", "target_id": "c"}], text="far away")
         await there.set_context("v:1", vectors={"v": [1.0, 0.0]})
-        await until_current(node)
+        await current(node)
         await here.set_context("a", edges=[{"relation": "feeds", "target_id": "b"}])
         walked = await reached(here, "c")
         assert [(node.entity_id, node.depth, node.via) for node in walked.nodes] == [

@@ -203,7 +203,7 @@ class Target:
         assert found.coverage.complete
         for name in ("s0", "s1"):
             shard = self._mesh.shard(name)
-            assert shard.undecodable == 0
+            assert shard._intake.undecodable == 0
             assert [projection.store.rejected for projection in shard._projections] == [0, 0]
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from cli.edge_node import EdgeNode
@@ -28,12 +27,6 @@ from mnemesh.origin import BORN, Mark
 
 LONG_MS = 30_000
 NO_HEADERS: Mapping[str, str] = {}
-
-
-@pytest_asyncio.fixture
-async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
-    async with HubSite(tmp_path / "hub").up() as hub:
-        yield hub
 
 
 async def send(node: EdgeNode, subject: str, payload: bytes, headers: Mapping[str, str] = NO_HEADERS) -> None:

@@ -12,7 +12,7 @@ import nats.errors
 import numpy as np
 import pytest
 import pytest_asyncio
-from sites import TENANT, HubSite, alice_at, device, device_options, since, status_of, stolen
+from sites import TENANT, HubSite, alice_at, current, device, device_options, since, status_of, stolen
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
@@ -117,8 +117,7 @@ async def test_no_protected_byte_is_on_the_line_or_on_the_hubs_disk(hub: HubSite
         for kept in (f"{SECRET}:meter", "forecast:1"):
             with pytest.raises(NotFound):
                 await there.get_context(kept)
-        while not (await status_of(node)).current:
-            pass
+        await current(node)
         line_before = bytes(sent)
         assert SECRET.encode() not in line_before
         await ask_all(here)
@@ -250,7 +249,7 @@ async def test_what_a_hub_keeps_back_its_devices_do_not_get(hub: HubSite, tmp_pa
         await write_all(there)
         await there.set_context("bus:1", attributes={"note": PUBLIC})
         await until_public(here)
-        await until_current(node)
+        await current(node)
         await ask_all(here)
         transformer = await here.get_context("transformer:1")
         assert transformer.attributes == {"kv": 20}
@@ -266,11 +265,6 @@ async def until_public(memory: Memory) -> None:
         with contextlib.suppress(MnemeshError):
             if (await memory.get_context("bus:1")).attributes:
                 return
-
-
-async def until_current(node: EdgeNode) -> None:
-    while not (await status_of(node)).current:
-        pass
 
 
 @pytest.mark.parametrize(

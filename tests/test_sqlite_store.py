@@ -395,7 +395,7 @@ def test_a_device_keeps_what_it_releases_where_it_wrote_some_of_it(device: Sqlit
 
 def test_a_device_keeps_what_it_wrote_before_another_site_forgot_it(device: SqliteStore) -> None:
     take(device, Record(1, 5, 0, put("edge-1", 10)), carried(2, forget("hub", 20), 2), note(3, "release"))
-    assert device.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], True, (20 << 16, "hub"))]
+    assert device.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], True, (20 << 16, "hub"), first=2)]
     take(device, carried(4, put("edge-2", 15, text="late"), 1))
     assert device.get("acme", "pump") is None, "for the forget is still known"
 
@@ -483,9 +483,9 @@ def test_what_a_site_writes_after_an_event_that_was_put_aside_counts(store: Sqli
 def test_entities_are_described_in_the_order_asked_by_their_type_and_who_wrote_them(store: SqliteStore) -> None:
     write(store, put("hub", 10, type="pump"), put("edge-1", 20), put(entity_id="valve", id="v"))
     assert store.describe("acme", ["valve", "nobody", "pump"]) == [
-        Description(None, ["hub"]),
+        Description(None, ["hub"], first=3),
         Description(),
-        Description("pump", ["hub", "edge-1"]),
+        Description("pump", ["hub", "edge-1"], first=1),
     ]
     assert store.describe("rival", ["pump"]) == [Description()]
     assert store.describe("acme", []) == []
@@ -499,20 +499,20 @@ def test_more_entities_than_a_statement_takes_are_described(store: SqliteStore) 
 
 def test_of_what_is_gone_the_type_of_then_is_told(store: SqliteStore) -> None:
     write(store, put("edge-1", 10, type="pump"), forget("hub", 20))
-    gone = Description("pump", ["edge-1", "hub"], True, (20 << 16, "hub"))
+    gone = Description("pump", ["edge-1", "hub"], True, (20 << 16, "hub"), first=2)
     assert store.describe("acme", ["pump"]) == [gone]
     write(store, forget("hub", 30))
-    later = replace(gone, tombstone=(30 << 16, "hub"))
+    later = replace(gone, tombstone=(30 << 16, "hub"), first=3)
     assert store.describe("acme", ["pump"]) == [later], "also after it was forgotten once more"
     write(store, put("hub", 40))
-    assert store.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], False, (30 << 16, "hub"))]
+    assert store.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], False, (30 << 16, "hub"), 3)]
     write(store, put("hub", 50, type="valve"), forget("hub", 60))
-    assert store.describe("acme", ["pump"]) == [Description("valve", ["edge-1", "hub"], True, (60 << 16, "hub"))]
+    assert store.describe("acme", ["pump"]) == [Description("valve", ["edge-1", "hub"], True, (60 << 16, "hub"), 6)]
 
 
 def test_of_what_was_forgotten_before_it_came_no_type_is_told(store: SqliteStore) -> None:
     write(store, forget("hub", 20), put("edge-1", 10, type="pump"))
-    assert store.describe("acme", ["pump"]) == [Description(None, ["hub", "edge-1"], True, (20 << 16, "hub"))]
+    assert store.describe("acme", ["pump"]) == [Description(None, ["hub", "edge-1"], True, (20 << 16, "hub"), 1)]
 
 
 def test_entities_are_listed_by_id_in_pages_of_types(store: SqliteStore) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import nats.errors
 import pytest
-import pytest_asyncio
 from nats.aio.msg import Msg
-from sites import TENANT, HubSite, alice_at, device, device_options, since, status_of, stolen
+from sites import TENANT, HubSite, alice_at, current, device, device_options, since, status_of, stolen
 
 from bench.cable import Cable
 from cli.devices import Devices, public_of, seed_of
@@ -33,12 +32,6 @@ from mnemesh.messages import AskDevices, Interest, Status, Want
 from mnemesh.origin import BORN, decode_mark
 
 LONG_MS = 30_000
-
-
-@pytest_asyncio.fixture
-async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
-    async with HubSite(tmp_path / "hub").up() as hub:
-        yield hub
 
 
 async def counted(memory: Memory, entity_id: str) -> list[int]:
@@ -365,8 +358,7 @@ async def test_what_a_device_wrote_in_a_log_that_was_lost_comes_back_as_it_wants
         cable.heal()
         while "o" not in (await there.get_context("t1")).attributes:
             pass
-        while not (await status_of(node)).current:
-            pass
+        await current(node)
         cable.cut()
         for memory in (here, there):
             assert (await memory.get_context("t1")).attributes == {"n": 3, "m": 1, "o": 1}

@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
-import pytest_asyncio
 from disk import disk, needs_root
 from msgspec import Struct
 from msgspec.structs import asdict, replace
@@ -40,12 +38,6 @@ T = TypeVar("T")
 
 LONG_MS = 60_000
 EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
-
-
-@pytest_asyncio.fixture
-async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
-    async with HubSite(tmp_path / "hub").up() as hub:
-        yield hub
 
 
 async def numbers(memory: Memory, entity_id: str, consistency: Consistency) -> list[int]:

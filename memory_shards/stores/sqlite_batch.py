@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -101,14 +101,15 @@ class Batch:
         self._records = records
         self._loaded: dict[tuple[str, str], _Touched] = {}
         self._dirty: dict[tuple[str, str], _Touched] = {}
-        self._events: list[tuple[Any, ...]] = []
+        self._events: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+        """Rows of what was taken and not yet written, by entity."""
 
     def write(self) -> None:
         """Merge all records and write what they come to."""
         self._load({(record.event.tenant, record.event.entity_id) for record in self._records})
         for record in self._records:
             self._take(record)
-        self._flush()
+        self._flush(self._dirty)
         if self._erased_more or self.erasing:
             self._erase_words()
 
@@ -167,11 +168,10 @@ class Batch:
         if entity.state.is_forgotten(change):
             return
         if change.patch is None:
-            self._forget(entity, change)
-            self._dirty[name] = entity
+            self._forget(name, entity, change)
         else:
             entity.state.put(change)
-        self._events.append(
+        self._events[entity.id].append(
             (
                 record.sequence,
                 entity.id,
@@ -195,7 +195,7 @@ class Batch:
         if self._site in entity.state.ledger.stamps:
             entity.held = None
             return
-        self._flush()
+        self._flush([name])
         if entity.indexed_text is not None:
             self._connection.execute(_UNINDEX_TEXT, (entity.id, entity.indexed_text))
             self._erased_more = True
@@ -203,9 +203,10 @@ class Batch:
             self._connection.execute(statement, (entity.id,))
         self._loaded[name] = _Touched(entity.id, State())
 
-    def _forget(self, entity: _Touched, change: Change) -> None:
+    def _forget(self, name: tuple[str, str], entity: _Touched, change: Change) -> None:
         """Erase what the forget wins over, and bring up what is left."""
-        self._flush()
+        self._flush([name])
+        self._dirty[name] = entity
         self._erased_more |= entity.indexed_text is not None
         erased = self._connection.execute(_FORGET_EVENTS, (entity.id, *change.mark)).rowcount
         self._connection.execute("INSERT INTO erasure VALUES (?, ?)", (change.sequence, erased))
@@ -215,13 +216,17 @@ class Batch:
         ledger = entity.state.ledger
         ledger.stamps, ledger.births, ledger.gone = before.stamps, before.births, kind or before.gone
 
-    def _flush(self) -> None:
-        """Write all that was taken since the last flush."""
+    def _flush(self, names: Iterable[tuple[str, str]]) -> None:
+        """Write all that was taken of these entities and is not yet written."""
         entities: list[tuple[Any, ...]] = []
+        events: list[tuple[Any, ...]] = []
         edges: list[tuple[Any, ...]] = []
         unindexed: list[tuple[int, str]] = []
         indexed: list[tuple[int, str]] = []
-        for (tenant, entity_id), entity in self._dirty.items():
+        for name in list(names):
+            tenant, entity_id = name
+            entity = self._dirty.pop(name)
+            events += self._events.pop(entity.id, [])
             state = entity.state
             doc: Doc = state.attributes, state.spaces
             entities.append(
@@ -252,8 +257,6 @@ class Batch:
                 entity.indexed_text = state.text
         execute_all(self._connection, _UPSERT_ENTITY, entities)
         execute_all(self._connection, _UPSERT_EDGE, edges)
-        execute_all(self._connection, _INSERT_EVENT, self._events)
+        execute_all(self._connection, _INSERT_EVENT, sorted(events))
         self._connection.executemany(_UNINDEX_TEXT, unindexed)
         self._connection.executemany(_INDEX_TEXT, indexed)
-        self._dirty.clear()
-        self._events = []

@@ -66,10 +66,13 @@ WHERE entity.tenant = ? AND entity_id = ? AND event.hub IS NULL
 _LIST = """
 SELECT entity_id, type, version,
     CASE WHEN held >= 0 THEN held ELSE (SELECT sum(length(body)) FROM event WHERE entity = entity.id) END,
-    held IS NULL OR held >= 0, ledger
+    held IS NULL OR held >= 0, ifnull((SELECT min(sequence) FROM event WHERE entity = entity.id), 0), ledger
 FROM entity WHERE tenant = ? AND entity_id > ? AND {which}{types} ORDER BY entity_id LIMIT ?
 """
-_DESCRIBE = "SELECT entity_id, type, alive, ledger FROM entity WHERE tenant = ? AND entity_id IN ({ids})"
+_DESCRIBE = """
+SELECT entity_id, type, alive, ledger, ifnull((SELECT min(sequence) FROM event WHERE entity = entity.id), 0)
+FROM entity WHERE tenant = ? AND entity_id IN ({ids})
+"""
 _IDS_A_STATEMENT = 500
 
 _ledger_decoder = msgspec.msgpack.Decoder(merge.Ledger)
@@ -160,8 +163,9 @@ class SqliteReader:
                 size or 0,
                 _ledger_decoder.decode(ledger).sites if with_sites else [],
                 bool(whole),
+                first,
             )
-            for entity_id, type, version, size, whole, ledger in rows
+            for entity_id, type, version, size, whole, first, ledger in rows
         ]
 
     def describe(self, tenant: str, entity_ids: Sequence[str]) -> list[Description]:
@@ -170,11 +174,11 @@ class SqliteReader:
         for start in range(0, len(entity_ids), _IDS_A_STATEMENT):
             ids = entity_ids[start : start + _IDS_A_STATEMENT]
             rows = self._connection.execute(_DESCRIBE.format(ids=_places(ids)), (tenant, *ids))
-            for entity_id, type, alive, raw in rows:
+            for entity_id, type, alive, raw, first in rows:
                 ledger = _ledger_decoder.decode(raw)
                 is_gone = not alive and ledger.tombstone is not None
                 found[entity_id] = Description(
-                    ledger.gone if is_gone else type, ledger.sites, is_gone, ledger.tombstone
+                    ledger.gone if is_gone else type, ledger.sites, is_gone, ledger.tombstone, first
                 )
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 

@@ -102,9 +102,7 @@ class Stored(NamedTuple):
 
 async def last_of_each(inbox: Inbox, stream: str, filter_subject: str) -> list[Stored]:
     """The last message of every subject of a stream that matches."""
-    info = await api(inbox, f"STREAM.INFO.{stream}", {"subjects_filter": filter_subject})
-    subjects = info["state"].get("subjects") or ()
-    return [await last_of(inbox, stream, subject) for subject in subjects]
+    return [await last_of(inbox, stream, subject) for subject in await counts_of(inbox, stream, filter_subject)]
 
 
 async def last_of(inbox: Inbox, stream: str, subject: str) -> Stored:
@@ -128,6 +126,17 @@ async def history_of(inbox: Inbox, stream: str, subject: str, *, upto: int) -> l
         found += known
         if len(known) < len(some) or not some or not some[-1].following:
             return found
+
+
+async def counts_of(inbox: Inbox, stream: str, subject: str) -> dict[str, int]:
+    """How many messages there are of each subject that this one, which may have wildcards, takes in."""
+    counts: dict[str, int] = {}
+    while True:  # the server tells 100,000 subjects at a time
+        told = await api(inbox, f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(counts)})
+        some = told["state"].get("subjects") or {}
+        counts |= some
+        if not some or len(counts) >= told.get("total", 0):
+            return counts
 
 
 async def next_of(inbox: Inbox, stream: str, subject: str, *, after: int) -> list[Stored]:

@@ -12,7 +12,7 @@ from mnemesh.connection import Link
 from mnemesh.errors import NotFound
 from mnemesh.follower import Follower
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import API_BUDGET_S, api, check, last_of, stream_state
+from mnemesh.jetstream import API_BUDGET_S, check, counts_of, last_of, stream_state
 
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 OPERATION = "KV-Operation"
@@ -44,8 +44,7 @@ async def get(inbox: Inbox, bucket: str, key: str) -> bytes | None:
 
 async def keys(inbox: Inbox, bucket: str) -> list[str]:
     """Every key that has a value or a delete marker."""
-    info = await api(inbox, f"STREAM.INFO.KV_{bucket}", {"subjects_filter": ">"})
-    return sorted(subject.removeprefix(f"$KV.{bucket}.") for subject in info["state"].get("subjects") or {})
+    return sorted(subject.removeprefix(f"$KV.{bucket}.") for subject in await counts_of(inbox, f"KV_{bucket}", ">"))
 
 
 async def _write(inbox: Inbox, bucket: str, key: str, value: bytes, headers: dict[str, str] | None) -> int:

@@ -57,7 +57,8 @@ class ListEntities(Request, frozen=True, kw_only=True):
 class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
     """One entity: its type, the log sequence of its last event, and the bytes of its events, vectors left out.
 
-    Of one that is held, `bytes` are those that the hub sent when that began; one that is not `whole` is begun only.
+    `first` is the log sequence of the first of its events that is left. Of one that is held, `bytes` are those that the
+    hub sent when that began; one that is not `whole` is begun only.
     """
 
     entity_id: str
@@ -66,6 +67,7 @@ class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
     bytes: int
     sites: list[str] = []
     whole: bool = True
+    first: int = 0
 
 
 class Entities(Reply, frozen=True, kw_only=True):
@@ -87,13 +89,15 @@ class Description(msgspec.Struct, frozen=True, array_like=True):
     """The type of an entity, and the sites that ever wrote it, forgotten writes too.
 
     One that `is_gone` was forgotten, and its type is that of then. `tombstone` is the (stamp, site) of the forget that
-    wins over all others, also when it was written again.
+    wins over all others, also when it was written again. `first` is the log sequence of the first of its events that is
+    left; 0: there is none.
     """
 
     type: str | None = None
     sites: list[str] = []
     is_gone: bool = False
     tombstone: tuple[int, str] | None = None
+    first: int = 0
 
 
 class Descriptions(Reply, frozen=True, kw_only=True):
