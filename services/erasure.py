@@ -25,10 +25,13 @@ from mnemesh.asker import Asker
 from mnemesh.atomic_batch import ROLLUP
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
+from mnemesh.inbox import Inbox
 from mnemesh.jetstream import (
+    ALL,
     JetStreamError,
     SiteKind,
     Stored,
+    StreamState,
     api,
     counts_of,
     history_of,
@@ -85,15 +88,13 @@ class Eraser:
         inbox = self._asker.inbox
         state = await stream_state(inbox, self._log)
         self._incarnation = state.incarnation
-        held = await kv.get(inbox, subjects.RECEIPTS.name, PLACE)
-        incarnation, _, place = (held or b"").decode().rpartition(" ")
-        self.place = self._saved = self._read = int(place) if incarnation == state.incarnation else 0
+        self.place = self._saved = self._read = await erased_upto(inbox, state)
         self._carried.clear()
         for stored in await last_of_each(inbox, self._log, subjects.log_mark("*")):
             if stored.sequence <= self.place:
                 self._note(stored)
         while True:
-            some = await next_of(inbox, self._log, subjects.LOG, after=self._read)
+            some = await next_of(inbox, self._log, ALL, after=self._read)
             for stored in some:
                 await self._take(stored)
             if some:
@@ -234,6 +235,13 @@ class Eraser:
         birth = birth_of(stored.message, event.site)
         log, sequence = birth or (f"{self._site} {self._incarnation}", stored.sequence)
         return f"{event.site}-{hashlib.blake2b(log.encode(), digest_size=4).hexdigest()}-{sequence}"
+
+
+async def erased_upto(inbox: Inbox, log: StreamState) -> int:
+    """Up to where the log of a site was gone through, and maybe `SAVE_AFTER` messages further."""
+    held = await kv.get(inbox, subjects.RECEIPTS.name, PLACE)
+    incarnation, _, place = (held or b"").decode().rpartition(" ")
+    return int(place) if incarnation == log.incarnation else 0
 
 
 async def keep(asker: Asker, receipt: Receipt) -> None:

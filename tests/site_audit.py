@@ -1,6 +1,6 @@
 """The audit of the sites ledger: what the writers were told against what every site has.
 
-    wait      every site reads with everybody's last tokens, and has erased what was forgotten
+    wait      every site reads with everybody's last tokens, and has erased what was forgotten, but maybe the last of it
     logs      each site's own log is the ledger, but for what was forgotten; each other site has the same of it
     memory    each site's timeline is what is in the logs; reads are its fold; the stores hash alike
 
@@ -12,6 +12,7 @@ forgets of its entity had been answered has the larger stamp, as the sites share
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -27,8 +28,9 @@ from mnemesh.asker import Asker
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound, Stale, Timeout, Unavailable
 from mnemesh.event import Event, decode_event
-from mnemesh.jetstream import Stored, next_of, stream_state
+from mnemesh.jetstream import ALL, Stored, next_of, stream_state
 from mnemesh.origin import birth_of, hash_of, place_of
+from services.erasure import SAVE_AFTER, erased_upto
 from tests.fleet import HUB, Fleet
 from tests.ledger import fold, statuses
 from tests.site_writers import Entry, Ledger, said
@@ -129,13 +131,23 @@ class Audit:
     # ── waiting ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def wait(self) -> None:
-        """Until every site reads with everybody's last tokens."""
+        """Until every site reads with everybody's last tokens, and has all but caught up with erasing."""
         token: dict[str, int] = defaultdict(int)
         for (written_at, _), entries in self._ledger.acknowledged.items():
             token[written_at] = max(token[written_at], *(entry.sequence for entry in entries))
         wanted = Consistency(level="session", token=dict(token))
         for memory in self._memories.values():
             await answered(partial(memory.timeline, limit=1, consistency=wanted, budget_ms=READ_MS))
+        for site in self._fleet.sites:
+            await self._erased(site)
+
+    async def _erased(self, site: str) -> None:
+        async with self._asking(site, "operator") as asker:
+            log = await stream_state(asker.inbox, subjects.log_stream(site))
+            while True:
+                if log.last_sequence - await erased_upto(asker.inbox, log) <= SAVE_AFTER:
+                    return
+                await asyncio.sleep(AGAIN_S)
 
     # ── logs ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -242,17 +254,21 @@ class Audit:
             self._found.add("lost on its way", f"not in the log of {site}", key, births[key])
         self.facts["carried again to devices"] += has.total() - len(has)
 
-    async def _log(self, site: str, subject: str = subjects.LOG) -> AsyncIterator[Stored]:
+    async def _log(self, site: str, subject: str = ALL) -> AsyncIterator[Stored]:
         """A site's log from its beginning. What it still has is erased meanwhile, so this does not count on it."""
-        link = await Link.open(self._fleet.credential(site, "shard").link_options("audit"))
-        try:
-            asker = await Asker(link).open()
+        async with self._asking(site, "shard") as asker:
             stream = subjects.log_stream(site)
             after = 0
             while some := await next_of(asker.inbox, stream, subject, after=after):
                 for stored in some:
                     yield stored
                 after = some[-1].sequence
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, site: str, role: str) -> AsyncIterator[Asker]:
+        link = await Link.open(self._fleet.credential(site, role).link_options("audit"))
+        try:
+            yield await Asker(link).open()
         finally:
             await link.close()
 
@@ -332,14 +348,10 @@ class Audit:
         self.digest = told[HUB].digest
 
     async def _status(self, site: str) -> messages.ShardStatus:
-        link = await Link.open(self._fleet.credential(site, "operator").link_options("audit"))
-        try:
-            asker = await Asker(link).open()
+        async with self._asking(site, "operator") as asker:
             head = (await stream_state(asker.inbox, subjects.log_stream(site))).last_sequence
             (status,) = await statuses(asker, self._fleet.shard_of(site)[0], 1, head)
             return status
-        finally:
-            await link.close()
 
     def _difference(self) -> str:
         """The first entities whose documents differ between the hub and a device."""

@@ -139,6 +139,10 @@ async def counts_of(inbox: Inbox, stream: str, subject: str) -> dict[str, int]:
             return counts
 
 
+ALL = ">"
+"""As a subject: every message. The server sends 24,000 a second, and 10,000 where it must compare subjects."""
+
+
 async def next_of(inbox: Inbox, stream: str, subject: str, *, after: int) -> list[Stored]:
     """The next messages of a subject, which may have wildcards, up to `MOST_IN_GET`; none if there are no more.
 
