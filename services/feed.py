@@ -291,18 +291,18 @@ class Feed:
             if want is None or key in self._roster:
                 continue
             self._types[key] = candidate.type
-            if candidate.first >= since:
-                self._evict(self._roster.admit(key, want, 0))
-                self._to_hold.appendleft((since, key))
-                continue
-            history = await self._history(key, upto)
+            history = await self._history(key, upto) if candidate.first < since else []
             size = sum(len(stored.message.data) for stored in history)
             evicted = self._roster.admit(key, want, size)
-            if key not in evicted:
+            self._evict([other for other in evicted if other != key])
+            if key in evicted:
+                continue
+            if candidate.first < since:
                 self._send_history(history)
                 self._items.append(Holding(*key, size))
                 joined.add(key)
-            self._evict([other for other in evicted if other != key])
+            else:
+                self._to_hold.appendleft((0, key))
         return joined
 
     def _settle(self, position: int) -> None:

@@ -118,3 +118,11 @@ async def test_a_view_says_that_its_bucket_shrank(operator: Asker, reader: Asker
     async with asyncio.timeout(10):
         with pytest.raises(StreamShrank):
             await follow
+
+
+async def test_more_keys_than_the_server_tells_at_once_are_all_listed(operator: Asker) -> None:
+    names = [str(number) for number in range(100_500)]
+    for name in names:
+        await operator.link.publish(f"$KV.{BUCKET}.{name}", b"")
+    await kv.put(operator.inbox, BUCKET, "last", b"")
+    assert set(await kv.keys(operator.inbox, BUCKET)) >= {*names, "last"}
