@@ -372,7 +372,7 @@ def _go_settings(options: ServerOptions) -> dict[str, str]:
     if options.kind == "hub":
         return {}
     stored = sum(file.stat().st_size for file in options.data.joinpath("jetstream").rglob("*") if file.is_file())
-    return {"GOMEMLIMIT": f"{max(DEVICE_MEMORY_MIB, stored // 2**21)}MiB"}
+    return {"GOMEMLIMIT": f"{min(max(DEVICE_MEMORY_MIB, stored // 2**21), 256)}MiB"}
 
 
 def _has_ports_file(data: Path, pid: int) -> bool:

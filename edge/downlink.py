@@ -4,8 +4,8 @@
 
 The mark says which batch of which feed it ends: after an interruption the feed goes on there, if the hub still has it.
 The hub chooses (`services/feed.py`); here a batch is only kept. Its mark is stored only if the mark before it is the
-one that we know, so a batch whose ack was lost is not kept twice. What the hub has us release goes from the log, too,
-unless this device wrote some of it itself.
+one that we know, so a batch whose ack was lost is not kept twice. What we have of an entity is noted beside its events.
+What the hub has us release goes from the log, too, unless this device wrote some of it itself.
 
 Looks at `router.inventory` and `mnemesh`.
 """
@@ -22,13 +22,13 @@ import nats.nuid
 
 from mnemesh import kv, subjects, wire
 from mnemesh.asker import Asker
-from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all, without_erased
+from mnemesh.atomic_batch import MOST_IN_BATCH, ROLLUP, Outgoing, publish_all, without_erased
 from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, NotFound, Timeout, TooLarge
-from mnemesh.event import Event
+from mnemesh.event import Event, decode_event
 from mnemesh.ids import partition_of_tokens, to_token
-from mnemesh.jetstream import api, last_of, stream_state
+from mnemesh.jetstream import Stored, api, last_of, next_of, stream_state
 from mnemesh.log_writer import EXPECTED
-from mnemesh.messages import Carried, FeedBatch, Holding, Interest, NextFeed, OpenFeed
+from mnemesh.messages import Carried, FeedBatch, HeldState, Holding, Interest, NextFeed, OpenFeed
 from mnemesh.origin import BORN, HUB_SEQUENCE, Mark, decode_mark
 from router.inventory import Inventory
 
@@ -109,6 +109,7 @@ class Downlink:
         )
         self._hub = position.hub
         mark = await self._mark()
+        await self._purge_again()
         try:
             batch = await self._resumed(mark)
         except Conflict:
@@ -182,9 +183,9 @@ class Downlink:
         self._hlc = max(self._hlc, mark.hlc)
         return mark
 
-    async def _held(self, head: int) -> list[tuple[str, str, int, bool]]:
+    async def _held(self, head: int) -> list[tuple[str, str, int, HeldState]]:
         return [
-            (tenant, entity.entity_id, entity.bytes, entity.whole)
+            (tenant, entity.entity_id, entity.bytes, entity.state or "whole")
             for tenant in await kv.keys(self._asker.inbox, subjects.TENANTS.name)
             async for entity in self._inventory.entities(tenant, upto=head, held=True)
         ]
@@ -208,7 +209,7 @@ class Downlink:
         self.received += sum(isinstance(item, Carried) for item in batch.items)
         for item in batch.items:
             if isinstance(item, Holding) and item.bytes is None:
-                await self._purge(item)
+                await self._purge(item.tenant, item.entity_id)
 
     def _message(self, item: Carried | Holding) -> Outgoing:
         if isinstance(item, Carried):
@@ -223,18 +224,34 @@ class Downlink:
             agent="",
             site=self._site,
             hlc=0,
-            body={"bytes": item.bytes} if item.whole else {},
+            body={} if item.bytes is None else {"bytes": item.bytes, "state": item.state},
         )
         token = to_token(item.entity_id)
         subject = subjects.log_holding(self._site, item.tenant, partition_of_tokens(item.tenant, token), token)
         return Outgoing(subject, note.encode(), {ROLLUP: "sub"})
 
-    async def _purge(self, released: Holding) -> None:
+    async def _purge_again(self) -> None:
+        """Whoever died after it kept a batch may not have purged what that released."""
+        notes = subjects.log_holding(self._site, "*", "*", "*")
+        after = max(0, self._place - MOST_IN_BATCH)
+        while some := await next_of(self._asker.inbox, self._log, notes, after=after):
+            after = some[-1].sequence
+            for note in map(_note_in, some):
+                if note is not None and note.op == "release":
+                    await self._purge(note.tenant, note.entity_id)
+
+    async def _purge(self, tenant: str, entity_id: str) -> None:
         """Take an entity's events out of our log, if the stores dropped it: they keep what was written here, too."""
-        tenant, entity_id = released.tenant, released.entity_id
         told = await self._inventory.describe(tenant, [entity_id], upto=self._place)
         if told[entity_id].sites:
             return
         token = to_token(entity_id)
         anywhere = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
         await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": anywhere, "seq": self._place})
+
+
+def _note_in(stored: Stored) -> Event | None:
+    try:
+        return decode_event(stored.message.data)
+    except MnemeshError:
+        return None

@@ -222,8 +222,12 @@ class Shard(Actor):
         if request.consistency is not None:
             own = request.consistency.of_site(self.site)
             await self._freshness.wait(own, self._document_projection.watermark, call)
-        if self._documents.holds(tenant, entity_id):
-            return await here()
+        try:
+            if self._documents.holds(tenant, entity_id):
+                return await here()
+        except NotFound:
+            if self._documents.holds(tenant, entity_id):
+                raise  # else it was let go meanwhile
         found = self._documents.get(tenant, entity_id)
         last_own = self._documents.last_own(tenant, entity_id)
         return await elsewhere.get_context(
@@ -274,8 +278,9 @@ class Shard(Actor):
             if request.after >= OF_HUB or not is_here:
                 return await elsewhere.timeline(self._elsewhere, replace(request, entity_id=entity_id), call)
         seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        events = self._documents.timeline(tenant, entity_id, request.after, request.limit)
         complete = self._elsewhere is None or self._documents.holds(tenant, entity_id)
+        events = self._documents.timeline(tenant, entity_id, request.after, request.limit)
+        complete = complete and (self._elsewhere is None or self._documents.holds(tenant, entity_id))
         return replace(_page(events, request.limit, seen), complete=complete)
 
     # ── parts of questions that span shards ─────────────────────────────────────────────────────────────────

@@ -3,22 +3,22 @@
     open    which entities does it want → of those that it lacks comes the history, up to where it stands
     next    follow the log from there → events of what it wants; whose turn it becomes brings its history along
 
-The device only appends what it is given. An entity counts as held there once all that the hub had of it has come; of
-one whose events lie far apart it is told that it has begun to. What does not fit any more, or is not wanted any more,
-it is told to release. What comes twice has no effect there, for each event says where it was born. Forgets go also to
-a device that wrote the entity, whatever it holds.
+The device only appends what it is given (`outbox`). What it has of an entity it is told to note: `whole` once all has
+come that the hub had when this opened; `begun` where it has all up to its mark, and more of then is to come; `some`
+where a batch ended in between. What does not fit any more, or is not wanted any more, it is told to release. What comes
+twice has no effect there, for each event says where it was born. Forgets go to whatever device has, or wrote, something
+of the entity.
 
 The feed is kept in memory, also for a while that its device does not ask. One that finds it gone opens another, which
-goes on from what the device has: up to its mark, all of the entities that it holds or has begun to.
+goes on from what the device has: up to its mark, all of the entities that are whole or begun there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+import heapq
 from collections.abc import AsyncGenerator, Mapping, Sequence, Set
-from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -28,12 +28,13 @@ from mnemesh.atomic_batch import ROLLUP
 from mnemesh.clock import is_too_far_ahead
 from mnemesh.errors import Conflict, MnemeshError
 from mnemesh.event import Event, decode_event
-from mnemesh.follower import Follower
+from mnemesh.follower import Follower, StreamShrank
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import Stored, StreamState, history_of
-from mnemesh.messages import Carried, FeedBatch, Holding
-from mnemesh.origin import BORN, Place, born, check_carried, hash_of, is_put_aside, mark_in, place_of
+from mnemesh.messages import FeedBatch, Holding
+from mnemesh.origin import Place, check_carried, hash_of, is_put_aside, mark_in, place_of
 from services.debts import Debts
+from services.outbox import Outbox
 from services.roster import Key
 from services.selection import Selection
 
@@ -42,28 +43,15 @@ MOST_HISTORIES = 16
 """Entities whose history is fetched one by one: in a log of 180,000 messages each takes 3 to 60 ms of the server. For
 more the log is read once from its beginning."""
 
-MOST_ITEMS = 900
-"""Messages in one batch: with its marks it is one atomic batch in the device's log."""
-
 PROGRESS_S = 1.0
 """How often a device is told how far the log is, where nothing in it is for the device."""
 
 
-class Reached(NamedTuple):
-    """Up to here the log has been gone through, where `last` is a hash of the message; the marks on the way."""
-
-    place: int
-    last: str
-    marks: Mapping[str, bytes]
-
-
-Item: TypeAlias = Carried | Holding | Reached
-
-
 class Feed:
-    """What one device is sent. `open` it first; `close` gives back what it has.
+    """What one device is sent of a hub's log. `open` it first; `close` gives back what it has.
 
-    `held` are the bytes of what the device holds or has `begun` to; `own_log` is the incarnation of its log.
+    `selection` is this feed's alone. `has` is what the device noted, `own_log` the incarnation of its log; of the hub's
+    `log` it has all up to `after`, where `last` was.
     """
 
     def __init__(
@@ -73,37 +61,44 @@ class Feed:
         *,
         site: str,
         device: str,
-        held: Mapping[Key, int],
-        begun: Set[Key],
+        has: Mapping[Key, Holding],
+        after: int,
+        last: str,
         debts: Debts,
         own_log: str,
+        log: StreamState,
     ) -> None:
         self._asker = asker
         self._selection = selection
         self._roster = selection.roster
         self._site = site
         self._device = device
-        self._held = held
-        self._begun = begun
+        self._has = has
         self._debts = debts
-        self._own_log = own_log
         self._log = subjects.log_stream(site)
-        self._items: deque[Item] = deque()
+        self._incarnation = log.incarnation
+        self._current_at = log.last_sequence
+        begin = FeedBatch(turn=0, place=after, last=last)
+        self._out = Outbox(
+            selection, device=device, own_log=own_log, incarnation=log.incarnation, noted=has, begin=begin
+        )
         self._types: dict[Key, str | None] = {}
-        self._to_hold: deque[tuple[int, Key]] = deque()
-        """What the device has not all of, by where that will have come: the entity's last event when this opened."""
+        self._to_hold: list[tuple[int, Key]] = []
+        """Heap of what the device has not all of, by where that will have come: the entity's last event of then."""
         self._untold: set[Key] = set()
         """Of these, those that the device was not told to have begun."""
-        self._has_upto = 0
+        self._let_go = {key for key, holding in has.items() if holding.state == "some"}
+        """Entities that the device may still have something of, though it is not to."""
+        self._has_upto = after
+        """Where the device's mark was when this opened."""
         self._lacking: Set[tuple[str, str]] = frozenset()
         """(tenant, token) of what is read from before that, where the device has the rest."""
         self._position = 0
-        self._wrote: set[Key] = set()
+        """Up to where the log was read."""
+        self._wrote: Set[Key] = frozenset()
         """Entities of the batch at hand that the device wrote itself."""
         self._paying: set[Key] = set()
         """Entities whose owed forgets are among what is to be sent, or are sent and not confirmed."""
-        self._hlc = 0
-        self._last = FeedBatch(turn=0, place=0)
         self._batches: AsyncGenerator[list[Stored], None] | None = None
         self._reading: asyncio.Task[list[Stored]] | None = None
         self._at_hand: list[Stored] = []
@@ -112,68 +107,63 @@ class Feed:
     @property
     def place(self) -> int:
         """Up to where the device has the log, as far as it said."""
-        return self._last.place
+        return self._out.last.place
 
-    async def open(self, after: int, last: str, state: StreamState) -> None:
-        """Settle what the device is to hold, and begin after this place of the log, where `last` was."""
-        self._incarnation = state.incarnation
-        self._last = FeedBatch(turn=0, place=after, last=last)
-        self._current_at = state.last_sequence
-        self._has_upto = after
-        lacks: set[Key] = set()
-        to_hold: list[tuple[int, Key]] = []
-        head = state.last_sequence
-        for want, changed, candidate, _ in await self._selection.fitting(self._held, after or head, head):
+    async def open(self) -> None:
+        """Settle what the device is to hold, and begin after its mark."""
+        after, head = self._has_upto, self._current_at
+        lacks: list[Key] = []
+        sizes = {key: holding.bytes or 0 for key, holding in self._has.items() if holding.state != "some"}
+        for want, changed, candidate, _ in await self._selection.fitting(sizes, after or head, head):
             key = candidate.key
             self._types[key] = candidate.type
-            if key not in self._held or key in self._begun:
-                to_hold.append((changed, key))
-            if key not in self._held:
+            if key not in sizes:
                 self._untold.add(key)
                 if candidate.first <= after:
-                    lacks.add(key)
-            self._evict(self._roster.admit(key, want, self._held.get(key, 0)))
-        self._evict([key for key in self._held if key not in self._roster])
-        self._to_hold.extend(sorted(to_hold))
-        begin = await self._bring(lacks & self._untold, after)
-        follower = Follower(self._asker.link, self._asker.inbox, self._log, after=begin, incarnation=state.incarnation)
+                    lacks.append(key)
+            if key not in sizes or self._has[key].state == "begun":
+                self._to_hold.append((max(changed, candidate.first), key))
+            self._evict(self._roster.admit(key, want, sizes.get(key, 0)))
+        self._evict([key for key in self._has if key not in self._roster])
+        heapq.heapify(self._to_hold)
+        begin = await self._bring([key for key in lacks if key in self._roster], after)
+        follower = Follower(self._asker.link, self._asker.inbox, self._log, after=begin, incarnation=self._incarnation)
         self._batches = follower.batches(MOST_READ)
         self._settle(begin)
 
-    async def _bring(self, lacks: Set[Key], after: int) -> int:
+    async def _bring(self, lacks: Sequence[Key], after: int) -> int:
         """See that the device gets what it lacks up to where it stands. Returns from where on the log is followed."""
         if after and len(lacks) > MOST_HISTORIES:
             self._lacking = {(tenant, to_token(entity_id)) for tenant, entity_id in lacks}
             return 0
-        if after:
-            for key in lacks:
+        for key in lacks if after else ():
+            if key in self._roster:
                 size = self._send_history(await self._history(key, after))
-                if key in self._roster:
-                    self._evict(self._roster.grow(key, size))
-            self._tell_begun(lacks)
+                self._evict(self._roster.grow(key, size))
+                self._tell_begun({key})
         return after
 
     async def next(self, turn: int, most_bytes: int, wait_s: float) -> FeedBatch:
         """The batch of this turn. Raises `Conflict` where the device and this feed are not at the same turn."""
-        if turn == self._last.turn and turn:
-            return self._last
-        if turn != self._last.turn + 1:
-            raise Conflict(f"turn {turn} does not follow {self._last.turn}")
+        last = self._out.last
+        if turn == last.turn and turn:
+            return last
+        if turn != last.turn + 1:
+            raise Conflict(f"turn {turn} does not follow {last.turn}")
         now = asyncio.get_running_loop().time
         began = now()
         await self._pay()
-        while not any(not isinstance(item, Reached) for item in self._items):
-            left = began + (PROGRESS_S if self._items else wait_s) - now()
+        while not self._out.has_news:
+            left = began + (PROGRESS_S if self._out else wait_s) - now()
             if left <= 0:
                 break
             await self._read(left)
-        self._last = self._batch(turn, most_bytes)
-        return self._last
+        return self._out.batch(turn, most_bytes, current=self._position >= self._current_at)
 
     async def close(self) -> None:
         if (reading := self._reading) is not None:
             reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError, MnemeshError):
+            with contextlib.suppress(asyncio.CancelledError, MnemeshError, StreamShrank):
                 await reading
         if self._batches is not None:
             await self._batches.aclose()
@@ -197,6 +187,7 @@ class Feed:
         self._at_hand = []
 
     async def _take(self, batch: Sequence[Stored]) -> None:
+        """Add what is for the device, and then how far that is."""
         upto = batch[-1].sequence
         marks: dict[str, bytes] = {}
         events: list[tuple[Stored, Place, Event]] = []
@@ -210,27 +201,26 @@ class Feed:
                 events.append((stored, place, event))
         joined = await self._join(events, max(batch[0].sequence, self._has_upto + 1), max(upto, self._has_upto))
         for stored, place, event in events:
-            key = event.tenant, event.entity_id
-            if key in joined:
-                continue
-            if key in self._roster:
-                if isinstance(told := event.body.get("type"), str):
-                    self._types[key] = told
-                self._evict(self._roster.grow(key, self._send(stored, place, event)))
-            elif event.op == "forget" and key in self._wrote:
-                self._send(stored, place, event)
-        if self._items and isinstance(last := self._items[-1], Reached):
-            self._items.pop()
-            marks = {**last.marks, **marks}
-        begun = {(event.tenant, event.entity_id) for _, _, event in events}
-        if self._position < self._has_upto:
-            begun = set(self._untold)
+            if (event.tenant, event.entity_id) not in joined:
+                self._take_event(stored, place, event)
+        was_behind = self._position < self._has_upto
         self._settle(upto)
         if upto < self._has_upto:
-            self._items.append(Reached(self._has_upto, self._last.last, marks))
+            self._out.reached(self._has_upto, self._out.last.last, marks)
         else:
-            self._tell_begun(begun)
-            self._items.append(Reached(upto, hash_of(batch[-1].message), marks))
+            self._tell_begun(
+                self._untold if was_behind else {(event.tenant, event.entity_id) for _, _, event in events}
+            )
+            self._out.reached(upto, hash_of(batch[-1].message), marks)
+
+    def _take_event(self, stored: Stored, place: Place, event: Event) -> None:
+        key = event.tenant, event.entity_id
+        if key in self._roster:
+            if isinstance(told := event.body.get("type"), str):
+                self._types[key] = told
+            self._evict(self._roster.grow(key, self._out.send(stored, place, event, self._types.get(key))))
+        elif event.op == "forget" and (key in self._wrote or key in self._let_go):
+            self._out.send(stored, place, event, self._types.get(key), wrote=key in self._wrote)
 
     def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
         """Pass a mark on; the stamp in it is not, where it is of a clock that is wrong."""
@@ -241,7 +231,7 @@ class Feed:
     async def _pay(self) -> None:
         """Send the forgets that the device is owed. It has what was sent once it asks for more."""
         owed = self._debts.to(self._device)
-        if not self._items:
+        if not self._out:
             for key in list(self._paying):
                 await self._debts.settle(self._device, key)
                 self._paying.discard(key)
@@ -254,7 +244,7 @@ class Feed:
         for stored in await self._history(key, max(self._position, self._has_upto)):
             place = place_of(stored.message.subject)
             if ROLLUP in stored.message.headers and (event := self._event(stored, place)) is not None:
-                self._send(stored, place, event, erases=False)
+                self._out.send(stored, place, event, self._types.get(key), erases=False, wrote=True)
 
     def _event(self, stored: Stored, place: Place) -> Event | None:
         """The event in a message, where it may concern the device."""
@@ -273,16 +263,16 @@ class Feed:
     async def _join(self, events: Sequence[tuple[Stored, Place, Event]], since: int, upto: int) -> set[Key]:
         """Take in the entities that these events make wanted. Returns those whose history was sent with that.
 
-        Of one that began at `since` or later these events are all there is.
+        Of one that began at `since` or later the log is still to be read.
         """
-        doubtful = {
+        if any(self._selection.moves_a_hood(event) for _, _, event in events):
+            await self._selection.surround(upto)
+        doubtful = self._selection.newcomers | {
             (event.tenant, event.entity_id)
             for _, _, event in events
             if (key := (event.tenant, event.entity_id)) not in self._roster
             and (event.op == "forget" or self._roster.may_want(key))
         }
-        if any(self._selection.moves_a_hood(event) for _, _, event in events):
-            doubtful |= await self._selection.surround(upto)
         described = await self._selection.described(doubtful, upto)
         self._wrote = {key for key, candidate in described.items() if candidate.is_own}
         joined = set()
@@ -299,34 +289,37 @@ class Feed:
                 continue
             if candidate.first < since:
                 self._send_history(history)
-                self._items.append(Holding(*key, size))
+                self._out.hold(key, size, "whole")
                 joined.add(key)
             else:
-                self._to_hold.appendleft((0, key))
+                heapq.heappush(self._to_hold, (candidate.first, key))
+        self._selection.newcomers.clear()
         return joined
+
+    # ── what the device has ─────────────────────────────────────────────────────────────────────────────────
 
     def _settle(self, position: int) -> None:
         """The log was read up to here: what the device lacked it holds once all of then has come."""
         self._position = position
         while self._to_hold and self._to_hold[0][0] <= position:
-            _, key = self._to_hold.popleft()
+            _, key = heapq.heappop(self._to_hold)
             self._untold.discard(key)
             if key in self._roster:
-                self._items.append(Holding(*key, self._roster.size_of(key)))
+                self._out.hold(key, self._roster.size_of(key), "whole")
 
     def _tell_begun(self, keys: Set[Key]) -> None:
         """Of these the device has all up to the mark that comes next."""
         begun = self._untold & keys
-        self._items.extend(Holding(*key, self._roster.size_of(key), whole=False) for key in begun)
+        for key in begun:
+            self._out.hold(key, self._roster.size_of(key), "begun")
         self._untold -= begun
 
     def _evict(self, keys: Sequence[Key]) -> None:
         for key in keys:
             self._types.pop(key, None)
             self._untold.discard(key)
-            self._items.append(Holding(*key, None))
-
-    # ── sending ─────────────────────────────────────────────────────────────────────────────────────────────
+            self._let_go.add(key)
+            self._out.release(key)
 
     async def _history(self, key: Key, upto: int) -> list[Stored]:
         """All events of an entity, but those that the device has as its own."""
@@ -334,59 +327,12 @@ class Feed:
         token = to_token(entity_id)
         subject = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
         found = await history_of(self._asker.inbox, self._log, subject, upto=upto)
-        return [stored for stored in found if not self._is_in_own_log(stored)]
-
-    def _is_in_own_log(self, stored: Stored) -> bool:
-        """Whether the device has an event as one of its own: not where it wrote it in a log that it lost since."""
-        if place_of(stored.message.subject).origin != self._device:
-            return False
-        return not self._own_log or stored.message.headers.get(BORN, "").partition(" ")[2] in ("", self._own_log)
+        return [stored for stored in found if not self._out.has_itself(stored, place_of(stored.message.subject))]
 
     def _send_history(self, history: Sequence[Stored]) -> int:
         size = 0
         for stored in history:
             place = place_of(stored.message.subject)
             if (event := self._event(stored, place)) is not None:
-                size += self._send(stored, place, event)
+                size += self._out.send(stored, place, event, self._types.get((event.tenant, event.entity_id)))
         return size
-
-    def _send(self, stored: Stored, place: Place, event: Event, *, erases: bool = True) -> int:
-        """Put an event among what is to be sent, as far as it may leave; returns its bytes."""
-        if self._is_in_own_log(stored):
-            return 0
-        kind = self._types.get((event.tenant, event.entity_id))
-        may_leave = self._selection.reduced(event, place.origin, kind)
-        if may_leave is None:
-            return 0
-        payload = stored.message.data if may_leave is event else may_leave.encode()
-        headers = stored.message.headers
-        carried = Carried(
-            place.origin,
-            place.tenant,
-            place.partition,
-            place.entity,
-            payload,
-            headers.get(BORN) or born(stored.sequence, self._incarnation),
-            stored.sequence,
-            erases and ROLLUP in headers and place.origin != self._device,  # there, its own of now have this subject
-        )
-        self._items.append(carried)
-        self._hlc = max(self._hlc, event.hlc)
-        return len(payload)
-
-    def _batch(self, turn: int, most_bytes: int) -> FeedBatch:
-        """As many of the items as fit one batch of the device's log, at least one."""
-        place, last = self._last.place, self._last.last
-        items: list[Carried | Holding] = []
-        marks: dict[str, bytes] = {}
-        size = 0
-        while self._items and size < most_bytes and len(items) + len(marks) < MOST_ITEMS:
-            item = self._items.popleft()
-            if isinstance(item, Reached):
-                place, last = item.place, item.last
-                marks |= item.marks
-            else:
-                items.append(item)
-                size += len(item.payload) if isinstance(item, Carried) else len(item.entity_id)
-        current = not self._items and self._position >= self._current_at
-        return FeedBatch(turn=turn, place=place, items=items, marks=marks, hlc=self._hlc, last=last, current=current)

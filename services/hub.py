@@ -25,7 +25,7 @@ from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
 from mnemesh.ids import to_token
 from mnemesh.jetstream import Stored, StreamState, last_of, last_of_each, message_at, stream_state
-from mnemesh.messages import DeviceSeen
+from mnemesh.messages import DeviceSeen, Holding
 from mnemesh.origin import Mark, birth_of, hash_of, mark_in, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
@@ -50,12 +50,11 @@ FORGOTTEN_S = 600.0
 
 
 class _Opening:
-    """A feed on its way: what the device said that it holds, so far."""
+    """A feed on its way: what the device said that it has, so far."""
 
     def __init__(self, session: str) -> None:
         self.session = session
-        self.held: dict[Key, int] = {}
-        self.begun: set[Key] = set()
+        self.has: dict[Key, Holding] = {}
 
 
 class _Feeding:
@@ -165,10 +164,7 @@ class Hub(Actor):
         opening = self._openings.get(device)
         if opening is None or opening.session != request.session:
             opening = self._openings[device] = _Opening(request.session)
-        for tenant, entity_id, size, whole in request.held:
-            opening.held[tenant, entity_id] = size
-            if not whole:
-                opening.begun.add((tenant, entity_id))
+        opening.has |= {(held[0], held[1]): Holding(*held) for held in request.held}
         state = await stream_state(self.asker.inbox, self._log)
         opened = messages.FeedOpened(hub=self.site, incarnation=state.incarnation)
         if request.more:
@@ -194,13 +190,15 @@ class Hub(Actor):
             selection,
             site=self.site,
             device=device,
-            held=opening.held,
-            begun=opening.begun,
+            has=opening.has,
+            after=after,
+            last=last,
             debts=self._debts,
             own_log=request.log,
+            log=state,
         )
         try:
-            await feed.open(after, last, state)
+            await feed.open()
         except BaseException:
             await feed.close()
             raise

@@ -26,7 +26,7 @@ class Wanted(NamedTuple):
     want: int
     changed: int
     candidate: Candidate
-    bytes: int
+    size: int
 
 
 class Selection:
@@ -43,6 +43,8 @@ class Selection:
         region_of: Callable[[str], str],
     ) -> None:
         self.roster = Roster(interest)
+        self.newcomers: set[Key] = set()
+        """Entities that came into a neighbourhood. Whoever looks at them takes them out."""
         self._inventory = inventory
         self._site = site
         self._device = device
@@ -61,10 +63,10 @@ class Selection:
         for wanted in sorted(
             await self._wanted(held.keys(), upto, head), key=lambda wanted: (wanted.want, -wanted.changed)
         ):
-            bytes = held.get(wanted.candidate.key, wanted.bytes)
-            if bytes > interest.most_bytes:
+            its_size = held.get(wanted.candidate.key, wanted.size)
+            if its_size > interest.most_bytes:
                 continue
-            entities, size = entities + 1, size + bytes
+            entities, size = entities + 1, size + its_size
             if entities > interest.most_entities or size > interest.most_bytes:
                 break
             fitting.append(wanted)
@@ -81,6 +83,7 @@ class Selection:
                 candidate = Candidate(key, entity.type, self._regions(entity.sites), first=entity.first)
                 found[candidate.key] = entity.version, candidate, entity.bytes
         await self.surround(upto)
+        self.newcomers.clear()  # they are among the named
         for key, candidate in (await self.described(set(self.roster.named()) - found.keys(), upto)).items():
             found[key] = head, candidate, 0
         # What was forgotten is not listed, but stays held: a device knows by it that there is nothing.
@@ -101,13 +104,11 @@ class Selection:
             return self.roster.want_of(candidate)
         return None
 
-    async def surround(self, upto: int) -> set[Key]:
-        """Bring the neighbourhoods up to date; returns who is new in one."""
-        new: set[Key] = set()
+    async def surround(self, upto: int) -> None:
+        """Bring the neighbourhoods up to date."""
         for number, want in self.roster.hoods():
             near = await self._inventory.neighbourhood(want.tenant, want.entities, want.hops, upto=upto)
-            new.update(self.roster.surround(number, near))
-        return new
+            self.newcomers.update(self.roster.surround(number, near))
 
     def moves_a_hood(self, event: Event) -> bool:
         """Whether an event may bring somebody into a neighbourhood."""

@@ -24,7 +24,7 @@ from mnemesh.errors import NotFound, Timeout, Unavailable
 from mnemesh.follower import StreamShrank
 from mnemesh.ids import to_token
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import StreamState, api
+from mnemesh.jetstream import api
 from mnemesh.messages import Interest, Want
 from mnemesh.origin import Mark
 from services.feed import MOST_READ, Feed
@@ -280,10 +280,10 @@ async def test_an_opening_whose_answer_is_lost_is_soon_tried_again(
     opened = Feed.open
     lost = [asyncio.Event()]
 
-    async def open(feed: Feed, after: int, last: str, state: StreamState) -> None:
+    async def open(feed: Feed) -> None:
         if lost:
             await lost.pop().wait()
-        await opened(feed, after, last, state)
+        await opened(feed)
 
     monkeypatch.setattr(Feed, "open", open)
     async with device(hub, tmp_path / "d", interest=wants({})) as node, asyncio.timeout(30):
@@ -346,6 +346,57 @@ async def test_what_was_begun_goes_on_though_the_hub_lost_the_feed(
             async with alice_at(node.server) as here:
                 for name in names:
                     assert (await here.timeline(name, consistency=since(written), budget_ms=LONG_MS)).complete
+
+
+async def test_what_came_in_part_is_released_once_it_is_not_wanted(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Downlink._keep
+    kept: list[messages.FeedBatch] = []
+    has_some = asyncio.Event()
+
+    async def part(self: Downlink, batch: messages.FeedBatch) -> None:
+        await keep(self, batch)
+        kept.append(batch)
+        if len(kept) == 2:
+            has_some.set()
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(downlink, "NextFeed", partial(messages.NextFeed, most_bytes=1024))
+    async with alice_at(hub.server) as there:
+        await there.ingest([{"entity_id": "long", "type": "weather", "text": f"{n} " * 900} for n in range(9)])
+        with monkeypatch.context() as patched:
+            patched.setattr(Downlink, "_keep", part)
+            async with device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node:
+                await has_some.wait()
+                assert (await messages_of_hub(node))[to_token("long")] == 2
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["other"]})) as node:
+            await current(node)
+            assert to_token("long") not in await messages_of_hub(node)
+
+
+async def test_what_was_released_is_purged_though_the_device_was_interrupted_before(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purge = Downlink._purge
+    interrupted: list[str] = []
+
+    async def once(self: Downlink, tenant: str, entity_id: str) -> None:
+        if not interrupted:
+            interrupted.append(entity_id)
+            raise Timeout("the server was killed")
+        await purge(self, tenant, entity_id)
+
+    monkeypatch.setattr(Downlink, "_purge", once)
+    async with alice_at(hub.server) as there:
+        await there.set_context("w:1", type="weather", attributes={"n": 1})
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node:
+            await current(node)
+            assert to_token("w:1") in await messages_of_hub(node)
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["other"]})) as node:
+            await current(node)
+            assert to_token("w:1") not in await messages_of_hub(node)
+    assert interrupted == ["w:1"]
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sites import TENANT, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, current, device, since, status_of
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
@@ -111,6 +111,28 @@ async def test_a_device_that_comes_back_after_long_erases_before_it_serves(tmp_p
             with pytest.raises(NotFound):  # the first answer that it gives at all
                 await first_answer(here)
             await erasure_of(hub, "e1", receipts=2)
+
+
+async def test_a_forget_reaches_a_device_that_let_go_of_the_entity_but_wrote_to_it_unseen(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    """What it wrote never leaves, so the hub cannot know by that; and what it was merged with is on the device, too."""
+    shut = "version: 1\notherwise: nothing\n"
+    other = Interest(wants=[Want(tenant=TENANT, entities=["other"])])
+    async with alice_at(hub.server) as there:
+        async with (
+            device(hub, tmp_path / "a", name="a", policy=shut, interest=EVERYTHING) as node,
+            alice_at(node.server) as here,
+        ):
+            written = await there.set_context("e1", attributes={"n": 1})
+            await here.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+            await here.set_context("e1", attributes={"m": 2})
+        async with device(hub, tmp_path / "a", name="a", interest=other) as node:
+            await current(node)
+            assert await logged(node.options.server, "e1") == ["put hub", "put a"]
+        await there.forget("e1")
+        async with device(hub, tmp_path / "a", name="a", interest=other) as node:
+            await until_logged(node.options.server, "e1", ["forget hub"])
 
 
 async def test_a_device_that_wrote_what_was_forgotten_meanwhile_hears_of_it(hub: HubSite, tmp_path: Path) -> None:

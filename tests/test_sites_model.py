@@ -154,6 +154,13 @@ class Site:
                 file.unlink()
         self.open(which)
 
+    def sizes(self) -> dict[int, int]:
+        """What the documents say of the size of each entity that has events."""
+        return dict(self.documents._connection.execute("SELECT id, size FROM entity WHERE size <> 0"))
+
+    def sizes_of_events(self) -> dict[int, int]:
+        return dict(self.documents._connection.execute("SELECT entity, sum(length(body)) FROM event GROUP BY entity"))
+
     def digests(self) -> tuple[str, str]:
         return self.documents.digest(), self.vectors.digest()
 
@@ -356,7 +363,7 @@ class Sites(RuleBasedStateMachine):
         if entity not in site.held:
             site.released.discard(entity)
             self._feed(device, self.hub.events(entity, upto=site.place))
-            site.note("hold", entity)
+            site.note("hold", entity, bytes=0, state="begun")
 
     @rule(device=_devices)
     def a_link_is_back(self, device: str) -> None:
@@ -376,6 +383,7 @@ class Sites(RuleBasedStateMachine):
                 self.hold(device, entity)
         for site in self.sites.values():
             site.catch_up()
+            assert site.sizes() == site.sizes_of_events()
         self._check_the_hub()
         for device in DEVICES:
             self._check_device(self.sites[device])

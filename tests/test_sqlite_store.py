@@ -427,13 +427,13 @@ def test_a_device_may_hold_an_entity_of_which_nothing_is_remembered(device: Sqli
 
 
 def test_what_is_begun_is_listed_with_what_is_held_and_is_not_held(device: SqliteStore) -> None:
-    take(device, carried(1, put("hub", 10, attributes={"a": 1}), 1), note(2, "hold"))
+    take(device, carried(1, put("hub", 10, attributes={"a": 1}), 1), note(2, "hold", bytes=7, state="begun"))
     (begun,) = device.list_entities("acme", "", 9, held=True, with_sites=False)
-    assert (begun.entity_id, begun.whole, begun.bytes > 0) == ("pump", False, True)
+    assert (begun.entity_id, begun.state, begun.bytes) == ("pump", "begun", 7)
     assert (device.holds("acme", "pump"), device.held()) == (False, (0, 0))
     take(device, carried(3, put("hub", 20, attributes={"a": 2}), 2), note(4, "hold", bytes=9))
     (whole,) = device.list_entities("acme", "", 9, held=True, with_sites=False)
-    assert (whole.whole, whole.bytes) == (True, 9)
+    assert (whole.state, whole.bytes) == ("whole", 9)
     assert (device.holds("acme", "pump"), device.held()) == (True, (1, 9))
 
 

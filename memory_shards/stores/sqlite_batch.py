@@ -18,24 +18,25 @@ import msgspec
 from memory_shards import merge
 from memory_shards.merge import Change, State
 from memory_shards.stores.bulk import execute_all, select_all
-from memory_shards.stores.sqlite_schema import BEGUN, Doc, body_blob, history
+from memory_shards.stores.sqlite_schema import Doc, body_blob, history
 from mnemesh import wire
 from mnemesh.event import Record
+from mnemesh.messages import HeldState
 
 log = logging.getLogger(__name__)
 
 _LOAD = """
 WITH wanted (tenant, entity_id) AS (VALUES {rows})
-SELECT tenant, entity_id, id, ledger, alive, type, text, doc, exact_from, version, partition, held
+SELECT tenant, entity_id, id, ledger, alive, type, text, doc, exact_from, version, partition, size, held, held_state
 FROM wanted CROSS JOIN entity USING (tenant, entity_id)
 """
 _UPSERT_ENTITY = """
 INSERT OR FAIL INTO entity
-    (id, tenant, entity_id, partition, version, alive, exact_from, type, text, doc, ledger, held)
+    (id, tenant, entity_id, partition, version, alive, exact_from, type, text, doc, ledger, size, held, held_state)
 VALUES {rows}
 ON CONFLICT (id) DO UPDATE SET partition = excluded.partition, version = excluded.version, alive = excluded.alive,
     exact_from = excluded.exact_from, type = excluded.type, text = excluded.text, doc = excluded.doc,
-    ledger = excluded.ledger, held = excluded.held
+    ledger = excluded.ledger, size = excluded.size, held = excluded.held, held_state = excluded.held_state
 """
 _UPSERT_EDGE = """
 INSERT OR FAIL INTO edge (source, relation, target, tenant, removed, valid_from, stamp, site, properties)
@@ -46,6 +47,7 @@ WHERE (excluded.valid_from, excluded.stamp, excluded.site) >= (edge.valid_from, 
 """
 _INSERT_EVENT = "INSERT OR FAIL INTO event VALUES {rows}"
 _FORGET_EVENTS = "DELETE FROM event WHERE entity = ? AND (stamp, site) < (?, ?)"
+_SIZE = "SELECT ifnull(sum(length(body)), 0) FROM event WHERE entity = ?"
 _FORGET_EDGES = "DELETE FROM edge WHERE source = ?"
 _RELEASE = [f"DELETE FROM {table} = ?" for table in ("event WHERE entity", "edge WHERE source", "entity WHERE id")]
 _QUARANTINE = "INSERT INTO quarantine VALUES (?, ?, ?, ?, ?, ?)"
@@ -64,15 +66,26 @@ _ledger_encoder = msgspec.msgpack.Encoder()
 class _Touched:
     """An entity that the batch has touched. `state.edges` holds only what is not yet written."""
 
-    __slots__ = ("held", "id", "indexed_text", "partition", "state", "version")
+    __slots__ = ("held", "held_state", "id", "indexed_text", "partition", "size", "state", "version")
 
-    def __init__(self, id: int, state: State, version: int = 0, partition: int = 0, held: int | None = None) -> None:
+    def __init__(
+        self,
+        id: int,
+        state: State,
+        version: int = 0,
+        partition: int = 0,
+        size: int = 0,
+        held: int | None = None,
+        held_state: HeldState | None = None,
+    ) -> None:
         self.id = id
         self.state = state
         self.indexed_text = state.text
         self.version = version
         self.partition = partition
+        self.size = size
         self.held = held
+        self.held_state = held_state
 
 
 class Batch:
@@ -127,10 +140,10 @@ class Batch:
     def _load(self, names: Iterable[tuple[str, str]]) -> None:
         missing = sorted(names)
         for row in select_all(self._connection, _LOAD, missing):
-            *name, id, ledger, alive, type, text, doc, exact_from, version, partition, held = row
+            tenant, entity_id, id, ledger, alive, type, text, doc, exact_from, *rest = row
             attributes, _ = wire.decode(doc)
             state = State(_ledger_decoder.decode(ledger), bool(alive), type, text, attributes, {}, exact_from)
-            self._loaded[name[0], name[1]] = _Touched(id, state, version, partition, held)
+            self._loaded[tenant, entity_id] = _Touched(id, state, *rest)
         last: int = self._connection.execute("SELECT ifnull(max(id), 0) FROM entity").fetchone()[0]
         for id, new in enumerate((name for name in missing if name not in self._loaded), last + 1):
             self._loaded[new] = _Touched(id, State())
@@ -142,7 +155,8 @@ class Batch:
         entity = self._dirty[name] = self._loaded[name]
         entity.partition = record.partition
         if event.op == "hold":
-            entity.held = event.body.get("bytes", BEGUN)
+            entity.held = event.body.get("bytes", 0)
+            entity.held_state = event.body.get("state", "whole")
             return
         if event.op == "release":
             self._release(name, entity)
@@ -171,6 +185,7 @@ class Batch:
             self._forget(name, entity, change)
         else:
             entity.state.put(change)
+        entity.size += len(body)
         self._events[entity.id].append(
             (
                 record.sequence,
@@ -191,9 +206,12 @@ class Batch:
         )
 
     def _release(self, name: tuple[str, str], entity: _Touched) -> None:
-        """Hold it no more: all of it goes, but what this site wrote itself, and what that was merged with."""
+        """Hold it no more: all of it goes, but what this site wrote itself, and what that was merged with.
+
+        That is noted: where the entity is forgotten, the device must hear of it.
+        """
         if self._site in entity.state.ledger.stamps:
-            entity.held = None
+            entity.held, entity.held_state = 0, "some"
             return
         self._flush([name])
         if entity.indexed_text is not None:
@@ -211,6 +229,7 @@ class Batch:
         erased = self._connection.execute(_FORGET_EVENTS, (entity.id, *change.mark)).rowcount
         self._connection.execute("INSERT INTO erasure VALUES (?, ?)", (change.sequence, erased))
         self._connection.execute(_FORGET_EDGES, (entity.id,))
+        entity.size = self._connection.execute(_SIZE, (entity.id,)).fetchone()[0]
         before, kind = entity.state.ledger, entity.state.type
         entity.state = merge.fold([*history(self._connection, entity.id), change])
         ledger = entity.state.ledger
@@ -242,7 +261,9 @@ class Batch:
                     state.text,
                     wire.encode(doc),
                     _ledger_encoder.encode(state.ledger),
+                    entity.size,
                     entity.held,
+                    entity.held_state,
                 )
             )
             for (relation, target), edge in state.edges.items():

@@ -58,15 +58,14 @@ _SEARCH = """
 SELECT entity_id, -rank FROM entity_text JOIN entity ON entity.id = entity_text.rowid
 WHERE entity_text MATCH ? AND tenant = ?{type} ORDER BY rank, entity_id LIMIT ?
 """
-_HOLDS = "SELECT held >= 0 FROM entity WHERE tenant = ? AND entity_id = ?"
+_HOLDS = "SELECT held_state = 'whole' FROM entity WHERE tenant = ? AND entity_id = ?"
 _LAST_OWN = """
 SELECT max(event.sequence) FROM entity CROSS JOIN event ON event.entity = entity.id
 WHERE entity.tenant = ? AND entity_id = ? AND event.hub IS NULL
 """
 _LIST = """
-SELECT entity_id, type, version,
-    CASE WHEN held >= 0 THEN held ELSE (SELECT sum(length(body)) FROM event WHERE entity = entity.id) END,
-    held IS NULL OR held >= 0, ifnull((SELECT min(sequence) FROM event WHERE entity = entity.id), 0), ledger
+SELECT entity_id, type, version, ifnull(held, size), ledger,
+    ifnull((SELECT min(sequence) FROM event WHERE entity = entity.id), 0), held_state
 FROM entity WHERE tenant = ? AND entity_id > ? AND {which}{types} ORDER BY entity_id LIMIT ?
 """
 _DESCRIBE = """
@@ -151,8 +150,8 @@ class SqliteReader:
     def list_entities(
         self, tenant: str, after: str, limit: int, *, types: Sequence[str] = (), held: bool, with_sites: bool
     ) -> list[ListedEntity]:
-        """Entities in the order of their ids: those remembered (of `types`, if any), or those `held` or begun."""
-        which = "held IS NOT NULL" if held else "alive"
+        """Entities in the order of their ids: those remembered (of `types`, if any), or those noted as `held`."""
+        which = "held_state IS NOT NULL" if held else "alive"
         chosen = f" AND type IN ({_places(types)})" if types else ""
         rows = self._connection.execute(_LIST.format(which=which, types=chosen), (tenant, after, *types, limit))
         return [
@@ -160,12 +159,12 @@ class SqliteReader:
                 entity_id,
                 type,
                 version,
-                size or 0,
+                size,
                 _ledger_decoder.decode(ledger).sites if with_sites else [],
-                bool(whole),
                 first,
+                state,
             )
-            for entity_id, type, version, size, whole, first, ledger in rows
+            for entity_id, type, version, size, ledger, first, state in rows
         ]
 
     def describe(self, tenant: str, entity_ids: Sequence[str]) -> list[Description]:
@@ -273,7 +272,7 @@ class SqliteReader:
         """How many entities are held for this device, and the bytes that its hub sent of them."""
         with self._snapshot:
             counted: tuple[int, int] = self._connection.execute(
-                "SELECT count(held), ifnull(sum(held), 0) FROM entity WHERE held >= 0"
+                "SELECT count(*), ifnull(sum(held), 0) FROM entity WHERE held_state = 'whole'"
             ).fetchone()
         return counted
 

@@ -1,8 +1,9 @@
 """The tables of `memory.db`, how its connections are set up, and the history that both its sides read.
 
 * `entity`: one row for each entity ever written, forgotten ones too (their tombstone is in `ledger`). `doc`
-  holds `[attributes, spaces]`, which readers need; `ledger` the keys, which only merging needs. On a device, `held` is
-  there (the bytes that its hub sent then) where it holds all that the hub has of the entity; `BEGUN`: not all yet.
+  holds `[attributes, spaces]`, which readers need; `ledger` the keys, which only merging needs; `size` is the bytes of
+  its events' bodies. On a device, `held_state` is there where it has something of the hub's, and `held` are the bytes
+  that its hub had sent then.
 * `edge`: the last write to each (source, relation, target), removals too. A target need not exist: it is a text.
 * `event`: the history that forgets have left, with effective stamps; of a vector only its dimension.
 * `erasure`: how many events each forget erased.
@@ -27,9 +28,6 @@ from mnemesh.event import Event
 LAYOUT = 4
 """Goes up with every change of the tables or of what is in them; a file of another layout is rebuilt."""
 
-BEGUN = -1
-"""In place of the bytes of an entity that is held."""
-
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entity (
@@ -37,10 +35,11 @@ CREATE TABLE IF NOT EXISTS entity (
     version INTEGER NOT NULL,     -- the log sequence of its last event, also of one without effect
     alive INTEGER NOT NULL,
     exact_from INTEGER NOT NULL,  -- ms; before that only the history tells what is true now
-    type TEXT, doc BLOB NOT NULL, ledger BLOB NOT NULL, text TEXT, held INTEGER,
+    type TEXT, doc BLOB NOT NULL, ledger BLOB NOT NULL, text TEXT,
+    size INTEGER NOT NULL, held INTEGER, held_state TEXT,
     UNIQUE (tenant, entity_id));
 CREATE INDEX IF NOT EXISTS entity_alive ON entity (alive);
-CREATE INDEX IF NOT EXISTS entity_held ON entity (tenant, entity_id, held) WHERE held IS NOT NULL;
+CREATE INDEX IF NOT EXISTS entity_held ON entity (tenant, entity_id, held_state, held) WHERE held_state IS NOT NULL;
 CREATE TABLE IF NOT EXISTS edge (
     source INTEGER NOT NULL, relation TEXT NOT NULL, target TEXT NOT NULL, tenant TEXT NOT NULL,
     removed INTEGER NOT NULL, valid_from INTEGER NOT NULL, stamp INTEGER NOT NULL, site TEXT NOT NULL,

@@ -1,7 +1,7 @@
 """The event: one write as the log holds it, with every part that any store needs.
 
-A `put` is a patch, a `forget` a tombstone. A device's log also notes of entities that its hub feeds it that it will
-`hold` all there is of one from now on, or that it will `release` it; these stay in that log. The body of a put may hold
+A `put` is a patch, a `forget` a tombstone. A device's log also notes of entities that its hub feeds it how much of one
+it will `hold` from now on, or that it will `release` it; these stay in that log. The body of a put may hold
 
     type: text                          attributes: {name: value}, null removes
     edges: [{relation, target_id, properties?}]   remove_edges: [{relation, target_id}]

@@ -28,6 +28,8 @@ WRONG_LAST_SEQUENCE_CONSTANT = 10164
 WRONG_LAST_ID = 10070
 MOST_IN_GET = 500
 """Messages in one batched direct get; nats-server's own limit is 1,024."""
+ALL = ">"
+"""As a subject: every message. The server sends 24,000 a second, and 10,000 where it must compare subjects."""
 BATCH_HOLDS_DUPLICATE = 10201
 PASSING = (10176, 10210, 10158)
 """A batch whose beginning was lost with a connection, too many open batches, an id whose first try is under way."""
@@ -131,16 +133,13 @@ async def history_of(inbox: Inbox, stream: str, subject: str, *, upto: int) -> l
 async def counts_of(inbox: Inbox, stream: str, subject: str) -> dict[str, int]:
     """How many messages there are of each subject that this one, which may have wildcards, takes in."""
     counts: dict[str, int] = {}
-    while True:  # the server tells 100,000 subjects at a time
-        told = await api(inbox, f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(counts)})
+    offset, total = 0, 1
+    while offset < total:  # the server tells 100,000 subjects at a time
+        told = await api(inbox, f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": offset})
         some = told["state"].get("subjects") or {}
         counts |= some
-        if not some or len(counts) >= told.get("total", 0):
-            return counts
-
-
-ALL = ">"
-"""As a subject: every message. The server sends 24,000 a second, and 10,000 where it must compare subjects."""
+        offset, total = offset + max(1, len(some)), told.get("total", 0)
+    return counts
 
 
 async def next_of(inbox: Inbox, stream: str, subject: str, *, after: int) -> list[Stored]:

@@ -20,6 +20,9 @@ IndexKind = Literal["auto", "flat", "hnsw"]
 Direction = Literal["out", "in", "both"]
 Scope = Literal["all", "here"]
 """Which sites a question goes to: also a hub's devices, or a device's hub; or this one alone."""
+HeldState = Literal["whole", "begun", "some"]
+"""What a device has of an entity. `whole`: all that the hub has; `begun`: all of that up to its mark of the hub's log,
+and some of what the hub had then is still to come; `some`: any of it."""
 Count = Annotated[int, Meta(ge=1, le=1000)]
 Sequence = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Kind = Annotated[str, Meta(min_length=1, max_length=256)]

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from mnemesh.messages.base import Consistency, Direction, Relations, Reply, Request, Sequence, Token
+from mnemesh.messages.base import Consistency, Direction, HeldState, Relations, Reply, Request, Sequence, Token
 
 
 class Expand(Request, frozen=True, kw_only=True):
@@ -42,8 +42,8 @@ class Expanded(Reply, frozen=True, kw_only=True):
 class ListEntities(Request, frozen=True, kw_only=True):
     """Request of `shard_list`: a tenant's entities in the order of their ids, after the id `after`.
 
-    Only those of `types`, if there are any; only those that are `held` for this device, or begun to be; `with_sites`
-    tells who wrote.
+    Only those of `types`, if there are any; only those that are noted as `held` for this device, in whatever state;
+    `with_sites` tells who wrote.
     """
 
     types: list[str] = []
@@ -57,8 +57,8 @@ class ListEntities(Request, frozen=True, kw_only=True):
 class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
     """One entity: its type, the log sequence of its last event, and the bytes of its events, vectors left out.
 
-    `first` is the log sequence of the first of its events that is left. Of one that is held, `bytes` are those that the
-    hub sent when that began; one that is not `whole` is begun only.
+    `first` is the log sequence of the first of its events that is left. Of one that is held, `state` says how, and
+    `bytes` are those that the hub had sent then.
     """
 
     entity_id: str
@@ -66,8 +66,8 @@ class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
     version: int
     bytes: int
     sites: list[str] = []
-    whole: bool = True
     first: int = 0
+    state: HeldState | None = None
 
 
 class Entities(Reply, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from mnemesh.messages.base import Count, Kind, Reply, Request, Sequence, Time
+from mnemesh.messages.base import Count, HeldState, Kind, Reply, Request, Sequence, Time
 
 # ── between a device and its hub ──────────────────────────────────────────────────────────────────────────────
 
@@ -81,8 +81,8 @@ class Interest(Request, frozen=True, kw_only=True):
 
 
 class OpenFeed(Request, frozen=True, kw_only=True):
-    """Request of `open_feed`. `held` are the (tenant, entity, bytes, whole) that the device holds or has begun to, in
-    as many requests as it takes, all but the last with `more`. It has the hub's log `incarnation` up to `after`, where
+    """Request of `open_feed`. `held` are the (tenant, entity, bytes, state) of which the device has something, in as
+    many requests as it takes, all but the last with `more`. It has the hub's log `incarnation` up to `after`, where
     `last` is a hash of what stood there: in a log that was restored from an older copy, something else does. `log` is
     the incarnation of the device's own: what it wrote in an earlier one comes back.
     """
@@ -90,7 +90,7 @@ class OpenFeed(Request, frozen=True, kw_only=True):
     session: Annotated[str, Meta(min_length=1, max_length=64)]
     interest: Interest
     region: str = ""
-    held: list[tuple[str, str, int, bool]] = []
+    held: list[tuple[str, str, int, HeldState]] = []
     more: bool = False
     incarnation: str = ""
     after: Sequence = 0
@@ -127,15 +127,12 @@ class Carried(msgspec.Struct, frozen=True, array_like=True, tag="event"):
 
 
 class Holding(msgspec.Struct, frozen=True, array_like=True, tag="holding"):
-    """What the device has of an entity: all that the hub has, by so many `bytes`; `None`: it is to drop it.
-
-    One that is not `whole` it has up to its mark of the hub's log; some of what the hub had already is still to come.
-    """
+    """From here on the device has so much of an entity, by so many `bytes`; `None`: it is to drop it."""
 
     tenant: str
     entity_id: str
     bytes: int | None
-    whole: bool = True
+    state: HeldState = "whole"
 
 
 class FeedBatch(Reply, frozen=True, kw_only=True):
