@@ -64,7 +64,8 @@ class Host:
         except ExceptionGroup as failures:
             _, others = failures.split(_Done)
             if others is not None:
-                raise _first(others) from None
+                error = _first(others)
+                raise error from error.__cause__
         finally:
             self.ended.set()
             for actor in self.actors:
