@@ -690,6 +690,30 @@ def test_words_are_erased_from_a_large_index_part_by_part(tmp_path: Path, monkey
     assert b"hunter2" not in files_of(tmp_path)
 
 
+def test_an_index_from_which_is_always_something_erased_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each merge makes the index deeper for good; beyond 2,000 levels SQLite calls it corrupt."""
+    monkeypatch.setattr(sqlite_batch, "PAGES_MERGED", 1)
+    monkeypatch.setattr(sqlite_batch, "MOST_LEVELS", 20)
+    store = opened(tmp_path)
+    deepest = 0
+    for n in range(400):
+        puts = [
+            put(ms=n, entity_id=f"e{n % 20}-{m}", id=f"{n}-{m}", text=f"word{n} {n * m}x{m} {m}y{n} stays")
+            for m in range(50)
+        ]
+        write(store, *puts, forget(ms=n + 1, entity_id=f"e{(n + 7) % 20}-{n % 50}"))
+        structure = store._writer.execute("SELECT block FROM entity_text_data WHERE id = 10").fetchone()[0]
+        deepest = max(deepest, sqlite_batch.levels_in(structure))
+    assert 20 < deepest < 30
+    assert len(store.search_text("acme", "stays", 2_000)) == store.counts()[0]
+    store._writer.execute("INSERT INTO entity_text (entity_text) VALUES ('integrity-check')")
+    write(store, put(ms=900, text="hunter2"), forget(ms=901))
+    while store._erasing:
+        store.apply([], store.watermark + 1)
+    store.close()
+    assert b"hunter2" not in files_of(tmp_path)
+
+
 def test_a_put_after_a_forget_makes_the_entity_anew_also_within_one_batch(store: SqliteStore) -> None:
     write(
         store, put(ms=10, text="old", attributes={"a": 1}), forget(ms=20), put(ms=30, text="new", attributes={"b": 2})

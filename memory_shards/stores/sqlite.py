@@ -55,7 +55,7 @@ class SqliteStore(SqliteReader):
         """How many events of each site were put aside."""
         self._watermark: int = meta.get("watermark", 0)
         self._rejected: int = meta.get("rejected", 0)
-        self._erasing = bool(meta.get("erasing", 0))
+        self._erasing = meta.get("erasing", 0)
         super().__init__(self._file)
 
     @property

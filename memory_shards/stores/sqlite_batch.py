@@ -55,9 +55,16 @@ _RESTAMP = "DELETE FROM quarantine WHERE site = ? AND event_id = ?"
 _UNINDEX_TEXT = "INSERT INTO entity_text (entity_text, rowid, text) VALUES ('delete', ?, ?)"
 _INDEX_TEXT = "INSERT INTO entity_text (rowid, text) VALUES (?, ?)"
 _MERGE_INDEX = "INSERT INTO entity_text (entity_text, rank) VALUES ('merge', ?)"
+_INDEX_STRUCTURE = "SELECT block FROM entity_text_data WHERE id = 10"  # FTS5's own, as its file format has it
+_EMPTY_INDEX = "INSERT INTO entity_text (entity_text) VALUES ('delete-all')"
+_FILL_INDEX = "INSERT INTO entity_text (rowid, text) SELECT id, text FROM entity WHERE text IS NOT NULL"
 
 PAGES_MERGED = 100
 """Pages of the index of texts that one batch rewrites for the sake of erased words, at 0.2 ms a page."""
+
+MOST_LEVELS = 1_000
+"""Levels of the index of texts from which on it is built anew, at about 15 µs a text. Every merge adds two that stay,
+and an index of more than 2,000 SQLite 3.40 calls corrupt."""
 
 _ledger_decoder = msgspec.msgpack.Decoder(merge.Ledger)
 _ledger_encoder = msgspec.msgpack.Encoder()
@@ -91,8 +98,8 @@ class _Touched:
 class Batch:
     """Takes records in log order; `write` writes them. Used once, in a transaction that its maker owns.
 
-    `site` is where the log is. While `erasing`, words of texts that are gone are still in the index. `put_aside` is how
-    many events of each site are quarantined; `quarantined` is by how much that changes.
+    `site` is where the log is. Words of texts that are gone are in the index until `erasing` more merges have ended.
+    `put_aside` is how many events of each site are quarantined; `quarantined` is by how much that changes.
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class Batch:
         records: Sequence[Record],
         *,
         site: str,
-        erasing: bool,
+        erasing: int,
         put_aside: Mapping[str, int],
     ) -> None:
         self.rejected = 0
@@ -127,15 +134,34 @@ class Batch:
             self._erase_words()
 
     def _erase_words(self) -> None:
-        """Go on to merge all parts of the index into one.
+        """Go on to merge all parts of the index into one, which takes several batches where it is large.
 
-        A word that is taken out of the index stays in the file until then: SQLite before 3.42 cannot do better.
+        A word that is taken out of the index stays in the file until then: SQLite before 3.42 cannot do better. What is
+        taken out meanwhile takes another merge.
         """
         self._connection.execute("SAVEPOINT written")  # FTS5 writes out what it has in memory, which no merge would see
         self._connection.execute("RELEASE written")
+        is_due = self._erased_more
+        if self.erasing and not self._merges(PAGES_MERGED):  # that one has ended
+            is_due |= self.erasing > 1
+            self.erasing = 0
+        if is_due and self.erasing:
+            self.erasing = 2
+        elif is_due:
+            self._begin_merge()
+
+    def _begin_merge(self) -> None:
+        if levels_in(self._connection.execute(_INDEX_STRUCTURE).fetchone()[0]) > MOST_LEVELS:
+            self._connection.execute(_EMPTY_INDEX)
+            self._connection.execute(_FILL_INDEX)
+            return
+        self.erasing = int(self._merges(-PAGES_MERGED))
+
+    def _merges(self, pages: int) -> bool:
+        """Have the index rewrite so many pages; negative: begin to merge all. Returns whether there was any to do."""
         before = self._connection.total_changes
-        self._connection.execute(_MERGE_INDEX, (-PAGES_MERGED,))
-        self.erasing = self._connection.total_changes - before > 1  # the statement itself counts as one
+        self._connection.execute(_MERGE_INDEX, (pages,))
+        return self._connection.total_changes - before > 1  # the statement itself counts as one
 
     def _load(self, names: Iterable[tuple[str, str]]) -> None:
         missing = sorted(names)
@@ -281,3 +307,13 @@ class Batch:
         execute_all(self._connection, _INSERT_EVENT, sorted(events))
         self._connection.executemany(_UNINDEX_TEXT, unindexed)
         self._connection.executemany(_INDEX_TEXT, indexed)
+
+
+def levels_in(structure: bytes) -> int:
+    """How many levels an index of texts has: after a cookie of 4 bytes, as one of SQLite's varints."""
+    levels = 0
+    for byte in structure[4:]:
+        levels = levels << 7 | byte & 0x7F
+        if byte < 0x80:
+            break
+    return levels
