@@ -189,9 +189,10 @@ class Eraser:
         """Take out of the log what the stores have no more."""
         place = place_of(forget.message.subject)
         anywhere = subjects.log_event("*", place.tenant, place.partition, place.entity)
-        counts = await counts_of(self._asker.inbox, self._log, anywhere)
-        if counts == {forget.message.subject: 1}:  # a rollup erased the rest, unless the server was killed meanwhile
-            return
+        if ROLLUP in forget.message.headers:
+            counts = await counts_of(self._asker.inbox, self._log, anywhere)
+            if counts == {forget.message.subject: 1}:  # the server has erased the rest, unless it was killed meanwhile
+                return
         spared: dict[str, set[str]] = defaultdict(set)
         first: dict[str, int] = {}
         between: list[int] = []

@@ -15,10 +15,17 @@ from cli.main import main
 from cli.operator import asking
 from cli.server_config import ServerOptions
 from mnemesh import Memory, subjects
+from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all
+from mnemesh.clock import COUNTER_BITS, wall_ms
+from mnemesh.connection import Message
 from mnemesh.errors import MnemeshError, NotFound, Unavailable
-from mnemesh.event import decode_event
-from mnemesh.jetstream import history_of
+from mnemesh.event import Event, decode_event
+from mnemesh.ids import partition_of, to_token
+from mnemesh.jetstream import history_of, last_of
 from mnemesh.messages import AskErasures, Erasure, Interest, Want
+from router.inventory import Inventory
+from router.shard_map import ShardMap
+from services.erasure import Eraser
 
 LONG_MS = 30_000
 EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
@@ -111,6 +118,26 @@ async def test_a_device_that_comes_back_after_long_erases_before_it_serves(tmp_p
             with pytest.raises(NotFound):  # the first answer that it gives at all
                 await first_answer(here)
             await erasure_of(hub, "e1", receipts=2)
+
+
+async def test_what_a_rollup_left_as_the_server_was_killed_is_purged(hub: HubSite) -> None:
+    """The sites ledger had it: the forget is stored, and the server dies before it has taken out what came before."""
+    subject = subjects.log_event("hub", TENANT, partition_of(TENANT, "e1"), to_token("e1"))
+    stamp = (wall_ms() + 1000) << COUNTER_BITS
+    forget = Event(id="f", tenant=TENANT, entity_id="e1", op="forget", agent="alice", site="hub", hlc=stamp)
+    async with alice_at(hub.server) as there:
+        for n in range(3):
+            await there.set_context("e1", attributes={"n": n})
+    async with asking(hub.options, "test", role="gateway") as gateway:
+        await publish_all(gateway.link, gateway.inbox, [Outgoing(subject, forget.encode(), {})], budget_s=5.0)
+    assert await logged(hub.options, "e1") == ["put hub"] * 3 + ["forget hub"]
+    async with asking(hub.options, "test", role="hub") as asker:
+        stored = await last_of(asker.inbox, subjects.log_stream("hub"), subject)
+        message = Message(subject, "", stored.message.data, f"NATS/1.0\r\n{ROLLUP}: sub\r\n\r\n".encode())
+        inventory = Inventory(asker, ShardMap(), site="hub", name="hub")
+        eraser = Eraser(asker, inventory, site="hub")
+        await eraser._purge(stored._replace(message=message), {"f"}, stored.sequence)
+    assert await logged(hub.options, "e1") == ["forget hub"]
 
 
 async def test_a_forget_reaches_a_device_that_let_go_of_the_entity_but_wrote_to_it_unseen(
