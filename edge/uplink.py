@@ -256,18 +256,12 @@ class Uplink:
         return position
 
     async def _send_from(self, position: Position) -> None:
-        """Follow what we wrote in our log from a position on, and send all of it."""
-        follower = Follower(
-            self._asker.link,
-            self._asker.inbox,
-            self._log,
-            after=position.sequence,
-            incarnation=self._incarnation,
-            subject=subjects.log_event(self._site, "*", "*", "*"),
-        )
+        """Follow our log from a position and send all of it."""
+        inbox = self._asker.inbox
+        follower = Follower(self._asker.link, inbox, self._log, after=position.sequence, incarnation=self._incarnation)
         async with aclosing(follower.batches(MOST_IN_BATCH - 1)) as batches:
             async for batch in batches:
-                own = [stored for stored in batch if is_born_here(stored.message, self._site)]
+                own = [stored for stored in batch if self._is_own(stored)]
                 self.waiting = len(own) + batch[-1].following
                 if own:
                     self._waiting_since_ms = own[0].recorded_at
@@ -280,6 +274,9 @@ class Uplink:
                         own = own[len(some) :]
                         self.waiting -= len(some)
                 self._waiting_since_ms = None
+
+    def _is_own(self, stored: Stored) -> bool:
+        return place_of(stored.message.subject).is_event and is_born_here(stored.message, self._site)
 
     async def _leaving(self, own: Sequence[Stored]) -> list[_Leaving]:
         """What may leave of each event."""
