@@ -6,7 +6,7 @@ order and with a stamp of now; then the first one goes. When interrupted, do it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Set
 
 from msgspec.structs import replace
 
@@ -17,7 +17,7 @@ from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.clock import HybridClock, wall_ms
 from mnemesh.errors import MnemeshError
 from mnemesh.event import Event, decode_event
-from mnemesh.jetstream import Stored, api, last_of_each, message_at, next_of
+from mnemesh.jetstream import Stored, api, last_of_each, next_of
 from mnemesh.origin import BORN, mark_in
 
 MOST_AT_ONCE = 200
@@ -39,9 +39,7 @@ class Restamping:
         """Returns how many events had a stamp that was ahead."""
         await self._aside.load()
         ahead, again = await self._ahead()
-        missing = [sequence for sequence, event_id in ahead.items() if event_id not in again]
-        for start in range(0, len(missing), MOST_AT_ONCE):
-            await self._append(missing[start : start + MOST_AT_ONCE])
+        await self._append({sequence for sequence, event_id in ahead.items() if event_id not in again})
         for sequence in ahead:
             await api(self._eraser.inbox, f"STREAM.MSG.DELETE.{self._log}", {"seq": sequence})
         await self._aside.clear()
@@ -56,28 +54,37 @@ class Restamping:
             mark = mark_in(stored.message)
             if mark is not None and not is_ahead(mark.hlc, now_ms):
                 self._clock.observe(mark.hlc)
+        async for stored in self._own_events():
+            if BORN in stored.message.headers or (event := _event_in(stored)) is None:
+                continue
+            if stored.sequence in self._aside or is_ahead(event.hlc, now_ms):
+                ahead[stored.sequence] = event.id
+            else:
+                self._clock.observe(event.hlc)
+                if ahead:
+                    others.add(event.id)
+        return ahead, others
+
+    async def _own_events(self) -> AsyncIterator[Stored]:
         after = 0
         while some := await next_of(self._writer.inbox, self._log, self._own, after=after):
             after = some[-1].sequence
             for stored in some:
-                if BORN in stored.message.headers or (event := _event_in(stored)) is None:
-                    continue
-                if stored.sequence in self._aside or is_ahead(event.hlc, now_ms):
-                    ahead[stored.sequence] = event.id
-                else:
-                    self._clock.observe(event.hlc)
-                    if ahead:
-                        others.add(event.id)
-        return ahead, others
+                yield stored
 
-    async def _append(self, sequences: Sequence[int]) -> None:
+    async def _append(self, sequences: Set[int]) -> None:
         """What these events say, with new stamps. A forget erased already, and is not to erase what follows it here."""
-        batch = []
-        for sequence in sequences:
-            stored = await message_at(self._writer.inbox, self._log, sequence)
-            event = replace(decode_event(stored.message.data), hlc=self._clock.now())
-            batch.append(Outgoing(stored.message.subject, event.encode(), {}))
-        await publish_all(self._writer.link, self._writer.inbox, batch, budget_s=BUDGET_S)
+        last = max(sequences, default=0)
+        batch: list[Outgoing] = []
+        async for stored in self._own_events():
+            if stored.sequence > last:
+                break
+            if stored.sequence in sequences:
+                event = replace(decode_event(stored.message.data), hlc=self._clock.now())
+                batch.append(Outgoing(stored.message.subject, event.encode(), {}))
+            if batch and (len(batch) == MOST_AT_ONCE or stored.sequence == last):
+                await publish_all(self._writer.link, self._writer.inbox, batch, budget_s=BUDGET_S)
+                batch = []
 
 
 def _event_in(stored: Stored) -> Event | None:

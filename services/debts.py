@@ -6,6 +6,7 @@ They are kept, in the bucket of receipts, until the device has them. Looks at `m
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import msgspec
 
@@ -20,16 +21,16 @@ OWED = "owed="
 
 
 class Debts:
-    """What each device is owed. `load` first."""
+    """What each device is owed. `load` first what the bucket has."""
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
         self._bucket = subjects.RECEIPTS.name
         self._owed: dict[str, set[Key]] = defaultdict(set)
 
-    async def load(self) -> None:
-        for name in await kv.keys(self._inbox, self._bucket):
-            if name.startswith(f"{OWED}.") and (value := await kv.get(self._inbox, self._bucket, name)) is not None:
+    def load(self, entries: Mapping[str, bytes]) -> None:
+        for name, value in entries.items():
+            if name.startswith(f"{OWED}."):
                 self._owed[name.split(".")[1]].add(msgspec.json.decode(value, type=Key))
 
     def to(self, device: str) -> set[Key]:

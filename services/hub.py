@@ -99,20 +99,20 @@ class Hub(Actor):
         return {
             "policy": partial(self._policy.follow, self.link, self.asker.inbox),
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
-            "receipts": partial(self._receipts.follow, self.link, self.asker.inbox),
+            "receipts": partial(self._receipts.view.follow, self.link, self.asker.inbox),
             "feeds": self._forget_feeds,
             "erase": self._erase,
         }
 
     async def _erase(self) -> None:
         await self.ready()
-        await self._debts.load()
+        self._debts.load(self._receipts.view.entries)
         await self._eraser.run()
 
     async def ready(self) -> None:
         await self._policy.ready()
         await self._shards.ready.wait()
-        await self._receipts.ready.wait()
+        await self._receipts.view.ready.wait()
 
     async def release(self) -> None:
         for feeding in self._feeds.values():

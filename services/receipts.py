@@ -14,10 +14,8 @@ import msgspec
 
 from mnemesh import subjects
 from mnemesh.asker import Asker
-from mnemesh.connection import Link
 from mnemesh.errors import Denied
 from mnemesh.ids import check_name
-from mnemesh.inbox import Inbox
 from mnemesh.kv import BucketView
 from mnemesh.messages import AskErasures, Erasure, PendingSite, Receipt
 from services.debts import OWED
@@ -27,18 +25,14 @@ from services.site_policy import SitePolicy
 
 
 class Receipts:
-    """The receipts that the hub `site` has. `follow` them for ever."""
+    """The receipts that the hub `site` has, and the debts beside them, in a `view` for its owner to follow."""
 
     def __init__(self, asker: Asker, policy: SitePolicy, presence: Presence, *, site: str) -> None:
         self._asker = asker
         self._policy = policy
         self._presence = presence
         self._site = site
-        self._view = BucketView(subjects.RECEIPTS.name)
-        self.ready = self._view.ready
-
-    async def follow(self, link: Link, inbox: Inbox) -> None:
-        await self._view.follow(link, inbox)
+        self.view = BucketView(subjects.RECEIPTS.name)
 
     async def take(self, device: str, receipts: Sequence[Receipt]) -> None:
         """Keep what a device confirms. Raises `Denied` where it speaks for another."""
@@ -51,7 +45,7 @@ class Receipts:
     def erasures(self, request: AskErasures) -> list[Erasure]:
         """What was forgotten, the latest first."""
         receipts: dict[str, list[Receipt]] = defaultdict(list)
-        for key, value in self._view.entries.items():
+        for key, value in self.view.entries.items():
             if key != PLACE and not key.startswith(f"{OWED}."):
                 receipts[key.partition(".")[0]].append(msgspec.json.decode(value, type=Receipt))
         wanted = [

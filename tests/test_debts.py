@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from sites import HubSite
 
+from mnemesh import subjects
 from mnemesh.inbox import Inbox
+from mnemesh.kv import BucketView
 from services.debts import Debts
 
 
@@ -19,9 +22,14 @@ async def debts_at(hub: HubSite) -> AsyncIterator[Debts]:
         try:
             inbox = Inbox(link)
             await inbox.open()
-            debts = Debts(inbox)
-            await debts.load()
-            yield debts
+            view = BucketView(subjects.RECEIPTS.name)
+            async with asyncio.TaskGroup() as tasks:
+                following = tasks.create_task(view.follow(link, inbox))
+                await view.ready.wait()
+                debts = Debts(inbox)
+                debts.load(view.entries)
+                yield debts
+                following.cancel()
         finally:
             await link.close()
 
