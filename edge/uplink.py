@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -187,11 +187,12 @@ class Uplink:
         await self._check_is_ours(position, state)
         if position.incarnation != state.incarnation:
             logger.warning("the hub knew another log of %s; this one is sent from its beginning", self._site)
-            position = Position(hub=position.hub, place=position.place, incarnation=state.incarnation)
+            position = Position(hub=position.hub, place=position.place, incarnation=state.incarnation, hlc=position.hlc)
         elif (position.incarnation, position.sequence) != (marked.incarnation, marked.sequence):
-            mark = await self._mark_at(position)  # an event is there whose mark did not come: readers wait for that
+            # An event is there whose mark did not come: readers wait for that.
+            mark = await self._mark_at(replace(position, hlc=marked.hlc))
             place = await self._publish([self._mark(mark, position)])
-            position = replace(position, place=place, last=mark.last)
+            position = replace(position, place=place, last=mark.last, hlc=mark.hlc)
         self._position = position
         return position
 
@@ -200,16 +201,18 @@ class Uplink:
         incarnation = position.incarnation or self._incarnation
         if incarnation == self._incarnation:
             with contextlib.suppress(NotFound):  # the beginning, or erased since
-                return self._mark_of(await message_at(self._asker.inbox, self._log, position.sequence))
+                return self._mark_of([await message_at(self._asker.inbox, self._log, position.sequence)], position)
         return Mark(incarnation=incarnation, sequence=position.sequence, last=position.last, hlc=position.hlc)
 
-    def _mark_of(self, last: Stored) -> Mark:
-        newest = _event_in(last)
+    def _mark_of(self, some: Sequence[Stored], position: Position) -> Mark:
+        """The mark after these, which come after a position. Its stamp is one that the hub's clock may follow."""
         return Mark(
             incarnation=self._incarnation,
-            sequence=last.sequence,
-            last=hash_of(last.message),
-            hlc=0 if newest is None else newest.hlc,
+            sequence=some[-1].sequence,
+            last=hash_of(some[-1].message),
+            hlc=max(
+                position.hlc, _newest_in(stored for stored in reversed(some) if stored.sequence not in self._aside)
+            ),
         )
 
     async def _check_is_ours(self, position: Position, state: StreamState) -> None:
@@ -306,9 +309,10 @@ class Uplink:
     async def _send(self, some: Sequence[_Leaving], position: Position) -> Position:
         """One batch: events and the mark after them. Returns where the hub then stands."""
         began = asyncio.get_running_loop().time()
-        mark = self._mark_of(some[-1].stored)
-        if is_ahead(mark.hlc, self._hub_ms()):
-            await self._put_aside(some)
+        sent = [each.stored for each in some]
+        if is_ahead(_newest_in(reversed(sent)), self._hub_ms()):
+            await self._put_aside(sent)
+        mark = self._mark_of(sent, position)
         events = [self._event(stored, payload) for stored, payload in some if payload is not None]
         if len(events) == 1:
             (event,) = events
@@ -318,7 +322,12 @@ class Uplink:
             place = await self._publish([*without_erased(events), self._mark(mark, position)])
         self.sent += len(events)
         self._position = position = Position(
-            hub=position.hub, place=place, incarnation=mark.incarnation, sequence=mark.sequence, last=mark.last
+            hub=position.hub,
+            place=place,
+            incarnation=mark.incarnation,
+            sequence=mark.sequence,
+            last=mark.last,
+            hlc=mark.hlc,
         )
         if self._bytes_per_s is not None:
             earliest = began + sum(map(_size, some)) / self._bytes_per_s
@@ -342,10 +351,10 @@ class Uplink:
         subject = subjects.uplink_event(place.origin, place.tenant, place.partition, place.entity)
         return Outgoing(subject, payload, headers)
 
-    async def _put_aside(self, some: Sequence[_Leaving]) -> None:
+    async def _put_aside(self, some: Sequence[Stored]) -> None:
         """Have the hub quarantine those whose stamps are ahead, and know that before it does."""
         hub_ms = self._hub_ms()
-        events = [(stored.sequence, _event_in(stored)) for stored, _ in some]
+        events = [(stored.sequence, _event_in(stored)) for stored in some]
         await self._aside.add([sequence for sequence, event in events if event and is_ahead(event.hlc, hub_ms)])
 
     def _hub_ms(self) -> int:
@@ -366,6 +375,11 @@ def _event_in(stored: Stored) -> Event | None:
         return decode_event(stored.message.data)
     except MnemeshError:
         return None
+
+
+def _newest_in(backwards: Iterable[Stored]) -> int:
+    """The newest stamp of events of ours, the last of them first: stamps of one log only grow."""
+    return next((event.hlc for stored in backwards if (event := _event_in(stored)) is not None), 0)
 
 
 def _reduced(stored: Stored, event: Event, entity: Description, policy: Policy, region: str) -> bytes | None:

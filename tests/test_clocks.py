@@ -97,6 +97,26 @@ async def seen_of(hub: HubSite, site: str) -> messages.DeviceSeen:
                 return seen
 
 
+async def test_a_hub_hears_the_stamp_of_a_write_that_came_with_one_far_ahead(hub: HubSite, tmp_path: Path) -> None:
+    """Else its next write of the entity could be stamped before what it has seen."""
+    cable = Cable(hub.options.leaf_port)
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "d", interest=EVERYTHING, line=f"nats://127.0.0.1:{port}") as node,
+        alice_at(hub.server) as there,
+    ):
+        while not (await status_of(node)).linked:
+            pass
+        cable.cut()
+        await write_ahead(node, "t1", "put", by_ms=30_000, attributes={"n": 1})
+        await write_ahead(node, "t2", "put", attributes={"n": 1})
+        cable.heal()
+        while (await seen_of(hub, "sub7")).quarantined < 1:
+            pass
+        await there.set_context("t1", attributes={"n": 2})
+        assert (await there.get_context("t1")).attributes == {"n": 2}
+
+
 async def test_a_device_that_boots_in_1970_still_writes_after_what_it_knows(hub: HubSite, tmp_path: Path) -> None:
     async with (
         device(hub, tmp_path / "d", interest=EVERYTHING) as node,

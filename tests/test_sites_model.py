@@ -280,7 +280,8 @@ class Sites(RuleBasedStateMachine):
             self._arrive(record, Birth(f"{device} 1", record.sequence))
         if batch:
             site.sent = max(site.sent, batch[-1].sequence)
-            self.hub.hear([batch[-1].event.hlc])
+            stamps = [record.event.hlc for record in batch]
+            self.hub.hear(stamp for stamp in stamps if not is_too_far_ahead(stamp, self.hub.wall_ms))
 
     def _arrive(self, record: Record, birth: Birth) -> None:
         event = record.event
@@ -342,7 +343,7 @@ class Sites(RuleBasedStateMachine):
                 assert not any(entity in hits for _, answers in found for hits in answers)
             elif (newest := [record.event for record in own if _is_event(record)][-1]).op == "put":
                 is_forgotten = any(
-                    each.event.op == "forget" and each.event.hlc > newest.hlc
+                    each.event.op == "forget" and (each.event.hlc, each.event.site) > (newest.hlc, newest.site)
                     for each in site.events(entity, upto=site.head)
                 )
                 assert (newest.id in timeline) != is_forgotten
