@@ -84,8 +84,8 @@ def subjects_py(contract: Contract) -> str:
         lines.append(f'{name.upper()} = Bucket(name="{bucket["name"]}", about="{bucket["about"]}")')
     lines += ["", f"BUCKETS = ({', '.join(name.upper() for name in contract['buckets'])})", ""]
     for name, stream in contract["streams"].items():
-        window = stream["duplicate_window_s"]
-        lines += ["", f"{name.upper()}_DUPLICATE_WINDOW_S = {window}", ""]
+        windows = ", ".join(f'"{kind}": {seconds}' for kind, seconds in stream["duplicate_window_s"].items())
+        lines += ["", f"{name.upper()}_DUPLICATE_WINDOW_S = {{{windows}}}", ""]
         lines += _builder(f"{name}_stream", "the stream", stream["name"])
         roots = [part["mark"].partition(".")[0] for part in (stream["uplink"], stream["subjects"])]
         lines += ["", f'UPLINK, {name.upper()} = "{root}.{roots[0]}.>", "{root}.{roots[1]}.>"', ""]

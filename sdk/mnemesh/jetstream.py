@@ -30,6 +30,8 @@ MOST_IN_GET = 500
 """Messages in one batched direct get; nats-server's own limit is 1,024."""
 ALL = ">"
 """As a subject: every message. The server sends 24,000 a second, and 10,000 where it must compare subjects."""
+UNREACHED = 2**31 - 1
+"""A limit for a stream that is to have none: with one its files, and so its buffers, are of 4 MiB rather than 8."""
 BATCH_HOLDS_DUPLICATE = 10201
 PASSING = (10176, 10210, 10158)
 """A batch whose beginning was lost with a connection, too many open batches, an id whose first try is under way."""
@@ -197,12 +199,12 @@ def log_config(site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> dict[
         "discard": "new",
         "storage": "file",
         "num_replicas": replicas,
-        "duplicate_window": subjects.LOG_DUPLICATE_WINDOW_S * 1_000_000_000,
+        "duplicate_window": subjects.LOG_DUPLICATE_WINDOW_S[kind] * 1_000_000_000,
         "allow_atomic": True,
         "allow_rollup_hdrs": True,
         "allow_direct": True,
         "deny_delete": False,
-        "max_msgs_per_subject": -1,
+        "max_msgs_per_subject": UNREACHED if kind == "device" else -1,
     }
 
 

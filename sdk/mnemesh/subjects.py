@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "1a1fcd1d3c8a"
+CONTRACT = "027be15d73a3"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -567,7 +567,7 @@ RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site a
 BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, RECEIPTS)
 
 
-LOG_DUPLICATE_WINDOW_S = 120
+LOG_DUPLICATE_WINDOW_S = {"hub": 120, "device": 30}
 
 
 def log_stream(site: str) -> str:
