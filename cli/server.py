@@ -366,8 +366,8 @@ def running_pid(data: Path) -> int | None:
 def _go_settings(options: ServerOptions) -> dict[str, str]:
     """What nats-server's runtime is told; the environment's own settings win.
 
-    It reads its streams in blocks of 4 or 8 MiB and keeps each for 10 s. A device with 250 MiB of them, which caught up and
-    erased, did little but collect within 48 MiB, and took a third as many events a second.
+    It reads its streams in blocks of 4 or 8 MiB and keeps each for 10 s. A device with 250 MiB of them, which caught up
+    and erased, did little but collect within 48 MiB, and took a third as many events a second.
     """
     if options.kind == "hub":
         return {}

@@ -279,7 +279,8 @@ class Uplink:
                 self._waiting_since_ms = None
 
     def _is_own(self, stored: Stored) -> bool:
-        return place_of(stored.message.subject).is_event and is_born_here(stored.message, self._site)
+        place = place_of(stored.message.subject)
+        return place.is_event and is_born_here(stored.message, place, self._site)
 
     async def _leaving(self, own: Sequence[Stored]) -> list[_Leaving]:
         """What may leave of each event."""

@@ -75,7 +75,7 @@ class Intake:
 
     def _record(self, stored: Stored, place: Place, partition: int) -> Record:
         event = decode_event(stored.message.data)
-        if is_born_here(stored.message, self._site):
+        if is_born_here(stored.message, place, self._site):
             hub = stored.sequence if self._is_hub else None
             return Record(stored.sequence, stored.recorded_at, partition, event, hub=hub)
         check_carried(event, place)

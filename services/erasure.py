@@ -56,7 +56,10 @@ PLACE = "place"
 
 
 class Eraser:
-    """Erases at one site. `run` for ever. `on_late` hears of what came after the forget that wins over it."""
+    """Erases at one site. `run` for ever.
+
+    `on_late` hears of what came after the forget that wins over it. `next_after` reads the log on from a sequence.
+    """
 
     def __init__(
         self,
@@ -66,8 +69,10 @@ class Eraser:
         site: str,
         kind: SiteKind = "hub",
         on_late: Callable[[Event], Awaitable[None]] | None = None,
+        next_after: Callable[[int], Awaitable[list[Stored]]] | None = None,
     ) -> None:
         self._on_late = on_late
+        self._next_after = next_after or self._got_after
         self._asker = asker
         self._inventory = inventory
         self._site = site
@@ -94,7 +99,7 @@ class Eraser:
             if stored.sequence <= self.place:
                 self._note(stored)
         while True:
-            some = await next_of(inbox, self._log, ALL, after=self._read)
+            some = await self._next_after(self._read)
             for stored in some:
                 await self._take(stored)
             if some:
@@ -102,6 +107,9 @@ class Eraser:
             await self._finish()
             if not some or not some[-1].following:
                 await asyncio.sleep(LOOK_S)
+
+    async def _got_after(self, sequence: int) -> list[Stored]:
+        return await next_of(self._asker.inbox, self._log, ALL, after=sequence)
 
     async def _finish(self) -> None:
         """Erase what came late, and keep how far that is."""
@@ -122,7 +130,7 @@ class Eraser:
             if not place.is_event:
                 return
             if ROLLUP not in stored.message.headers:
-                if not is_born_here(stored.message, self._site):
+                if not is_born_here(stored.message, place, self._site):
                     self._carried.append(stored)
                 return
             event = self._event(stored, place)
@@ -135,7 +143,7 @@ class Eraser:
     def _event(self, stored: Stored, place: Place) -> Event:
         """The event in a message. Raises `BadRequest` where it says to be about another entity than its subject."""
         event = decode_event(stored.message.data)
-        if not is_born_here(stored.message, self._site):
+        if not is_born_here(stored.message, place, self._site):
             check_carried(event, place)
         return event
 

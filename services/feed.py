@@ -28,17 +28,17 @@ from mnemesh.atomic_batch import ROLLUP
 from mnemesh.clock import is_too_far_ahead
 from mnemesh.errors import Conflict, MnemeshError
 from mnemesh.event import Event, decode_event
-from mnemesh.follower import Follower, StreamShrank
+from mnemesh.follower import StreamShrank
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import Stored, StreamState, history_of
 from mnemesh.messages import FeedBatch, Holding
 from mnemesh.origin import Place, check_carried, hash_of, is_put_aside, mark_in, place_of
 from services.debts import Debts
+from services.log_tail import LogTail
 from services.outbox import Outbox
 from services.roster import Key
 from services.selection import Selection
 
-MOST_READ = 500
 MOST_HISTORIES = 16
 """Entities whose history is fetched one by one: in a log of 180,000 messages each takes 3 to 60 ms of the server. For
 more the log is read once from its beginning."""
@@ -51,7 +51,7 @@ class Feed:
     """What one device is sent of a hub's log. `open` it first; `close` gives back what it has.
 
     `selection` is this feed's alone. `has` is what the device noted, `own_log` the incarnation of its log; of the hub's
-    `log` it has all up to `after`, where `last` was.
+    `log` it has all up to `after`, where `last` was. The hub's `tail` of that is what it follows.
     """
 
     def __init__(
@@ -67,8 +67,10 @@ class Feed:
         debts: Debts,
         own_log: str,
         log: StreamState,
+        tail: LogTail,
     ) -> None:
         self._asker = asker
+        self._tail = tail
         self._selection = selection
         self._roster = selection.roster
         self._site = site
@@ -127,8 +129,7 @@ class Feed:
         self._evict([key for key in self._has if key not in self._roster])
         heapq.heapify(self._to_hold)
         begin = await self._bring([key for key in lacks if key in self._roster], after)
-        follower = Follower(self._asker.link, self._asker.inbox, self._log, after=begin, incarnation=self._incarnation)
-        self._batches = follower.batches(MOST_READ)
+        self._batches = self._tail.batches(begin, self._incarnation)
         self._settle(begin)
 
     async def _bring(self, lacks: Sequence[Key], after: int) -> int:

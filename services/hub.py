@@ -34,6 +34,7 @@ from services.debts import Debts
 from services.disclosure import Disclosure
 from services.erasure import Eraser
 from services.feed import Feed
+from services.log_tail import LogTail
 from services.presence import Presence, since_s
 from services.receipts import Receipts
 from services.roster import Key
@@ -83,7 +84,10 @@ class Hub(Actor):
         self._shards = ShardMap()
         self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
         self._disclosure = Disclosure(self.asker, self._inventory, self._policy)
-        self._eraser = Eraser(self.asker, self._inventory, site=site, on_late=self._owe_forget)
+        self._tail = LogTail(link, self.asker.inbox, self._log)
+        self._eraser = Eraser(
+            self.asker, self._inventory, site=site, on_late=self._owe_forget, next_after=self._tail.next
+        )
         self._debts = Debts(self.asker.inbox)
         self._receipts = Receipts(self.asker, self._policy, self._presence, site=site)
         self._openings: dict[str, _Opening] = {}
@@ -100,6 +104,7 @@ class Hub(Actor):
             "policy": partial(self._policy.follow, self.link, self.asker.inbox),
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
             "receipts": partial(self._receipts.view.follow, self.link, self.asker.inbox),
+            "log_tail": self._tail.run,
             "feeds": self._forget_feeds,
             "erase": self._erase,
         }
@@ -196,6 +201,7 @@ class Hub(Actor):
             debts=self._debts,
             own_log=request.log,
             log=state,
+            tail=self._tail,
         )
         try:
             await feed.open()

@@ -99,7 +99,8 @@ _KNOWN = frozenset(_FIELDS)
 def decode_event(payload: bytes) -> Event:
     """The event in a log message. Raises `BadRequest` if it is none."""
     fields = wire.decode(payload)
-    if isinstance(fields, dict) and (unknown := fields.keys() - _KNOWN):
+    if isinstance(fields, dict) and not _KNOWN.issuperset(fields):
+        unknown = fields.keys() - _KNOWN
         fields = {name: fields[name] for name in fields.keys() & _KNOWN} | {
             "extra": {name: fields[name] for name in unknown}
         }

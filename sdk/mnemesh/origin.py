@@ -63,9 +63,9 @@ _HOLDING_TOKENS = subjects.log_holding("", "", "", "").count(".") + 1
 _ORIGIN = subjects.log_mark("*").split(".").index("*")
 
 
-def is_born_here(message: Message, site: str) -> bool:
+def is_born_here(message: Message, place: Place, site: str) -> bool:
     """Whether a message was written to this log of a site first. What came back from an earlier log of it was not."""
-    return place_of(message.subject).origin == site and BORN not in message.headers
+    return place.origin == site and BORN not in message.headers
 
 
 def is_put_aside(message: Message, event: Event, recorded_at: int) -> bool:
