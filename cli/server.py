@@ -143,7 +143,9 @@ class NatsServer:
     async def start(self, *, timeout_s: float = 60.0) -> None:
         """Start, and return once clients can connect and JetStream has recovered its streams.
 
-        Makes the users of every role first, and the (tenant, agent) that it was given. Raises any `NatsServerError`.
+        That may take minutes where a large log was not closed in good order; `timeout_s` is for how long nothing may be
+        heard of it. Makes the users of every role first, and the (tenant, agent) that it was given. Raises any
+        `NatsServerError`.
         """
         if self.pid is not None:
             return
@@ -158,11 +160,7 @@ class NatsServer:
                 self.credentials.add_agent(tenant, agent)
             write_configuration(self.options, self.credentials, self.contract)
             self._process = await self._spawn(program)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._ready()
-            except TimeoutError as error:
-                raise NatsServerFailed(f"nats-server was not ready in {timeout_s} s", self._log_tail()) from error
+            await self._ready(timeout_s)
         except BaseException:
             await self.kill()
             raise
@@ -241,17 +239,24 @@ class NatsServer:
         finally:
             os.close(descriptor)
 
-    async def _ready(self) -> None:
-        """The ports file names the process, so no other server on these ports can pass for ours."""
+    async def _ready(self, timeout_s: float) -> None:
+        """The ports file names the process, so no other server on these ports can pass for ours.
+
+        It comes once the streams are recovered; `/healthz` answers before that.
+        """
         process = self._process
         assert process is not None  # set by `start` just before
+        now = asyncio.get_running_loop().time
+        began = heard_at = now()
         while process.returncode is None:
-            if (
-                _has_ports_file(self.options.data, process.pid)
-                and (await monitoring(self.options, "/healthz")).get("status") == "ok"
-            ):
+            health = await monitoring(self.options, "/healthz")
+            if not _has_ports_file(self.options.data, process.pid):
+                heard_at = now() if health else heard_at
+            elif health.get("status") == "ok":
                 return
-            await asyncio.sleep(POLL_S)
+            if now() - heard_at > timeout_s:
+                raise NatsServerFailed(f"nats-server was not ready in {timeout_s} s", self._log_tail())
+            await asyncio.sleep(max(POLL_S, min(0.5, (now() - began) / 50)))
         tail = self._log_tail()
         if any("address already in use" in line for line in tail):
             where = f"{self.options.host}:{self.options.port} (clients) or 127.0.0.1:{self.options.monitoring_port}"

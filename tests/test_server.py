@@ -110,6 +110,30 @@ async def test_a_server_that_cannot_start_shows_what_it_logged(tmp_path: Path) -
     assert any("no.such.host.invalid" in line for line in failure.value.log_tail)
 
 
+async def test_a_server_that_takes_long_to_recover_its_streams_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device with a log of 330 MB was killed and never came up again: each start was given up after a minute."""
+    loop = asyncio.get_running_loop()
+    recovered_at = loop.time() + 4
+    has_ports_file = servers._has_ports_file
+    monkeypatch.setattr(
+        servers, "_has_ports_file", lambda *server: loop.time() > recovered_at and has_ports_file(*server)
+    )
+    server = NatsServer(server_options(tmp_path))
+    await server.start(timeout_s=2)
+    assert loop.time() > recovered_at
+    await server.stop()
+
+
+async def test_a_server_of_which_nothing_is_heard_is_given_up(tmp_path: Path) -> None:
+    program = tmp_path / "silent"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    with pytest.raises(NatsServerFailed, match="nats-server was not ready"):
+        await NatsServer(server_options(tmp_path / "data"), program=program).start(timeout_s=0.5)
+
+
 ABANDON = """
 import asyncio, os, sys
 from pathlib import Path
