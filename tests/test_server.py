@@ -126,6 +126,17 @@ async def test_a_server_that_takes_long_to_recover_its_streams_is_waited_for(
     await server.stop()
 
 
+def test_a_device_may_have_all_of_its_streams_in_memory_after_a_kill(tmp_path: Path) -> None:
+    block = tmp_path / "jetstream" / "MESH" / "1.blk"
+    block.parent.mkdir(parents=True)
+    with block.open("wb") as file:
+        file.truncate(100 * 1024 * 1024)
+    hub = server_options(tmp_path)
+    assert servers._go_settings(hub) == {}
+    device = replace(hub, hub="nats://127.0.0.1:1")
+    assert servers._go_settings(device) == {"GOMEMLIMIT": f"{servers.DEVICE_MEMORY_MIB + 100}MiB"}
+
+
 async def test_a_server_of_which_nothing_is_heard_is_given_up(tmp_path: Path) -> None:
     program = tmp_path / "silent"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
