@@ -27,7 +27,8 @@ from mnemesh.inbox import Inbox
 from mnemesh.jetstream import api
 from mnemesh.messages import Interest, Want
 from mnemesh.origin import Mark
-from services.feed import MOST_READ, Feed
+from services.feed import Feed
+from services.log_tail import MOST_READ
 
 LONG_MS = 30_000
 
