@@ -98,7 +98,7 @@ async def seen_of(hub: HubSite, site: str) -> messages.DeviceSeen:
 
 
 async def test_a_hub_hears_the_stamp_of_a_write_that_came_with_one_far_ahead(hub: HubSite, tmp_path: Path) -> None:
-    """Else its next write of the entity could be stamped before what it has seen."""
+    """Else what it writes of the entity in the next 30 s is stamped before what it has seen, and lost."""
     cable = Cable(hub.options.leaf_port)
     async with (
         cable.laid() as port,
@@ -113,8 +113,9 @@ async def test_a_hub_hears_the_stamp_of_a_write_that_came_with_one_far_ahead(hub
         cable.heal()
         while (await seen_of(hub, "sub7")).quarantined < 1:
             pass
-        await there.set_context("t1", attributes={"n": 2})
-        assert (await there.get_context("t1")).attributes == {"n": 2}
+        async with asyncio.timeout(10):  # its gateway hears of the mark a moment after its shard
+            while (await there.get_context("t1")).attributes != {"n": 2}:
+                await there.set_context("t1", attributes={"n": 2})
 
 
 async def test_a_device_that_boots_in_1970_still_writes_after_what_it_knows(hub: HubSite, tmp_path: Path) -> None:
