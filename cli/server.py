@@ -62,7 +62,9 @@ DEVICE_MEMORY_MIB = 48
 50,000 memories had been written, it held 228 MiB for minutes, and so 45. It collects more while as much is written
 (0.11 ms of CPU an event, not 0.035); seconds later a write takes what it took."""
 
-POLL_S = 0.01
+POLL_S, LONGEST_POLL_S = 0.01, 0.5
+LONG_START_S = 10.0
+"""After this long whoever waits for a start is told why."""
 LOG_TAIL_LINES = 12
 
 _first_port = random.randrange(10_000, 32_768)
@@ -248,15 +250,20 @@ class NatsServer:
         assert process is not None  # set by `start` just before
         now = asyncio.get_running_loop().time
         began = heard_at = now()
+        is_told = False
         while process.returncode is None:
             health = await monitoring(self.options, "/healthz")
             if not _has_ports_file(self.options.data, process.pid):
                 heard_at = now() if health else heard_at
             elif health.get("status") == "ok":
                 return
+            waited_s = now() - began
             if now() - heard_at > timeout_s:
-                raise NatsServerFailed(f"nats-server was not ready in {timeout_s} s", self._log_tail())
-            await asyncio.sleep(max(POLL_S, min(0.5, (now() - began) / 50)))
+                raise NatsServerFailed(f"nats-server was not ready in {waited_s:.0f} s", self._log_tail())
+            if not is_told and waited_s > LONG_START_S:
+                logger.warning("nats-server still recovers its streams: %s", self.log_file)
+                is_told = True
+            await asyncio.sleep(min(LONGEST_POLL_S, POLL_S + waited_s / 50))
         tail = self._log_tail()
         if any("address already in use" in line for line in tail):
             where = f"{self.options.host}:{self.options.port} (clients) or 127.0.0.1:{self.options.monitoring_port}"
