@@ -111,8 +111,9 @@ async def test_no_batch_is_more_than_a_slow_line_takes_in_a_second(hub: HubSite,
     operator = await Link.open(hub.server.credentials.load("operator").link_options())
     inbox = Inbox(operator)
     await inbox.open()
-    batches, agreed = 3, 1
-    assert (await stream_state(inbox, subjects.log_stream("hub"))).last_sequence == 6 + batches + agreed  # a mark each
+    fewest_batches, agreed = 3, 1
+    fewest_marks = fewest_batches + agreed
+    assert (await stream_state(inbox, subjects.log_stream("hub"))).last_sequence >= 6 + fewest_marks
     await operator.close()
 
 
