@@ -404,6 +404,13 @@ class Shard(Actor):
         events, left = await self._scan(self._scanned.erased, call.caller.tenant, request.entity_id, request.sequence)
         return messages.Erased(events=events, left=left, watermark=seen)
 
+    @handles(subjects.SHARD_FORGOTTEN)
+    async def forgotten(self, request: messages.AskForgotten, call: Call) -> messages.Forgotten:
+        applied = messages.Consistency(level="session", token={self.site: request.sequences[-1]})
+        seen = await self._freshness.wait(applied, self._document_projection.watermark, call)
+        found = await self._scan(self._scanned.forgotten, request.sequences)
+        return messages.Forgotten(sequences=found, watermark=seen)
+
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""

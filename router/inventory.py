@@ -84,6 +84,16 @@ class Inventory:
         wanted = messages.AskErased(entity_id=entity_id, sequence=sequence)
         return await self._asker.ask(subjects.SHARD_ERASED, subject, wanted)
 
+    async def forgotten(self, sequences: Sequence[int]) -> list[int]:
+        """Those at which the log has a forget, or what came after the forget that wins over it. They must grow."""
+        self._require_shards()
+        found: list[int] = []
+        for shard in self._shards.shards:
+            wanted = messages.AskForgotten(sequences=list(sequences))
+            subject = subjects.shard_forgotten(self._site, shard)
+            found += (await self._asker.ask(subjects.SHARD_FORGOTTEN, subject, wanted)).sequences
+        return sorted(found)
+
     async def neighbourhood(self, tenant: str, entity_ids: Sequence[str], hops: int, *, upto: int) -> list[str]:
         """The entities up to so many edges away, in whatever direction, these included, by what this site knows."""
         if not hops:

@@ -1,6 +1,6 @@
 """Erasure at one site: what a forget leaves behind in the log is purged, and a receipt says so.
 
-    follow the log → a forget → wait until every store has applied it → purge what it erased → receipt
+    follow the log → ask the shards for forgets in it → wait until every store has that → purge what it erased → receipt
 
 A forget that is stored erases, by its own headers, what its own site wrote of the entity. What other sites wrote lies
 under their subjects, and a forget wins over what was written before it, wherever: the stores know which that is. Of
@@ -40,7 +40,7 @@ from mnemesh.jetstream import (
     stream_state,
 )
 from mnemesh.messages import Receipt
-from mnemesh.origin import Place, birth_of, check_carried, is_born_here, is_put_aside, mark_in, place_of
+from mnemesh.origin import birth_of, is_put_aside, mark_in, place_of
 from router.inventory import Inventory
 
 logger = logging.getLogger("mnemesh.erasure")
@@ -58,7 +58,8 @@ PLACE = "place"
 class Eraser:
     """Erases at one site. `run` for ever.
 
-    `on_late` hears of what came after the forget that wins over it. `next_after` reads the log on from a sequence.
+    `on_late` hears of what other sites wrote and came after the forget that wins over it. `next_after` reads the log on
+    from a sequence.
     """
 
     def __init__(
@@ -85,8 +86,6 @@ class Eraser:
         self.erased = 0
         self._saved = self._read = 0
         self._unsaved = False
-        self._carried: list[Stored] = []
-        """What came from other sites and was not looked at yet."""
 
     async def run(self) -> None:
         """Erase for ever. Raises what keeps it from that; run it again then."""
@@ -94,86 +93,55 @@ class Eraser:
         state = await stream_state(inbox, self._log)
         self._incarnation = state.incarnation
         self.place = self._saved = self._read = await erased_upto(inbox, state)
-        self._carried.clear()
         for stored in await last_of_each(inbox, self._log, subjects.log_mark("*")):
             if stored.sequence <= self.place:
                 self._note(stored)
         while True:
             some = await self._next_after(self._read)
-            for stored in some:
-                await self._take(stored)
             if some:
-                self._read = some[-1].sequence
-            await self._finish()
+                await self._take(some)
+            await self._keep_place()
             if not some or not some[-1].following:
                 await asyncio.sleep(LOOK_S)
 
     async def _got_after(self, sequence: int) -> list[Stored]:
         return await next_of(self._asker.inbox, self._log, ALL, after=sequence)
 
-    async def _finish(self) -> None:
-        """Erase what came late, and keep how far that is."""
-        carried, self._carried = self._carried, []
-        await self._erase_latecomers(carried)
+    async def _take(self, some: Sequence[Stored]) -> None:
+        """Erase what the next messages of the log forget, and those among them that came too late."""
+        forgotten = set(await self._inventory.forgotten([stored.sequence for stored in some]))
+        late: dict[tuple[str, str], Stored] = {}
+        for stored in some:
+            if stored.sequence not in forgotten:
+                continue
+            event = decode_event(stored.message.data)
+            entity = event.tenant, event.entity_id
+            if event.op == "forget":
+                await self._erase(stored, event)
+                late.pop(entity, None)
+                continue
+            late[entity] = stored
+            if self._on_late is not None and event.site != self._site:
+                await self._on_late(event)
+        for (tenant, entity_id), stored in late.items():
+            left = await self._inventory.erased(tenant, entity_id, stored.sequence)
+            await self._purge(stored, set(left.left), left.watermark[self._site])
+        for stored in some:
+            self._note(stored)
+        self._read = some[-1].sequence
+
+    async def _keep_place(self) -> None:
         if self._unsaved or self._read - self._saved > SAVE_AFTER:
             place = f"{self._incarnation} {self._read}".encode()
             await kv.put(self._asker.inbox, subjects.RECEIPTS.name, PLACE, place)
             self._saved, self._unsaved = self._read, False
         self.place = self._read
 
-    async def _take(self, stored: Stored) -> None:
-        """Erase what this message forgets, if it does."""
+    def _note(self, stored: Stored) -> None:
+        """Note how far it is with another site's log, if this is a mark that tells."""
         place = place_of(stored.message.subject)
-        if place.is_mark:
-            self._note(stored)
-        try:
-            if not place.is_event:
-                return
-            if ROLLUP not in stored.message.headers:
-                if not is_born_here(stored.message, place, self._site):
-                    self._carried.append(stored)
-                return
-            event = self._event(stored, place)
-        except MnemeshError as error:
-            logger.error("message %d of %s cannot be read: %s", stored.sequence, self._log, error)
-            return
-        if event.op == "forget":
-            await self._erase(stored, event)
-
-    def _event(self, stored: Stored, place: Place) -> Event:
-        """The event in a message. Raises `BadRequest` where it says to be about another entity than its subject."""
-        event = decode_event(stored.message.data)
-        if not is_born_here(stored.message, place, self._site):
-            check_carried(event, place)
-        return event
-
-    def _note(self, marked: Stored) -> None:
-        if (mark := mark_in(marked.message)) is not None:
-            self.upto[place_of(marked.message.subject).origin] = mark.sequence
-
-    async def _erase_latecomers(self, carried: Sequence[Stored]) -> None:
-        """What was carried here after the forget that wins over it goes, too; a forget may come without its rollup."""
-        by_tenant: dict[str, list[tuple[Stored, Event]]] = defaultdict(list)
-        for stored in carried:
-            with contextlib.suppress(MnemeshError):  # what cannot be read, the shards tell of
-                event = self._event(stored, place_of(stored.message.subject))
-                if not self._is_quarantined(stored, event):
-                    by_tenant[event.tenant].append((stored, event))
-        for tenant, events in by_tenant.items():
-            ids = {event.entity_id for _, event in events}
-            described = await self._inventory.describe(tenant, sorted(ids), upto=self._read)
-            late: dict[str, Stored] = {}
-            for stored, event in events:
-                tombstone = described[event.entity_id].tombstone
-                if event.op == "forget":
-                    await self._erase(stored, event)
-                elif tombstone is not None and (event.hlc, event.site) < tombstone:
-                    late[event.entity_id] = stored
-                    if self._on_late is not None:
-                        await self._on_late(event)
-            for entity_id, stored in late.items():
-                left = await self._inventory.erased(tenant, entity_id, stored.sequence)
-                await self._purge(stored, set(left.left), left.watermark[self._site])
+        if place.is_mark and (mark := mark_in(stored.message)) is not None:
+            self.upto[place.origin] = mark.sequence
 
     async def _erase(self, stored: Stored, event: Event) -> None:
         left = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
@@ -188,8 +156,6 @@ class Eraser:
             erased_at=datetime.now(UTC),
         )
         await keep(self._asker, receipt)
-        place = place_of(stored.message.subject)[1:]
-        self._carried = [other for other in self._carried if place_of(other.message.subject)[1:] != place]
         self.erased += 1
         self._unsaved = True
 

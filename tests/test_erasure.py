@@ -181,6 +181,21 @@ async def test_a_device_that_wrote_what_was_forgotten_meanwhile_hears_of_it(hub:
             await here.get_context("e1")
 
 
+async def test_what_a_site_writes_itself_with_a_stamp_before_the_forget_is_erased_from_its_log(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    """Its gateway had not heard of the forget of a device whose clock is ahead; no store has the write."""
+    subject = subjects.log_event("hub", TENANT, partition_of(TENANT, "e1"), to_token("e1"))
+    stamp = (wall_ms() - 60_000) << COUNTER_BITS
+    put = Event(id="p", tenant=TENANT, entity_id="e1", op="put", agent="alice", site="hub", hlc=stamp, body={})
+    async with device(hub, tmp_path / "a", name="a") as node, alice_at(node.server) as here:
+        await here.forget("e1")
+        await until_logged(hub.options, "e1", ["forget a"])
+        async with asking(hub.options, "test", role="gateway") as gateway:
+            await publish_all(gateway.link, gateway.inbox, [Outgoing(subject, put.encode(), {})], budget_s=5.0)
+        await until_logged(hub.options, "e1", ["forget a"])
+
+
 async def first_answer(memory: Memory) -> None:
     while True:
         try:

@@ -395,7 +395,7 @@ def test_a_device_keeps_what_it_releases_where_it_wrote_some_of_it(device: Sqlit
 
 def test_a_device_keeps_what_it_wrote_before_another_site_forgot_it(device: SqliteStore) -> None:
     take(device, Record(1, 5, 0, put("edge-1", 10)), carried(2, forget("hub", 20), 2), note(3, "release"))
-    assert device.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], True, (20 << 16, "hub"), first=2)]
+    assert device.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], True, first=2)]
     take(device, carried(4, put("edge-2", 15, text="late"), 1))
     assert device.get("acme", "pump") is None, "for the forget is still known"
 
@@ -499,20 +499,45 @@ def test_more_entities_than_a_statement_takes_are_described(store: SqliteStore) 
 
 def test_of_what_is_gone_the_type_of_then_is_told(store: SqliteStore) -> None:
     write(store, put("edge-1", 10, type="pump"), forget("hub", 20))
-    gone = Description("pump", ["edge-1", "hub"], True, (20 << 16, "hub"), first=2)
+    gone = Description("pump", ["edge-1", "hub"], True, first=2)
     assert store.describe("acme", ["pump"]) == [gone]
     write(store, forget("hub", 30))
-    later = replace(gone, tombstone=(30 << 16, "hub"), first=3)
+    later = replace(gone, first=3)
     assert store.describe("acme", ["pump"]) == [later], "also after it was forgotten once more"
     write(store, put("hub", 40))
-    assert store.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], False, (30 << 16, "hub"), 3)]
+    assert store.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], False, 3)]
     write(store, put("hub", 50, type="valve"), forget("hub", 60))
-    assert store.describe("acme", ["pump"]) == [Description("valve", ["edge-1", "hub"], True, (60 << 16, "hub"), 6)]
+    assert store.describe("acme", ["pump"]) == [Description("valve", ["edge-1", "hub"], True, 6)]
 
 
 def test_of_what_was_forgotten_before_it_came_no_type_is_told(store: SqliteStore) -> None:
     write(store, forget("hub", 20), put("edge-1", 10, type="pump"))
-    assert store.describe("acme", ["pump"]) == [Description(None, ["hub", "edge-1"], True, (20 << 16, "hub"), 1)]
+    assert store.describe("acme", ["pump"]) == [Description(None, ["hub", "edge-1"], True, 1)]
+
+
+def test_what_forgets_and_what_came_after_that_is_told_by_its_place_in_the_log(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    take(
+        store,
+        carried(1, put("edge-1", 10), 1),
+        carried(2, forget("edge-1", 20), 2),
+        carried(3, put("edge-2", 15), 1),  # late
+        carried(4, put("edge-2", 30), 2),
+        carried(5, put("edge-2", 16, attributes=[1]), 3),  # late, and it breaks a rule
+        carried(6, forget("edge-1", 20), 2),  # once more
+        carried(7, put("edge-2", 15), 1),  # once more, and late
+        carried(8, forget("edge-1", 99), 3, quarantined=True),
+        carried(9, put("edge-2", 5, entity_id="valve"), 4),
+    )
+    assert store.forgotten([*range(1, 10)]) == [2, 3, 5, 6, 7]
+    assert store.forgotten([1, 3, 4, 7, 100]) == [3, 7]
+    assert store.erased("acme", "pump", 2)[0] == 1
+    store.close()
+
+
+def test_of_more_of_the_log_than_a_statement_takes_is_told_what_forgets(store: SqliteStore) -> None:
+    write(store, *(forget(entity_id=f"e{n}", ms=n) for n in range(1_201)))
+    assert store.forgotten([*range(1, 1_300)]) == [*range(1, 1_202)]
 
 
 def test_entities_are_listed_by_id_in_pages_of_types(store: SqliteStore) -> None:

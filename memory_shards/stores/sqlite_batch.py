@@ -47,6 +47,7 @@ WHERE (excluded.valid_from, excluded.stamp, excluded.site) >= (edge.valid_from, 
 """
 _INSERT_EVENT = "INSERT OR FAIL INTO event VALUES {rows}"
 _FORGET_EVENTS = "DELETE FROM event WHERE entity = ? AND (stamp, site) < (?, ?)"
+_ERASURE = "INSERT OR REPLACE INTO erasure VALUES (?, ?)"
 _SIZE = "SELECT ifnull(sum(length(body)), 0) FROM event WHERE entity = ?"
 _FORGET_EDGES = "DELETE FROM edge WHERE source = ?"
 _RELEASE = [f"DELETE FROM {table} = ?" for table in ("event WHERE entity", "edge WHERE source", "entity WHERE id")]
@@ -195,6 +196,9 @@ class Batch:
             return
         if self._put_aside.get(event.site) or self.quarantined[event.site]:  # it may have been stamped anew
             self.quarantined[event.site] -= self._connection.execute(_RESTAMP, (event.site, event.id)).rowcount
+        tombstone = entity.state.ledger.tombstone
+        if event.op == "forget" or (tombstone is not None and (event.hlc, event.site) < tombstone):
+            self._connection.execute(_ERASURE, (record.sequence, 0))
         try:
             patch = merge.patch_of(event)
             body = body_blob(event, patch)
@@ -253,7 +257,7 @@ class Batch:
         self._dirty[name] = entity
         self._erased_more |= entity.indexed_text is not None
         erased = self._connection.execute(_FORGET_EVENTS, (entity.id, *change.mark)).rowcount
-        self._connection.execute("INSERT INTO erasure VALUES (?, ?)", (change.sequence, erased))
+        self._connection.execute(_ERASURE, (change.sequence, erased))
         self._connection.execute(_FORGET_EDGES, (entity.id,))
         entity.size = self._connection.execute(_SIZE, (entity.id,)).fetchone()[0]
         before, kind = entity.state.ledger, entity.state.type

@@ -72,6 +72,7 @@ _DESCRIBE = """
 SELECT entity_id, type, alive, ledger, ifnull((SELECT min(sequence) FROM event WHERE entity = entity.id), 0)
 FROM entity WHERE tenant = ? AND entity_id IN ({ids})
 """
+_FORGOTTEN = "SELECT sequence FROM erasure WHERE sequence IN ({sequences}) ORDER BY sequence"
 _IDS_A_STATEMENT = 500
 
 _ledger_decoder = msgspec.msgpack.Decoder(merge.Ledger)
@@ -176,9 +177,7 @@ class SqliteReader:
             for entity_id, type, alive, raw, first in rows:
                 ledger = _ledger_decoder.decode(raw)
                 is_gone = not alive and ledger.tombstone is not None
-                found[entity_id] = Description(
-                    ledger.gone if is_gone else type, ledger.sites, is_gone, ledger.tombstone, first
-                )
+                found[entity_id] = Description(ledger.gone if is_gone else type, ledger.sites, is_gone, first)
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
     def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, list[str]]:
@@ -194,6 +193,15 @@ class SqliteReader:
                 (tenant, entity_id),
             ).fetchall()
         return (counted[0] if counted else 0), [event_id for (event_id,) in left]
+
+    def forgotten(self, sequences: Sequence[int]) -> list[int]:
+        """Those of the log's sequences that are of forgets, or of what came after the forget that wins over it."""
+        found: list[int] = []
+        for start in range(0, len(sequences), _IDS_A_STATEMENT):
+            some = sequences[start : start + _IDS_A_STATEMENT]
+            rows = self._connection.execute(_FORGOTTEN.format(sequences=_places(some)), some)
+            found += [sequence for (sequence,) in rows]
+        return found
 
     def timeline(self, tenant: str, entity_id: str, after: int = 0, limit: int = 100) -> list[TimelineEvent]:
         """The entity's events after sequence `after`, in log order. A forget has erased those before it."""
@@ -329,7 +337,7 @@ class _Snapshot:
         self._connection.execute("COMMIT")
 
 
-def _places(values: Sequence[str]) -> str:
+def _places(values: Sequence[object]) -> str:
     return ",".join("?" * len(values))
 
 

@@ -6,7 +6,8 @@
   that its hub had sent then.
 * `edge`: the last write to each (source, relation, target), removals too. A target need not exist: it is a text.
 * `event`: the history that forgets have left, with effective stamps; of a vector only its dimension.
-* `erasure`: how many events each forget erased.
+* `erasure`: the log sequences of forgets, and how many events each erased; and of what came after the forget that wins
+  over it, which is to be taken out of the log.
 * `quarantine`: events that are in the log and have no effect, for their stamps are too far ahead.
 * `entity_text`: the full-text index over `entity.text`; the text itself is kept once, in `entity`.
 
@@ -25,7 +26,7 @@ from memory_shards.merge import Change, Patch
 from mnemesh import wire
 from mnemesh.event import Event
 
-LAYOUT = 4
+LAYOUT = 5
 """Goes up with every change of the tables or of what is in them; a file of another layout is rebuilt."""
 
 SCHEMA = """

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "027be15d73a3"
+CONTRACT = "86edace60253"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -294,6 +294,21 @@ SHARD_ERASED = Operation(
     concurrency=16,
     mailbox=1024,
 )
+SHARD_FORGOTTEN = Operation(
+    name="shard_forgotten",
+    owner="shard",
+    callers=("hub", "edge",),
+    inboxes=("_INBOX_hub_0", "_INBOX_edge.<site>",),
+    subject="mnemesh.v1.shard.forgotten.<site>.<shard>",
+    served="mnemesh.v1.shard.forgotten.<site>.<shard>",
+    request=messages.AskForgotten,
+    reply=messages.Forgotten,
+    budget_ms=30000,
+    max_bytes=131072,
+    idempotent="always",
+    concurrency=16,
+    mailbox=64,
+)
 UPLINK_POSITION = Operation(
     name="uplink_position",
     owner="hub",
@@ -540,6 +555,7 @@ OPERATIONS: dict[str, AnyOperation] = {
     "shard_describe": SHARD_DESCRIBE,
     "shard_held": SHARD_HELD,
     "shard_erased": SHARD_ERASED,
+    "shard_forgotten": SHARD_FORGOTTEN,
     "uplink_position": UPLINK_POSITION,
     "open_feed": OPEN_FEED,
     "next_feed": NEXT_FEED,
@@ -766,6 +782,11 @@ def shard_held(site: str, shard: str) -> str:
 def shard_erased(site: str, shard: str, tenant: str, agent: str) -> str:
     """What is left of an entity after a forget, once every store has applied it."""
     return f"mnemesh.v1.shard.erased.{site}.{shard}.{tenant}.{agent}"
+
+
+def shard_forgotten(site: str, shard: str) -> str:
+    """Which messages of a site's log are forgets, or came after the forget that wins over them."""
+    return f"mnemesh.v1.shard.forgotten.{site}.{shard}"
 
 
 def uplink_position(site: str) -> str:

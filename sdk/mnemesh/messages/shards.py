@@ -88,15 +88,13 @@ class Describe(Request, frozen=True, kw_only=True):
 class Description(msgspec.Struct, frozen=True, array_like=True):
     """The type of an entity, and the sites that ever wrote it, forgotten writes too.
 
-    One that `is_gone` was forgotten, and its type is that of then. `tombstone` is the (stamp, site) of the forget that
-    wins over all others, also when it was written again. `first` is the log sequence of the first of its events that is
-    left; 0: there is none.
+    One that `is_gone` was forgotten, and its type is that of then. `first` is the log sequence of the first of its
+    events that is left; 0: there is none.
     """
 
     type: str | None = None
     sites: list[str] = []
     is_gone: bool = False
-    tombstone: tuple[int, str] | None = None
     first: int = 0
 
 
@@ -130,6 +128,19 @@ class Erased(Reply, frozen=True, kw_only=True):
 
     events: int
     left: list[str]
+    watermark: Token
+
+
+class AskForgotten(Request, frozen=True, kw_only=True):
+    """Request of `shard_forgotten`: about messages at these `sequences` of the site's log, which grow."""
+
+    sequences: Annotated[list[Sequence], Meta(min_length=1, max_length=10_000)]
+
+
+class Forgotten(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_forgotten`: those of the `sequences` at which the shard's partitions have something to erase."""
+
+    sequences: list[int]
     watermark: Token
 
 
