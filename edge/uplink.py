@@ -31,15 +31,15 @@ from msgspec.structs import replace
 from edge.aside import Aside, is_ahead
 from mnemesh import subjects
 from mnemesh.asker import Asker
-from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, ROLLUP, Outgoing, publish_all, without_erased
+from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, Outgoing, publish_all
 from mnemesh.clock import wall_ms
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
-from mnemesh.jetstream import Stored, StreamState, WrongSequence, message_at, stream_state
+from mnemesh.jetstream import Stored, StreamState, WrongSequence, message_at, next_of, stream_state
 from mnemesh.log_writer import EXPECTED
 from mnemesh.messages import AskPosition, Description, Position
-from mnemesh.origin import ASIDE, BORN, Mark, born, hash_of, is_born_here, place_of
+from mnemesh.origin import ASIDE, BORN, FORGETS, Mark, born, hash_of, is_born_here, place_of
 from router.inventory import Inventory
 from services.site_policy import SitePolicy
 from services.sovereignty import Policy, reduced_event
@@ -51,6 +51,8 @@ SEND_S = 5.0
 RETRY_S = 0.5
 TROUBLE_S = 5.0
 CHECK_S = 5.0
+STEP_MS = 1_000
+"""By how much a clock that is set differs from one that goes on. A device that slept looks the same."""
 BATCH_S = 1.0
 """For how long a batch may keep a line whose rate is known. A hub that hears nothing else for 10 s drops the line."""
 FRAMING = 120
@@ -98,12 +100,13 @@ class Uplink:
         self._position: Position | None = None
         self._waiting_since_ms: int | None = None
         self._log_bytes = 0
-        self._heard_at = 0.0
+        self._heard_at, self._heard_at_ms = 0.0, 0
         self.linked = False
         self.hub_contract = ""
         self.clock_offset_ms = 0
         """How far our clock is ahead of the hub's, as far as the way there and back lets us know."""
         self.waiting = 0
+        """How many events the hub lacks, as counted every few seconds."""
         self.trouble = ""
         self.sent = 0
         self._aside = Aside(asker.inbox)
@@ -171,6 +174,7 @@ class Uplink:
             before = self.position
             if (await self._asked()).place != before.place and before is self._position:
                 raise _Moved(f"the hub does not have {self._site} up to where it had it")
+            _, self.waiting = await self._own_after(self.position.sequence)
 
     async def _agreed(self) -> Position:
         """Up to where the hub has our log. Raises `Conflict` where what it has is not ours."""
@@ -251,9 +255,11 @@ class Uplink:
         position = await self._asker.ask(
             subjects.UPLINK_POSITION, subjects.uplink_position(self._site), told, budget_s=ASK_S
         )
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at, self._heard_at_ms = asyncio.get_running_loop().time(), wall_ms()
         self.hub_contract = position.contract
-        self.clock_offset_ms = (told.clock_ms + wall_ms()) // 2 - position.clock_ms
+        self.clock_offset_ms = (told.clock_ms + self._heard_at_ms) // 2 - position.clock_ms
+        if is_ahead(position.hlc, self._hub_ms()):  # of a mark that was set while our clock was wrong
+            position = replace(position, hlc=0)
         if position.policy:  # before anything is sent that it may keep back
             await self._policy.take(self._asker.inbox, position.policy)
         return position
@@ -261,11 +267,14 @@ class Uplink:
     async def _send_from(self, position: Position) -> None:
         """Follow our log from a position and send all of it."""
         inbox = self._asker.inbox
-        follower = Follower(self._asker.link, inbox, self._log, after=position.sequence, incarnation=self._incarnation)
+        end = (await stream_state(inbox, self._log)).last_sequence
+        first, self.waiting = await self._own_after(position.sequence)
+        after = first - 1 if first else end
+        follower = Follower(self._asker.link, inbox, self._log, after=after, incarnation=self._incarnation)
         async with aclosing(follower.batches(MOST_IN_BATCH - 1)) as batches:
             async for batch in batches:
                 own = [stored for stored in batch if self._is_own(stored)]
-                self.waiting = len(own) + batch[-1].following
+                self.waiting = max(self.waiting, len(own))
                 if own:
                     self._waiting_since_ms = own[0].recorded_at
                 while own:
@@ -275,8 +284,19 @@ class Uplink:
                             break
                         position = await self._send(some, position)
                         own = own[len(some) :]
-                        self.waiting -= len(some)
+                        self.waiting = max(len(own), self.waiting - len(some))
                 self._waiting_since_ms = None
+                if not batch[-1].following:
+                    self.waiting = 0
+
+    async def _own_after(self, sequence: int) -> tuple[int, int]:
+        """The first of our events after a sequence of our log, 0 if there is none, and how many there are.
+
+        Between them may be any number that came from the hub.
+        """
+        own = subjects.log_event(self._site, "*", "*", "*")
+        some = await next_of(self._asker.inbox, self._log, own, after=sequence)
+        return (some[0].sequence, 1 + some[0].following) if some else (0, 0)
 
     def _is_own(self, stored: Stored) -> bool:
         place = place_of(stored.message.subject)
@@ -311,6 +331,8 @@ class Uplink:
         """One batch: events and the mark after them. Returns where the hub then stands."""
         began = asyncio.get_running_loop().time()
         sent = [each.stored for each in some]
+        if self._clock_was_set():
+            await self._asked()
         if is_ahead(_newest_in(reversed(sent)), self._hub_ms()):
             await self._put_aside(sent)
         mark = self._mark_of(sent, position)
@@ -320,7 +342,7 @@ class Uplink:
             await self._publish([event._replace(headers={**event.headers, **self._after(position)})])
             place = await self._publish([self._mark(mark, position)])
         else:
-            place = await self._publish([*without_erased(events), self._mark(mark, position)])
+            place = await self._publish([*events, self._mark(mark, position)])
         self.sent += len(events)
         self._position = position = Position(
             hub=position.hub,
@@ -344,11 +366,10 @@ class Uplink:
     def _event(self, stored: Stored, payload: bytes) -> Outgoing:
         place = place_of(stored.message.subject)
         headers = {BORN: born(stored.sequence, self._incarnation)}
-        rollup = stored.message.headers.get(ROLLUP)
         if stored.sequence in self._aside:
             headers[ASIDE] = "1"
-        elif rollup is not None and _event_in(stored) is not None:
-            headers[ROLLUP] = rollup  # a forget erases what the hub has of ours, as it did here
+        elif FORGETS in stored.message.headers:
+            headers[FORGETS] = "1"
         subject = subjects.uplink_event(place.origin, place.tenant, place.partition, place.entity)
         return Outgoing(subject, payload, headers)
 
@@ -362,8 +383,13 @@ class Uplink:
         """What the hub's clock shows."""
         return wall_ms() - self.clock_offset_ms
 
+    def _clock_was_set(self) -> bool:
+        """Whether our clock did not just go on since the hub told what its own shows."""
+        went_on_ms = (asyncio.get_running_loop().time() - self._heard_at) * 1000
+        return abs(wall_ms() - self._heard_at_ms - went_on_ms) > STEP_MS
+
     def _mark(self, mark: Mark, position: Position) -> Outgoing:
-        return Outgoing(subjects.uplink_mark(self._site), mark.encode(), {ROLLUP: "sub"} | self._after(position))
+        return Outgoing(subjects.uplink_mark(self._site), mark.encode(), self._after(position))
 
     def _after(self, position: Position) -> dict[str, str]:
         """The headers of what the hub stores only while our mark is the one of this position."""

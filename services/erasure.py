@@ -2,10 +2,12 @@
 
     follow the log → ask the shards for forgets in it → wait until every store has that → purge what it erased → receipt
 
-A forget that is stored erases, by its own headers, what its own site wrote of the entity. What other sites wrote lies
-under their subjects, and a forget wins over what was written before it, wherever: the stores know which that is. Of
-each origin the erased events are the first ones, so one purge a subject takes them out. How far this has come is kept
-in the receipts' bucket, so a site that was away erases what it missed. Looks at `router.inventory` and `mnemesh`.
+A forget wins over what was written before it, at whatever site: the stores know which that is. Of each origin, under
+whose subject they are, the erased events are the first ones, so one purge a subject takes them out. How far this has
+come is kept in the receipts' bucket, so a site that was away erases what it missed.
+
+A hub's log takes no rollups, so of each device's marks there are many; the eraser leaves the last ones.
+Looks at `router.inventory` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 
@@ -22,8 +24,7 @@ import msgspec
 
 from mnemesh import kv, subjects
 from mnemesh.asker import Asker
-from mnemesh.atomic_batch import ROLLUP
-from mnemesh.errors import Conflict, MnemeshError, NotFound
+from mnemesh.errors import Conflict, MnemeshError, NotFound, Unavailable
 from mnemesh.event import Event, decode_event
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import (
@@ -51,6 +52,9 @@ LOOK_S = 0.5
 SAVE_AFTER = 5_000
 """Messages after which the place is kept although nothing was forgotten, so that a start need not read them again."""
 
+MOST_MARKS = 100
+"""Marks of one device that its hub's log has at the most, some more while they come."""
+
 PLACE = "place"
 """The key under which the bucket holds up to where the log was gone through."""
 
@@ -58,8 +62,8 @@ PLACE = "place"
 class Eraser:
     """Erases at one site. `run` for ever.
 
-    `on_late` hears of what other sites wrote and came after the forget that wins over it. `next_after` reads the log on
-    from a sequence.
+    `on_late` hears of what other sites wrote and came after the forget that wins over it. `next_after` reads the log
+    of an incarnation on from a sequence.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class Eraser:
         site: str,
         kind: SiteKind = "hub",
         on_late: Callable[[Event], Awaitable[None]] | None = None,
-        next_after: Callable[[int], Awaitable[list[Stored]]] | None = None,
+        next_after: Callable[[int, str], Awaitable[list[Stored]]] | None = None,
     ) -> None:
         self._on_late = on_late
         self._next_after = next_after or self._got_after
@@ -84,6 +88,8 @@ class Eraser:
         self.upto: dict[str, int] = defaultdict(int)
         """The same in the logs of other sites, as far as theirs are in this one."""
         self.erased = 0
+        self._marks: Counter[str] = Counter()
+        """How many of each origin were read since they were thinned out."""
         self._saved = self._read = 0
         self._unsaved = False
 
@@ -97,20 +103,22 @@ class Eraser:
             if stored.sequence <= self.place:
                 self._note(stored)
         while True:
-            some = await self._next_after(self._read)
-            if some:
-                await self._take(some)
+            more = False
+            with contextlib.suppress(Unavailable):  # no shard that could tell is there, yet
+                if some := await self._next_after(self._read, self._incarnation):
+                    await self._take(some)
+                    more = some[-1].following > 0
             await self._keep_place()
-            if not some or not some[-1].following:
+            if not more:
                 await asyncio.sleep(LOOK_S)
 
-    async def _got_after(self, sequence: int) -> list[Stored]:
+    async def _got_after(self, sequence: int, _incarnation: str) -> list[Stored]:
         return await next_of(self._asker.inbox, self._log, ALL, after=sequence)
 
     async def _take(self, some: Sequence[Stored]) -> None:
         """Erase what the next messages of the log forget, and those among them that came too late."""
         forgotten = set(await self._inventory.forgotten([stored.sequence for stored in some]))
-        late: dict[tuple[str, str], Stored] = {}
+        late: dict[tuple[str, str], tuple[Stored, Event]] = {}
         for stored in some:
             if stored.sequence not in forgotten:
                 continue
@@ -118,16 +126,16 @@ class Eraser:
             entity = event.tenant, event.entity_id
             if event.op == "forget":
                 await self._erase(stored, event)
-                late.pop(entity, None)
+                late.pop(entity, None)  # the same purge took it out
                 continue
-            late[entity] = stored
+            late[entity] = stored, event
             if self._on_late is not None and event.site != self._site:
                 await self._on_late(event)
-        for (tenant, entity_id), stored in late.items():
-            left = await self._inventory.erased(tenant, entity_id, stored.sequence)
-            await self._purge(stored, set(left.left), left.watermark[self._site])
+        for stored, event in late.values():
+            await self._purge(stored, event)
         for stored in some:
             self._note(stored)
+        await self._thin_out_marks()
         self._read = some[-1].sequence
 
     async def _keep_place(self) -> None:
@@ -142,31 +150,47 @@ class Eraser:
         place = place_of(stored.message.subject)
         if place.is_mark and (mark := mark_in(stored.message)) is not None:
             self.upto[place.origin] = mark.sequence
+            self._marks[place.origin] += 1
+
+    async def _thin_out_marks(self) -> None:
+        for origin, count in list(self._marks.items()):
+            if count > MOST_MARKS:
+                await self._api("STREAM.PURGE", {"filter": subjects.log_mark(origin), "keep": 1})
+                del self._marks[origin]
 
     async def _erase(self, stored: Stored, event: Event) -> None:
-        left = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
-        await self._purge(stored, set(left.left), left.watermark[self._site])
+        erased = await self._purge(stored, event)
         receipt = Receipt(
             forget=self._name_of(stored, event),
             site=self._site,
             tenant=event.tenant,
             entity_id=event.entity_id,
             sequence=stored.sequence,
-            events=left.events,
+            events=erased,
             erased_at=datetime.now(UTC),
         )
         await keep(self._asker, receipt)
         self.erased += 1
         self._unsaved = True
 
-    async def _purge(self, forget: Stored, left: set[str], upto: int) -> None:
-        """Take out of the log what the stores have no more."""
-        place = place_of(forget.message.subject)
+    async def _purge(self, stored: Stored, event: Event) -> int:
+        """Take out of the log what the stores have no more of an entity. Returns how many events this one erased there.
+
+        Mostly a forget is all that is left, and what came before it need not be read.
+        """
+        told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
+        place = place_of(stored.message.subject)
         anywhere = subjects.log_event("*", place.tenant, place.partition, place.entity)
-        if ROLLUP in forget.message.headers:
-            counts = await counts_of(self._asker.inbox, self._log, anywhere)
-            if counts == {forget.message.subject: 1}:  # the server has erased the rest, unless it was killed meanwhile
-                return
+        if told.left != [event.id]:
+            await self._purge_around(set(told.left), anywhere, told.watermark[self._site])
+            return told.events
+        for subject, count in (await counts_of(self._asker.inbox, self._log, anywhere)).items():
+            if count > 1 or subject != stored.message.subject:
+                await self._api("STREAM.PURGE", {"filter": subject, "seq": stored.sequence})
+        return told.events
+
+    async def _purge_around(self, left: set[str], anywhere: str, upto: int) -> None:
+        """Take out of the log what the stores have no more, one by one."""
         spared: dict[str, set[str]] = defaultdict(set)
         first: dict[str, int] = {}
         between: list[int] = []

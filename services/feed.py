@@ -22,9 +22,9 @@ from collections.abc import AsyncGenerator, Mapping, Sequence, Set
 
 import msgspec
 
+from memory_shards.merge import patch_of
 from mnemesh import subjects
 from mnemesh.asker import Asker
-from mnemesh.atomic_batch import ROLLUP
 from mnemesh.clock import is_too_far_ahead
 from mnemesh.errors import Conflict, MnemeshError
 from mnemesh.event import Event, decode_event
@@ -32,7 +32,7 @@ from mnemesh.follower import StreamShrank
 from mnemesh.ids import partition_of_tokens, to_token
 from mnemesh.jetstream import Stored, StreamState, history_of
 from mnemesh.messages import FeedBatch, Holding
-from mnemesh.origin import Place, check_carried, hash_of, is_put_aside, mark_in, place_of
+from mnemesh.origin import FORGETS, Place, check_carried, hash_of, is_put_aside, mark_in, place_of
 from services.debts import Debts
 from services.log_tail import LogTail
 from services.outbox import Outbox
@@ -244,19 +244,20 @@ class Feed:
         """Where the device has the forget already, it must not erase what came after: so it goes without its rollup."""
         for stored in await self._history(key, max(self._position, self._has_upto)):
             place = place_of(stored.message.subject)
-            if ROLLUP in stored.message.headers and (event := self._event(stored, place)) is not None:
+            if FORGETS in stored.message.headers and (event := self._event(stored, place)) is not None:
                 self._out.send(stored, place, event, self._types.get(key), erases=False, wrote=True)
 
     def _event(self, stored: Stored, place: Place) -> Event | None:
         """The event in a message, where it may concern the device."""
-        if place.tenant not in self._roster.tenants and ROLLUP not in stored.message.headers:
+        if place.tenant not in self._roster.tenants and FORGETS not in stored.message.headers:
             return None
         try:
             event = decode_event(stored.message.data)
             if place.origin != self._site:
                 check_carried(event, place)
+                patch_of(event)
         except MnemeshError:
-            return None  # the shards count it
+            return None  # the shards count it, and it has no effect anywhere
         if place.origin != self._site and is_put_aside(stored.message, event, stored.recorded_at):
             return None
         return event

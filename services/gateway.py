@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ import nats.nuid
 
 from mnemesh import messages, subjects, wire
 from mnemesh.actor import Actor, handles
-from mnemesh.atomic_batch import MOST_IN_BATCH
+from mnemesh.atomic_batch import MOST_IN_BATCH, ROLLUP
 from mnemesh.call import MESSAGE_ID, Call, check_message_id
 from mnemesh.clock import HybridClock, is_too_far_ahead, to_ms
 from mnemesh.connection import Link
@@ -27,9 +28,9 @@ from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
-from mnemesh.jetstream import SiteKind, Stored, WrongSequence, last_of, last_of_each, stream_state
+from mnemesh.jetstream import SiteKind, Stored, WrongSequence, last_of, last_of_each, message_id_key, stream_state
 from mnemesh.log_writer import Append, LogWriter, Position
-from mnemesh.origin import decode_mark
+from mnemesh.origin import FORGETS, decode_mark
 from mnemesh.stats import Gauge
 from services.documents import body_of
 from services.spaces import Spaces
@@ -58,6 +59,7 @@ class Gateway(Actor):
         super().__init__(link, guard=guard)
         self.site = site
         self._saw = None if kind == "hub" else 0
+        self._forgetting = {FORGETS: "1"} | ({ROLLUP: "sub"} if kind == "device" else {})
         self._clock = clock or HybridClock()
         self._spaces = Spaces()
         self._log = LogWriter(link, self.asker.inbox)
@@ -82,6 +84,7 @@ class Gateway(Actor):
 
     async def prepare(self) -> None:
         """Start the clock no earlier than the newest stamp in the log, whatever the machine's clock says."""
+        self._message_id_key = await message_id_key(self.asker.inbox, self.site)
         log = subjects.log_stream(self.site)
         for stored in await last_of_each(self.asker.inbox, log, subjects.log_mark("*")):
             self._note(stored)
@@ -135,9 +138,7 @@ class Gateway(Actor):
 
     @handles(subjects.FORGET)
     async def forget(self, request: messages.Forget, call: Call) -> messages.Written:
-        append = self._append(
-            request.entity_id, "forget", {}, call, self._event_id(call), request.expected_version, rollup=True
-        )
+        append = self._append(request.entity_id, "forget", {}, call, self._event_id(call), request.expected_version)
         return await self._commit(request.entity_id, append)
 
     @handles(subjects.INGEST)
@@ -260,7 +261,6 @@ class Gateway(Actor):
         *,
         valid_from: int | None = None,
         valid_to: int | None = None,
-        rollup: bool = False,
     ) -> Append:
         tenant = call.caller.tenant
         token = to_token(entity_id)
@@ -279,7 +279,11 @@ class Gateway(Actor):
         )
         place = tenant, partition_of_tokens(tenant, token), token
         subject, of_any_site = subjects.log_event(self.site, *place), subjects.log_event("*", *place)
-        return Append(subject, event.encode(), event_id, expected, rollup, of_any_site)
+        headers = self._forgetting if op == "forget" else {}
+        return Append(subject, event.encode(), self._message_id(event_id), expected, headers, of_any_site)
+
+    def _message_id(self, event_id: str) -> str:
+        return hashlib.blake2b(event_id.encode(), key=self._message_id_key, digest_size=16).hexdigest()
 
     def _event_id(self, call: Call) -> str:
         """The caller's own id for the write, scoped to the caller so that nobody can take another's; else a new one."""

@@ -23,13 +23,15 @@ logger = logging.getLogger("mnemesh.log_tail")
 
 KEPT_S = 10.0
 KEPT_BYTES = 16 * 1024 * 1024
+OBJECTS_BYTES = 430
+"""What a message takes beside its payload."""
 MOST_READ = 500
 
 _sequence = attrgetter("sequence")
 
 
 class LogTail:
-    """The last messages of a stream: of 10 to 20 seconds, but no more than 16 MiB of payloads. `run` for ever."""
+    """The last messages of a stream: of 10 to 20 seconds, but no more than 16 MiB of memory. `run` for ever."""
 
     def __init__(self, link: Link, inbox: Inbox, log: str) -> None:
         self._link = link
@@ -66,7 +68,7 @@ class LogTail:
     async def batches(self, after: int, incarnation: str) -> AsyncGenerator[list[Stored], None]:
         """Lists of messages after a sequence, in log order, for ever. Raises `StreamShrank`, as `Follower` does."""
         while True:
-            while self._has(after, incarnation):
+            while self._covers(after, incarnation):
                 if some := self._after(after):
                     after = some[-1].sequence
                     yield some
@@ -77,22 +79,27 @@ class LogTail:
                 async for some in alone:
                     after = some[-1].sequence
                     yield some
-                    if self._has(after, incarnation):
+                    if self._covers(after, incarnation):
                         break
 
-    async def next(self, after: int) -> list[Stored]:
-        """The next messages after a sequence; none if there are no more. Raises what `next_of` raises."""
-        if self._has(after, self._incarnation):
+    async def next(self, after: int, incarnation: str) -> list[Stored]:
+        """The next messages after a sequence, if there are more. Raises `StreamShrank`, and what `next_of` does."""
+        if self._covers(after, incarnation):
             return self._after(after)
+        if self._incarnation not in ("", incarnation):
+            raise StreamShrank(f"{self._log} is another one than before")
         return await next_of(self._inbox, self._log, ALL, after=after)
 
-    def _has(self, after: int, incarnation: str) -> bool:
+    def _covers(self, after: int, incarnation: str) -> bool:
         """Whether all that comes after this sequence of the log is in the tail, or will be."""
         return incarnation == self._incarnation != "" and self._begins_after <= after <= self._ends
 
     def _after(self, sequence: int) -> list[Stored]:
         start = bisect_right(self._kept, sequence, key=_sequence)
-        return self._kept[start : start + MOST_READ]
+        some = self._kept[start : start + MOST_READ]
+        if some:
+            some[-1] = some[-1]._replace(following=len(self._kept) - start - len(some))
+        return some
 
     async def _keep_all(self, follower: Follower) -> None:
         async with aclosing(follower.batches(MOST_READ)) as batches:
@@ -103,7 +110,7 @@ class LogTail:
         self._kept += batch
         self._ends = batch[-1].sequence
         self._bytes += _size(batch)
-        if self._bytes > KEPT_BYTES:
+        while self._bytes > KEPT_BYTES:
             self._drop(upto=self._kept[len(self._kept) // 2].sequence)
         self._tell_news()
 
@@ -125,4 +132,4 @@ class LogTail:
 
 
 def _size(batch: Sequence[Stored]) -> int:
-    return sum(len(stored.message.data) for stored in batch)
+    return sum(len(stored.message.data) + OBJECTS_BYTES for stored in batch)

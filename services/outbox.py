@@ -11,11 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
-from mnemesh.atomic_batch import ROLLUP
 from mnemesh.event import Event
 from mnemesh.jetstream import Stored
 from mnemesh.messages import Carried, FeedBatch, HeldState, Holding
-from mnemesh.origin import BORN, Place, born
+from mnemesh.origin import BORN, FORGETS, Place, born
 from services.roster import Key
 from services.selection import Selection
 
@@ -98,7 +97,7 @@ class Outbox:
             payload,
             headers.get(BORN) or born(stored.sequence, self._incarnation),
             stored.sequence,
-            erases and ROLLUP in headers and place.origin != self._device,  # there, its own of now have this subject
+            erases and FORGETS in headers and place.origin != self._device,  # there, its own of now have this subject
         )
         self._items.append(_Sent((event.tenant, event.entity_id), carried, wrote))
         self._hlc = max(self._hlc, event.hlc)

@@ -6,7 +6,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from sites import TENANT, HubSite, alice_at, device, since, status_of
+from test_hostile_device import send
 
 from bench.cable import Cable
 from cli import check_edge
@@ -15,17 +17,19 @@ from cli.edge import restamp
 from cli.edge_node import EdgeNode
 from cli.operator import asking
 from cli.server_config import ServerOptions
+from edge import uplink
 from edge.aside import MARGIN_MS
 from mnemesh import Consistency, messages, subjects
 from mnemesh.atomic_batch import ROLLUP
-from mnemesh.clock import COUNTER_BITS, MOST_AHEAD_MS, HybridClock, is_too_far_ahead, wall_ms
+from mnemesh.clock import COUNTER_BITS, MOST_AHEAD_MS, HybridClock, is_too_far_ahead, stamp_ms, wall_ms
 from mnemesh.connection import Link
 from mnemesh.errors import NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import history_of
+from mnemesh.jetstream import history_of, last_of
 from mnemesh.messages import Interest, Want
+from mnemesh.origin import FORGETS, Mark, decode_mark
 from services.gateway import Gateway
 
 LONG_MS = 30_000
@@ -51,7 +55,7 @@ async def write_ahead(node: EdgeNode, entity_id: str, op: str, by_ms: int = TEN_
         body=dict(body),
     )
     subject = subjects.log_event(site, TENANT, partition_of_tokens(TENANT, entity_id), entity_id)
-    headers = {ROLLUP: "sub"} if op == "forget" else None
+    headers = {FORGETS: "1", ROLLUP: "sub"} if op == "forget" else None
     await inbox.request(subject, event.encode(), budget_s=5.0, headers=headers)
     await link.close()
 
@@ -116,6 +120,41 @@ async def test_a_hub_hears_the_stamp_of_a_write_that_came_with_one_far_ahead(hub
         async with asyncio.timeout(10):  # its gateway hears of the mark a moment after its shard
             while (await there.get_context("t1")).attributes != {"n": 2}:
                 await there.set_context("t1", attributes={"n": 2})
+
+
+async def mark_at(hub: HubSite) -> Mark:
+    async with asking(hub.options, "test") as asker:
+        stored = await last_of(asker.inbox, subjects.log_stream("hub"), subjects.log_mark("sub7"))
+    return decode_mark(stored.message.data)
+
+
+async def test_a_clock_that_is_set_while_the_line_is_up_spoils_no_mark(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device takes the hub's clock to be what it was by its own, and its own has just been set an hour ahead."""
+    hour_ms = 3_600_000
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("t1", attributes={"n": 1})
+        await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
+        monkeypatch.setattr(uplink, "wall_ms", lambda: wall_ms() + hour_ms)
+        await write_ahead(node, "t1", "put", by_ms=hour_ms, attributes={"n": 2})
+        while not (await status_of(node)).put_aside:
+            pass
+        monkeypatch.undo()
+        assert (await there.get_context("t1")).attributes == {"n": 1}
+        mark = await mark_at(hub)
+        assert not is_too_far_ahead(mark.hlc, wall_ms())
+
+
+async def test_a_mark_whose_stamp_is_ahead_is_followed_by_one_whose_stamp_is_not(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("t1", attributes={"n": 1})
+        await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
+        ahead = replace(await mark_at(hub), hlc=(wall_ms() + TEN_YEARS_MS) << COUNTER_BITS)
+        await send(node, subjects.uplink_mark("sub7"), ahead.encode())
+        written = await here.set_context("t1", attributes={"n": 2})
+        await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
+        assert 0 < stamp_ms((await mark_at(hub)).hlc) < wall_ms() + MOST_AHEAD_MS
 
 
 async def test_a_device_that_boots_in_1970_still_writes_after_what_it_knows(hub: HubSite, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from sites import TENANT, HubSite, alice_at, current, device, since, status_of
+from test_hostile_device import event, send, uplink
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
@@ -15,17 +16,15 @@ from cli.main import main
 from cli.operator import asking
 from cli.server_config import ServerOptions
 from mnemesh import Memory, subjects
-from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all
+from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.clock import COUNTER_BITS, wall_ms
-from mnemesh.connection import Message
 from mnemesh.errors import MnemeshError, NotFound, Unavailable
 from mnemesh.event import Event, decode_event
 from mnemesh.ids import partition_of, to_token
-from mnemesh.jetstream import history_of, last_of
+from mnemesh.jetstream import counts_of, history_of, last_of
 from mnemesh.messages import AskErasures, Erasure, Interest, Want
-from router.inventory import Inventory
-from router.shard_map import ShardMap
-from services.erasure import Eraser
+from mnemesh.origin import BORN, decode_mark
+from services import erasure
 
 LONG_MS = 30_000
 EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
@@ -120,24 +119,51 @@ async def test_a_device_that_comes_back_after_long_erases_before_it_serves(tmp_p
             await erasure_of(hub, "e1", receipts=2)
 
 
-async def test_what_a_rollup_left_as_the_server_was_killed_is_purged(hub: HubSite) -> None:
+async def test_what_a_rollup_left_as_the_server_was_killed_is_purged(hub: HubSite, tmp_path: Path) -> None:
     """The sites ledger had it: the forget is stored, and the server dies before it has taken out what came before."""
-    subject = subjects.log_event("hub", TENANT, partition_of(TENANT, "e1"), to_token("e1"))
     stamp = (wall_ms() + 1000) << COUNTER_BITS
-    forget = Event(id="f", tenant=TENANT, entity_id="e1", op="forget", agent="alice", site="hub", hlc=stamp)
-    async with alice_at(hub.server) as there:
+    forget = Event(id="f", tenant=TENANT, entity_id="e1", op="forget", agent="alice", site="a", hlc=stamp)
+    subject = subjects.log_event("a", TENANT, partition_of(TENANT, "e1"), to_token("e1"))
+    async with device(hub, tmp_path / "a", name="a") as node, alice_at(node.server) as here:
         for n in range(3):
-            await there.set_context("e1", attributes={"n": n})
-    async with asking(hub.options, "test", role="gateway") as gateway:
-        await publish_all(gateway.link, gateway.inbox, [Outgoing(subject, forget.encode(), {})], budget_s=5.0)
-    assert await logged(hub.options, "e1") == ["put hub"] * 3 + ["forget hub"]
-    async with asking(hub.options, "test", role="hub") as asker:
-        stored = await last_of(asker.inbox, subjects.log_stream("hub"), subject)
-        message = Message(subject, "", stored.message.data, f"NATS/1.0\r\n{ROLLUP}: sub\r\n\r\n".encode())
-        inventory = Inventory(asker, ShardMap(), site="hub", name="hub")
-        eraser = Eraser(asker, inventory, site="hub")
-        await eraser._purge(stored._replace(message=message), {"f"}, stored.sequence)
-    assert await logged(hub.options, "e1") == ["forget hub"]
+            await here.set_context("e1", attributes={"n": n})
+        async with asking(node.options.server, "test", role="gateway") as gateway:
+            await publish_all(gateway.link, gateway.inbox, [Outgoing(subject, forget.encode(), {})], budget_s=5.0)
+        await until_logged(node.options.server, "e1", ["forget a"])
+
+
+async def test_what_a_forget_has_no_part_in_stays_in_the_log(hub: HubSite, tmp_path: Path) -> None:
+    """Two events of a device, one stamped before the hub's forget and one after: the log is gone through one by one."""
+    async with device(hub, tmp_path / "a") as node, alice_at(hub.server) as there:
+
+        async def send_put(number: int, by_ms: int, log: str = "x") -> None:
+            stamp = (wall_ms() + by_ms) << COUNTER_BITS
+            await send(node, uplink("e1"), event("e1", id=str(number), hlc=stamp), {BORN: f"{number} {log}"})
+
+        await send_put(1, -5_000)
+        await send_put(2, 20_000)
+        await there.set_context("e1", attributes={"n": 1})
+        await there.forget("e1")
+        await until_logged(hub.options, "e1", ["put sub7", "forget hub"])
+        await send_put(3, -3_000, log="y")
+        await until_logged(hub.options, "e1", ["put sub7", "forget hub"])
+        await send_put(4, 21_000)
+        await until_logged(hub.options, "e1", ["put sub7", "forget hub", "put sub7"])
+
+
+async def test_of_a_devices_marks_the_last_ones_are_left(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "MOST_MARKS", 5)
+    async with device(hub, tmp_path / "a", name="a") as node, alice_at(node.server) as here:
+        for n in range(30):
+            written = await here.set_context("e1", attributes={"n": n})
+        async with alice_at(hub.server) as there, asking(hub.options, "test") as asker:
+            await there.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+            log, mark = subjects.log_stream("hub"), subjects.log_mark("a")
+            while (await counts_of(asker.inbox, log, mark))[mark] > 5:
+                pass
+            assert decode_mark((await last_of(asker.inbox, log, mark)).message.data).sequence == written.token["a"]
 
 
 async def test_a_forget_reaches_a_device_that_let_go_of_the_entity_but_wrote_to_it_unseen(

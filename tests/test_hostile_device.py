@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,30 +17,29 @@ from cli.edge_node import EdgeNode
 from cli.operator import asking
 from mnemesh import Memory, subjects
 from mnemesh.asker import Asker
-from mnemesh.atomic_batch import ROLLUP
-from mnemesh.connection import Link
+from mnemesh.connection import Link, Message
 from mnemesh.errors import NotFound, Unavailable
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import history_of
+from mnemesh.jetstream import JetStreamError, check, history_of
 from mnemesh.messages import AskDevices, AskErasures, ConfirmErased, Interest, Receipt, Want
-from mnemesh.origin import BORN, Mark
+from mnemesh.origin import BORN, FORGETS, Mark
 
 LONG_MS = 30_000
+EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
 NO_HEADERS: Mapping[str, str] = {}
 
 
-async def send(node: EdgeNode, subject: str, payload: bytes, headers: Mapping[str, str] = NO_HEADERS) -> None:
-    """Send as the device's edge, once its leaf is there."""
+async def send(node: EdgeNode, subject: str, payload: bytes, headers: Mapping[str, str] = NO_HEADERS) -> Message:
+    """Send as the device's edge, once its leaf is there; returns what the hub's log answers."""
     link = await Link.open(node.server.credentials.load("edge").link_options())
     try:
         inbox = Inbox(link)
         await inbox.open()
         while True:
             with contextlib.suppress(Unavailable):
-                await inbox.request(subject, payload, budget_s=5.0, headers=dict(headers))
-                return
+                return await inbox.request(subject, payload, budget_s=5.0, headers=dict(headers))
     finally:
         await link.close()
 
@@ -86,11 +87,10 @@ async def test_a_birth_that_cannot_be_is_skipped(hub: HubSite, tmp_path: Path, b
 @pytest.mark.parametrize("mark", [b"nonsense", b"", Mark(incarnation="x" * 300, sequence=1).encode()])
 async def test_a_mark_that_is_none_harms_no_other_device(tmp_path: Path, mark: bytes) -> None:
     hub = HubSite(tmp_path / "hub")
-    everything = Interest(wants=[Want(tenant=TENANT)])
     async with (
         contextlib.AsyncExitStack() as stack,
         hub.up(),
-        device(hub, tmp_path / "other", name="other", interest=everything) as other,
+        device(hub, tmp_path / "other", name="other", interest=EVERYTHING) as other,
         alice_at(other.server) as here,
         alice_at(hub.server) as there,
     ):
@@ -112,7 +112,7 @@ async def test_a_forget_that_names_another_entity_than_its_subject_erases_neithe
     async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
         await there.set_context("victim", attributes={"n": 1})
         forget = event("nobody", op="forget", body={})
-        await send(node, uplink("victim"), forget, {BORN: "1 x", ROLLUP: "sub"})
+        await send(node, uplink("victim"), forget, {BORN: "1 x", FORGETS: "1"})
         last = await there.forget("another")
         async with asking(hub.options, "test") as asker:
             while not [
@@ -123,6 +123,49 @@ async def test_a_forget_that_names_another_entity_than_its_subject_erases_neithe
                 pass
             of_it = subjects.log_event("hub", TENANT, "*", "victim")
             assert len(await history_of(asker.inbox, subjects.log_stream("hub"), of_it, upto=last.token["hub"])) == 1
+
+
+@pytest.mark.parametrize(
+    "body", [{"type": []}, {"edges": [1]}, {"edges": 1}, {"attributes": [1]}, {"text": 5}], ids=str
+)
+async def test_an_event_that_breaks_the_layout_does_not_stop_what_others_are_fed(
+    hub: HubSite, tmp_path: Path, body: dict[str, Any]
+) -> None:
+    near = Interest(wants=[Want(tenant=TENANT, entities=["centre"], hops=1)])
+    async with (
+        device(hub, tmp_path / "d") as bad,
+        device(hub, tmp_path / "everything", name="everything", interest=EVERYTHING) as one,
+        device(hub, tmp_path / "near", name="near", interest=near) as other,
+        alice_at(hub.server) as there,
+    ):
+        await send(bad, uplink("centre"), event("centre", body=body), {BORN: "1 x"})
+        written = await there.set_context("centre", attributes={"n": 2})
+        for node in (one, other):
+            async with asyncio.timeout(LONG_MS / 1000):
+                while (await status_of(node)).downlinked < written.token["hub"]:
+                    pass
+
+
+@pytest.mark.parametrize("rollup", ["all", "sub"])
+async def test_a_device_cannot_erase_the_log_of_its_hub(hub: HubSite, tmp_path: Path, rollup: str) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        await there.set_context("t1", attributes={"n": 1})
+        await send(node, uplink(), event(), {BORN: "1 x"})
+        with pytest.raises(JetStreamError, match="rollup"):
+            check(json.loads((await send(node, uplink(), event(), {BORN: "2 x", "Nats-Rollup": rollup})).data))
+        async with asking(hub.options, "test") as asker:
+            events = subjects.log_event("*", TENANT, "*", "*")
+            assert len(await history_of(asker.inbox, subjects.log_stream("hub"), events, upto=1 << 40)) == 2
+
+
+async def test_a_device_cannot_take_the_id_of_another_callers_write(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        for taken in ("order-17", f"{TENANT}.alice.order-17"):
+            await send(node, uplink(), event(), {BORN: "1 x", "Nats-Msg-Id": taken})
+        written = await there.set_context("order", attributes={"n": 1}, message_id="order-17")
+        assert not written.duplicate
+        assert (await there.get_context("order", consistency=since(written))).attributes == {"n": 1}
+        assert (await there.set_context("order", attributes={"n": 1}, message_id="order-17")).duplicate
 
 
 async def test_a_receipt_that_is_named_like_a_debt_is_not_taken_for_one(tmp_path: Path) -> None:

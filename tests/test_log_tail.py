@@ -92,7 +92,7 @@ async def test_who_is_too_slow_for_it_misses_nothing(
         head = (await stream_state(hub.inbox, LOG)).last_sequence
         rest = await take(batches, head - first[-1].sequence)
         assert sequences([*first, *rest]) == list(range(1, head + 1))
-        assert sequences(await tail.next(0))[:10] == list(range(1, 11))
+        assert sequences(await tail.next(0, await incarnation_of(hub)))[:10] == list(range(1, 11))
 
 
 async def test_it_forgets_what_was_written_long_ago(
@@ -105,8 +105,8 @@ async def test_it_forgets_what_was_written_long_ago(
             while tail._ends < 5 or tail._kept:
                 await hub.link.flush()
         assert tail._bytes == 0
-        assert sequences(await tail.next(0)) == [1, 2, 3, 4, 5]
-        assert await tail.next(5) == []
+        assert sequences(await tail.next(0, await incarnation_of(hub))) == [1, 2, 3, 4, 5]
+        assert await tail.next(5, await incarnation_of(hub)) == []
 
 
 async def test_a_log_that_was_made_anew_is_told_and_followed(hub: Asker, writer: LogWriter, operator: Asker) -> None:
@@ -125,6 +125,8 @@ async def test_a_log_that_was_made_anew_is_told_and_followed(hub: Asker, writer:
         async with asyncio.timeout(20):
             while tail._incarnation != after:
                 await hub.link.flush()
+        with pytest.raises(StreamShrank, match="another one"):
+            await tail.next(10, before)
         async with aclosing(tail.batches(0, after)) as batches:
             waiting = asyncio.create_task(take(batches, 3))
             await fill(writer, "b", 3)

@@ -181,7 +181,7 @@ class SqliteReader:
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
     def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, list[str]]:
-        """How many events the forget at this log sequence erased, and the ids of those that are left.
+        """How many events the forget at this log sequence erased, and the ids of those that are left, or put aside.
 
         Not their sequences: what a device is sent again has another one in its log, and the first copy may be gone.
         """
@@ -189,7 +189,8 @@ class SqliteReader:
             counted = self._connection.execute("SELECT events FROM erasure WHERE sequence = ?", (sequence,)).fetchone()
             left = self._connection.execute(
                 "SELECT event_id FROM event JOIN entity ON entity.id = event.entity"
-                " WHERE entity.tenant = ? AND entity_id = ?",
+                " WHERE entity.tenant = ?1 AND entity_id = ?2"
+                " UNION ALL SELECT event_id FROM quarantine WHERE tenant = ?1 AND entity_id = ?2",
                 (tenant, entity_id),
             ).fetchall()
         return (counted[0] if counted else 0), [event_id for (event_id,) in left]

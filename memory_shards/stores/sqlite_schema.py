@@ -59,6 +59,7 @@ CREATE TABLE IF NOT EXISTS quarantine (
     sequence INTEGER PRIMARY KEY, tenant TEXT NOT NULL, entity_id TEXT NOT NULL, event_id TEXT NOT NULL,
     site TEXT NOT NULL, hlc INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS quarantine_by_id ON quarantine (event_id);
+CREATE INDEX IF NOT EXISTS quarantine_of_entity ON quarantine (tenant, entity_id);
 CREATE VIRTUAL TABLE IF NOT EXISTS entity_text USING fts5 (
     text, content='entity', content_rowid='id', tokenize='unicode61');
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
@@ -183,9 +184,11 @@ async def _get(inbox: Inbox, stream: str, wanted: dict[str, Any]) -> Stored:
 
 SiteKind = Literal["hub", "device"]
 
+MESSAGE_KEY = "mnemesh.message-id-key"
+
 
 def log_config(site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> dict[str, Any]:
-    """How the log of a site is configured. A hub's takes what devices send on their uplinks, too."""
+    """How the log of a site is configured. A hub's takes what devices send on their uplinks, too, but no rollups."""
     own = [subjects.log_event("*", "*", "*", "*"), subjects.log_mark("*"), subjects.log_holding("*", "*", "*", "*")]
     uplinks: dict[str, Any] = {
         "subjects": [*own, subjects.uplink_event("*", "*", "*", "*"), subjects.uplink_mark("*")],
@@ -201,7 +204,7 @@ def log_config(site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> dict[
         "num_replicas": replicas,
         "duplicate_window": subjects.LOG_DUPLICATE_WINDOW_S[kind] * 1_000_000_000,
         "allow_atomic": True,
-        "allow_rollup_hdrs": True,
+        "allow_rollup_hdrs": kind == "device",
         "allow_direct": True,
         "deny_delete": False,
         "max_msgs_per_subject": UNREACHED if kind == "device" else -1,
@@ -225,8 +228,16 @@ def bucket_config(bucket: str, *, replicas: int = 1) -> dict[str, Any]:
 
 async def ensure_log(inbox: Inbox, site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> StreamState:
     """Make the log of a site, or bring an existing one up to `log_config`."""
-    await _ensure(inbox, log_config(site, kind=kind, replicas=replicas))
+    await _ensure(
+        inbox, log_config(site, kind=kind, replicas=replicas) | {"metadata": {MESSAGE_KEY: secrets.token_hex(16)}}
+    )
     return await stream_state(inbox, subjects.log_stream(site))
+
+
+async def message_id_key(inbox: Inbox, site: str) -> bytes:
+    """What a site makes the ids of messages in its log with, a secret: a device could take an id that it can guess."""
+    info = await api(inbox, f"STREAM.INFO.{subjects.log_stream(site)}")
+    return bytes.fromhex(info["config"]["metadata"][MESSAGE_KEY])
 
 
 async def ensure_bucket(inbox: Inbox, bucket: str, *, replicas: int = 1) -> None:
@@ -235,13 +246,15 @@ async def ensure_bucket(inbox: Inbox, bucket: str, *, replicas: int = 1) -> None
 
 
 async def _ensure(inbox: Inbox, config: dict[str, Any]) -> None:
+    """Make a stream, or bring it up to a configuration. Metadata that it has stays."""
     name = config["name"]
     try:
-        await api(inbox, f"STREAM.INFO.{name}")
+        held = (await api(inbox, f"STREAM.INFO.{name}"))["config"]
     except NotFound:
         await api(inbox, f"STREAM.CREATE.{name}", config)
     else:
-        await api(inbox, f"STREAM.UPDATE.{name}", config)
+        metadata = config.get("metadata", {}) | held.get("metadata", {})
+        await api(inbox, f"STREAM.UPDATE.{name}", config | {"metadata": metadata})
 
 
 def is_refused_batch(error: MnemeshError) -> bool:

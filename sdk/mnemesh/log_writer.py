@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import nats.nuid
@@ -34,15 +34,15 @@ LEARN_EVERY = 256
 class Append(NamedTuple):
     """One message to append. `expected` is the subject's last sequence for compare-and-set (0: there is none).
 
-    With `compared` it is the last of these subjects, by wildcards, instead. `rollup` erases what the subject held
-    before, in the same commit.
+    With `compared` it is the last of these subjects, by wildcards, instead. What has one `message_id` is stored once.
+    A rollup among the `headers` erases what the subject held before, in the same commit.
     """
 
     subject: str
     payload: bytes
-    event_id: str
+    message_id: str
     expected: int | None = None
-    rollup: bool = False
+    headers: Mapping[str, str] = {}
     compared: str = ""
 
 
@@ -264,7 +264,7 @@ class LogWriter:
         looks for the id. So ask with a message that can only be a duplicate: it expects to follow an id that nothing
         has, which the server checks after it has looked for the message's own.
         """
-        headers = {MESSAGE_ID: append.event_id, EXPECTED_ID: self._nuid.next().decode()}
+        headers = {MESSAGE_ID: append.message_id, EXPECTED_ID: self._nuid.next().decode()}
         message = await self._inbox.request(append.subject, b"", budget_s=COMMIT_S, headers=headers)
         try:
             return Position(check(json.loads(message.data))["seq"], True)
@@ -283,13 +283,11 @@ class LogWriter:
 
 
 def _headers(append: Append) -> dict[str, str]:
-    headers = {MESSAGE_ID: append.event_id}
+    headers = {MESSAGE_ID: append.message_id, **append.headers}
     if append.expected is not None:
         headers[EXPECTED] = str(append.expected)
         if append.compared:
             headers[COMPARED] = append.compared
-    if append.rollup:
-        headers[ROLLUP] = "sub"
     return headers
 
 
@@ -305,7 +303,7 @@ def _chunks(appends: Sequence[Append]) -> list[Sequence[Append]]:
     seen: set[str] = set()
     exclusive: set[str] = set()
     for index, append in enumerate(appends):
-        special = append.expected is not None or append.rollup
+        special = append.expected is not None or ROLLUP in append.headers
         clash = append.subject in exclusive or (special and append.subject in seen)
         if index - start >= MOST_IN_BATCH or size + len(append.payload) > MOST_BYTES_IN_BATCH or clash:
             if index > start:

@@ -28,6 +28,10 @@ HUB_SEQUENCE = "Mnemesh-Hub-Sequence"
 """Header: the event's sequence in the hub's log, on what a hub sends its devices."""
 
 
+FORGETS = "Mnemesh-Forgets"
+"""Header: the event is a forget. In a device's log it also erases, by a rollup, what the device wrote before it. A
+hub's log takes no rollups: with one a device could erase all of it."""
+
 ASIDE = "Mnemesh-Aside"
 """Header: the event is to have no effect, says the device that wrote it: it was stamped while its clock was ahead."""
 

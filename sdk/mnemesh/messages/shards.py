@@ -124,7 +124,7 @@ class AskErased(Request, frozen=True, kw_only=True):
 
 
 class Erased(Reply, frozen=True, kw_only=True):
-    """Reply of `shard_erased`: how many `events` the forget erased, and the ids of those that are left."""
+    """Reply of `shard_erased`: how many `events` the forget erased, and the ids of those `left`, or put aside."""
 
     events: int
     left: list[str]
