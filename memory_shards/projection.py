@@ -28,6 +28,7 @@ class Projection:
 
     `most` bounds how many records one transaction applies, and so how long it keeps the worker from reads. Records that
     no read can tell of are put off until a transaction that there is anyway: their watermark is reached at once.
+    While nothing waits, the store settles, a step at a time.
     """
 
     def __init__(self, name: str, store: Store, *, most: int = 1000) -> None:
@@ -39,6 +40,7 @@ class Projection:
         """Up to where the log was handed over; what is not applied yet waits, also while the follower starts again."""
         self._most = most
         self._put_off: list[Record] = []
+        self._may_settle = True
         self._current: tuple[Sequence[Record], int] | None = None
         self._queue: asyncio.Queue[tuple[Sequence[Record], int]] = asyncio.Queue(MOST_WAITING)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"store-{name}")
@@ -53,9 +55,15 @@ class Projection:
         self.offered = watermark
 
     async def run(self) -> None:
-        """Apply what is offered, for ever. If the store fails, the next run begins with what it did not commit."""
+        """Apply what is offered, for ever. If the store fails, the next run begins with what it did not commit.
+
+        A store that failed to settle tries again after its next transaction: until then its disk may be full.
+        """
         while True:
             if self._current is None:
+                if self._queue.empty() and self._may_settle and not self.store.is_settled:
+                    await self._settle()
+                    continue
                 records, watermark = await self._next()
                 if self._can_wait(records, watermark):
                     self._put_off += records
@@ -71,6 +79,14 @@ class Projection:
                 self.applied += len(chunk)
                 self.watermark.advance(reached)
             self._current = None
+            self._may_settle = True
+
+    async def _settle(self) -> None:
+        try:
+            await self.on_worker(self.store.settle)
+        except Exception:
+            self._may_settle = False
+            raise
 
     def _can_wait(self, records: Sequence[Record], watermark: int) -> bool:
         return (

@@ -693,26 +693,38 @@ def test_the_words_of_a_forgotten_text_are_no_longer_in_the_index(tmp_path: Path
     assert b"swordfish" not in files_of(tmp_path)
 
 
-def test_words_are_erased_from_a_large_index_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("work", ["batches without records", "steps of its own"])
+def test_words_are_erased_from_a_large_index_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
     monkeypatch.setattr(sqlite_batch, "PAGES_MERGED", 1)
     store = opened(tmp_path)
-    write(store, put(text="hunter2 leaks"))
-    for n in range(10):
-        names = [f"e{n}-{m}" for m in range(100)]
-        write(store, *(put(entity_id=name, id=name, text=f"{name} hums {name[::-1]}") for name in names))
-    write(store, forget(ms=20))
-    assert store._erasing
+    fill_and_forget(store)
     store.close()
     store = opened(tmp_path)
-    batches = 0
-    while store._erasing:
-        store.apply([], store.watermark + 1)
-        batches += 1
-        assert batches < 200
+    watermark, parts = store.watermark, 0
+    while not store.is_settled:
+        if work == "steps of its own":
+            store.settle()
+            assert store.watermark == watermark
+        else:
+            store.apply([], store.watermark + 1)
+        parts += 1
+        assert parts < 200
     assert len(store.search_text("acme", "hums", 2_000)) == 1_000
     store.close()
-    assert batches > 1
+    assert parts > 1
     assert b"hunter2" not in files_of(tmp_path)
+
+
+def fill_and_forget(store: SqliteStore) -> None:
+    """Leave the words of one text to be erased from an index of 1,000."""
+    write(store, put(text="hunter2 leaks"))
+    for n in range(10):
+        texts = {f"e{n}x{m}": " ".join(f"e{n}x{m}x{k}" for k in range(20)) for m in range(100)}
+        write(store, *(put(entity_id=name, id=name, text=f"hums {text}") for name, text in texts.items()))
+    write(store, forget(ms=20))
+    assert not store.is_settled
 
 
 def test_an_index_from_which_is_always_something_erased_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -733,8 +745,8 @@ def test_an_index_from_which_is_always_something_erased_lasts(tmp_path: Path, mo
     assert len(store.search_text("acme", "stays", 2_000)) == store.counts()[0]
     store._writer.execute("INSERT INTO entity_text (entity_text) VALUES ('integrity-check')")
     write(store, put(ms=900, text="hunter2"), forget(ms=901))
-    while store._erasing:
-        store.apply([], store.watermark + 1)
+    while not store.is_settled:
+        store.settle()
     store.close()
     assert b"hunter2" not in files_of(tmp_path)
 

@@ -4,6 +4,7 @@ A store is opened on a folder or URL and then lives on two sides:
 
 * `apply` runs on the store's own worker thread, never two at a time. It takes records in log order and commits
   their effects and the new watermark in one transaction. A record at or below the watermark has no effect.
+* `settle` runs there too, while no records wait: it finishes what they left undone.
 * reads run wherever the store's docstring says, while `apply` goes on.
 
 What a store keeps is derived: deleting its files loses nothing, the log rebuilds them.
@@ -32,6 +33,13 @@ class Store(Protocol):
 
         `watermark` may be past the last record: the log's events in between belong to other shards.
         """
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that the records ask for is done. May be asked on any thread."""
+
+    def settle(self) -> None:
+        """Commit a small step of what is left, such as to erase from the file what was forgotten."""
 
     def digest(self) -> str:
         """A hash over all that it holds: the same on replicas that have applied the same log."""

@@ -195,6 +195,14 @@ class FaissStore:
         self._watermark = watermark
         self._show(entities, halved)
 
+    @property
+    def is_settled(self) -> bool:
+        """Always: what records erase is gone when they are committed."""
+        return True
+
+    def settle(self) -> None:
+        """There is nothing left to do."""
+
     def _merged(self, records: Iterable[Record]) -> tuple[list[VectorState], _Waiting]:
         """The entities that the records change, as they are after all of them, and the puts that are left to wait."""
         fresh = [each for each in records if each.sequence > self._watermark and self._concerns(each)]

@@ -2,7 +2,7 @@
 
 Write-ahead logging lets reads go on while `apply` does, and each read sees one committed state. Who may call what:
 
-* `apply` on the store's worker thread, with a connection of its own;
+* `apply` and `settle` on the store's worker thread, with a connection of its own;
 * the reads (of `sqlite_reader`) on one thread, the event loop's: they should be short ones;
 * those of a `reader()` on any other one thread: the long ones;
 * `digest` on any thread: it reads everything, on a connection made for it.
@@ -78,12 +78,22 @@ class SqliteStore(SqliteReader):
         An event that breaks a rule is skipped, logged and counted. Raises `sqlite3.Error` where the file fails (a full
         disk, say); nothing of the call has had an effect then.
         """
-        if watermark <= self._watermark:
-            return
+        if watermark > self._watermark:
+            self._commit([record for record in records if record.sequence > self._watermark], watermark)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no word of a text that is gone is left in the index of texts."""
+        return not self._erasing
+
+    def settle(self) -> None:
+        """Erase from as much of the index of texts as a batch does. Raises as `apply` does."""
+        self._commit([], self._watermark)
+
+    def _commit(self, records: Sequence[Record], watermark: int) -> None:
         self._writer.execute("BEGIN IMMEDIATE")
         try:
-            fresh = [record for record in records if record.sequence > self._watermark]
-            batch = Batch(self._writer, fresh, site=self._site, erasing=self._erasing, put_aside=self.quarantined)
+            batch = Batch(self._writer, records, site=self._site, erasing=self._erasing, put_aside=self.quarantined)
             batch.write()
             rejected = self._rejected + batch.rejected
             self._writer.executemany(
@@ -99,7 +109,7 @@ class SqliteStore(SqliteReader):
         self.quarantined.update(batch.quarantined)
 
     def close(self) -> None:
-        """Close the file, after its readers. Neither `apply` nor a read may be under way."""
+        """Close the file, after its readers. Neither `apply`, `settle` nor a read may be under way."""
         super().close()
         self._writer.close()
 

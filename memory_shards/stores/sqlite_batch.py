@@ -61,7 +61,7 @@ _EMPTY_INDEX = "INSERT INTO entity_text (entity_text) VALUES ('delete-all')"
 _FILL_INDEX = "INSERT INTO entity_text (rowid, text) SELECT id, text FROM entity WHERE text IS NOT NULL"
 
 PAGES_MERGED = 100
-"""Pages of the index of texts that one batch rewrites for the sake of erased words, at 0.2 ms a page."""
+"""Pages of the index of texts that are rewritten in one transaction for the sake of erased words, at 0.2 ms a page."""
 
 MOST_LEVELS = 1_000
 """Levels of the index of texts from which on it is built anew, at about 15 µs a text. Every merge adds two that stay,
@@ -135,7 +135,7 @@ class Batch:
             self._erase_words()
 
     def _erase_words(self) -> None:
-        """Go on to merge all parts of the index into one, which takes several batches where it is large.
+        """Go on to merge all parts of the index into one, which takes several batches or steps where it is large.
 
         A word that is taken out of the index stays in the file until then: SQLite before 3.42 cannot do better. What is
         taken out meanwhile takes another merge.
