@@ -63,6 +63,8 @@ DEVICE_MEMORY_MIB = 48
 (0.11 ms of CPU an event, not 0.035); seconds later a write takes what it took."""
 
 POLL_S, LONGEST_POLL_S = 0.01, 0.5
+LOOK_S = 5.0
+"""How long a monitoring page may take: another program may have the port, or the server be frozen."""
 LONG_START_S = 10.0
 """After this long whoever waits for a start is told why."""
 LOG_TAIL_LINES = 12
@@ -145,9 +147,9 @@ class NatsServer:
     async def start(self, *, timeout_s: float = 60.0) -> None:
         """Start, and return once clients can connect and JetStream has recovered its streams.
 
-        That may take minutes where a large log was not closed in good order; `timeout_s` is for how long nothing may be
-        heard of it. Makes the users of every role first, and the (tenant, agent) that it was given. Raises any
-        `NatsServerError`.
+        That may take minutes where a large log was not closed in good order: it is waited for while it says so, and
+        `timeout_s` is for all else. Makes the users of every role first, and the (tenant, agent) that it was given.
+        Raises any `NatsServerError`.
         """
         if self.pid is not None:
             return
@@ -242,33 +244,54 @@ class NatsServer:
             os.close(descriptor)
 
     async def _ready(self, timeout_s: float) -> None:
-        """The ports file names the process, so no other server on these ports can pass for ours.
-
-        It comes once the streams are recovered; `/healthz` answers before that.
-        """
+        """Wait until it is ready. Raises `NatsServerFailed` if it ends before."""
         process = self._process
         assert process is not None  # set by `start` just before
-        now = asyncio.get_running_loop().time
-        began = heard_at = now()
-        is_told = False
-        while process.returncode is None:
-            health = await monitoring(self.options, "/healthz")
-            if not _has_ports_file(self.options.data, process.pid):
-                heard_at = now() if health else heard_at
-            elif health.get("status") == "ok":
-                return
-            waited_s = now() - began
-            if now() - heard_at > timeout_s:
-                raise NatsServerFailed(f"nats-server was not ready in {waited_s:.0f} s", self._log_tail())
-            if not is_told and waited_s > LONG_START_S:
-                logger.warning("nats-server still recovers its streams: %s", self.log_file)
-                is_told = True
-            await asyncio.sleep(min(LONGEST_POLL_S, POLL_S + waited_s / 50))
+        ready = asyncio.ensure_future(self._recovered(process.pid, timeout_s))
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait([ready, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+            ended.cancel()
+            await asyncio.wait([ready, ended])
+        if not ready.cancelled():
+            return await ready
         tail = self._log_tail()
         if any("address already in use" in line for line in tail):
             where = f"{self.options.host}:{self.options.port} (clients) or 127.0.0.1:{self.options.monitoring_port}"
             raise AddressInUse(f"another program listens on {where} (monitoring); choose other ports", tail)
         raise NatsServerFailed(f"nats-server ended with status {process.returncode}", tail)
+
+    async def _recovered(self, pid: int, timeout_s: float) -> None:
+        """Wait until its streams are recovered. Raises `NatsServerFailed` when it has not said `error` for `timeout_s`.
+
+        Meanwhile the status in `/healthz` is `error`, for it listens for clients only after that. Then it is `ok`, or
+        for good `unavailable` where a stream could not be recovered, and the ports file comes within 5 s or never. It
+        names the process, so no other server on these ports can pass for ours.
+        """
+        now = asyncio.get_running_loop().time
+        began = now()
+        health: dict[str, Any] = {}
+        is_told = False
+        try:
+            async with asyncio.timeout(timeout_s) as patience:
+                while True:
+                    health = await monitoring(self.options, "/healthz")
+                    status, waited_s = health.get("status"), now() - began
+                    if status == "ok" and _has_ports_file(self.options.data, pid):
+                        return
+                    if status == "error":
+                        patience.reschedule(now() + timeout_s)
+                        if not is_told and waited_s > LONG_START_S:
+                            logger.warning("nats-server still recovers its streams: %s", self.log_file)
+                            is_told = True
+                    await asyncio.sleep(min(LONGEST_POLL_S, POLL_S + waited_s / 50))
+        except TimeoutError as error:
+            well = f"it is well, but has written no ports file in {self.options.data}"
+            why = well if health.get("status") == "ok" else health.get("error", "nothing is heard of it")
+            message = f"nats-server was not ready in {now() - began:.0f} s: {why}"
+            raise NatsServerFailed(message, self._log_tail()) from error
 
     def _log_tail(self) -> list[str]:
         return _log_tail(self.log_file, self._log_start)
@@ -291,10 +314,10 @@ async def reload_running(data: Path, *, timeout_s: float = 10.0) -> bool:
 
 async def _reload(options: ServerOptions, pid: int, log_file: Path, timeout_s: float) -> None:
     log_start = _size(log_file)
-    before = (await monitoring(options, "/varz")).get("config_load_time")
-    os.kill(pid, signal.SIGHUP)
     try:
         async with asyncio.timeout(timeout_s):
+            before = (await monitoring(options, "/varz")).get("config_load_time")
+            os.kill(pid, signal.SIGHUP)
             while (await monitoring(options, "/varz")).get("config_load_time", before) == before:
                 tail = _log_tail(log_file, log_start)
                 if any("Failed to reload" in line for line in tail):
@@ -449,17 +472,14 @@ def free_port() -> int:
 
 
 async def monitoring(options: ServerOptions, page: str) -> dict[str, Any]:
-    """A monitoring page; empty if it cannot be had now."""
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", options.monitoring_port)
-    except OSError:
-        return {}
-    try:
-        writer.write(f"GET {page} HTTP/1.0\r\n\r\n".encode())
-        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    """A monitoring page; empty if it cannot be had within `LOOK_S`."""
+    with contextlib.suppress(OSError, ValueError):
+        async with asyncio.timeout(LOOK_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", options.monitoring_port)
+            with contextlib.closing(writer):
+                writer.write(f"GET {page} HTTP/1.0\r\n\r\n".encode())
+                _, _, body = (await reader.read()).partition(b"\r\n\r\n")
         reply = json.loads(body)
-    except (OSError, ValueError):
-        return {}
-    finally:
-        writer.close()
-    return reply if isinstance(reply, dict) else {}
+        if isinstance(reply, dict):
+            return reply
+    return {}

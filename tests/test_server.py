@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import stat
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,13 @@ from mnemesh.errors import BadRequest, NotFound
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
+
+
+def script(file: Path, line: str) -> Path:
+    """A program of one line of shell."""
+    file.write_text(f"#!/bin/sh\n{line}\n")
+    file.chmod(0o755)
+    return file
 
 
 async def test_passwords_are_in_private_files_only(tmp_path: Path) -> None:
@@ -111,26 +121,95 @@ async def test_a_server_that_cannot_start_shows_what_it_logged(tmp_path: Path) -
     assert any("no.such.host.invalid" in line for line in failure.value.log_tail)
 
 
+async def test_a_port_where_another_program_never_answers_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    monkeypatch.setattr(servers, "LOOK_S", 3600)
+    options = server_options(tmp_path)
+    async with await asyncio.start_server(mute, "127.0.0.1", options.monitoring_port):
+        with pytest.raises(AddressInUse, match=str(options.monitoring_port)):
+            await NatsServer(options).start(timeout_s=3600)
+
+
+async def test_a_page_of_a_frozen_server_is_waited_for_a_limited_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with NatsServer(server_options(tmp_path)) as server:
+        assert await servers.monitoring(server.options, "/healthz") == {"status": "ok"}
+        server.pause()
+        monkeypatch.setattr(servers, "LOOK_S", 0.1)
+        assert await servers.monitoring(server.options, "/healthz") == {}
+
+
+def let_time_pass(monkeypatch: pytest.MonkeyPatch, after: Callable[[str], float]) -> None:
+    """After each look at a server's health the loop's clock is set on, by what `after` has for the status."""
+    loop = asyncio.get_running_loop()
+    look, time = servers.monitoring, loop.time
+    passed = 0.0
+
+    async def looked(*page: Any) -> dict[str, Any]:
+        nonlocal passed
+        health = await look(*page)
+        passed += after(health.get("status", ""))
+        return health
+
+    monkeypatch.setattr(servers, "monitoring", looked)
+    monkeypatch.setattr(loop, "time", lambda: time() + passed)
+
+
+async def stopped_mesh_server(data: Path) -> tuple[NatsServer, Path]:
+    """A server that has a log and is stopped, and the file of the log that it reads first."""
+    server = await start_mesh_server(data)
+    await server.stop()
+    return server, data / "jetstream" / "MESH" / "streams" / subjects.log_stream(SITE) / "meta.inf"
+
+
 async def test_a_server_that_takes_long_to_recover_its_streams_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A device with a log of 330 MB was killed and never came up again: each start was given up after a minute."""
-    loop = asyncio.get_running_loop()
-    recovered_at = loop.time() + 4
-    has_ports_file = servers._has_ports_file
+    server, meta = await stopped_mesh_server(tmp_path)
+    held = meta.read_bytes()
+    meta.unlink()
+    os.mkfifo(meta)  # it recovers until somebody writes there
+    heard = 0
 
-    def recovered(*server: Any) -> bool:
-        is_told = "still recovers its streams" in caplog.text
-        return is_told and loop.time() > recovered_at and has_ports_file(*server)
+    def after(status: str) -> float:
+        nonlocal heard
+        if status != "error":
+            return 0
+        heard += 1
+        if heard == 4:
+            threading.Thread(target=meta.write_bytes, args=[held], daemon=True).start()
+        return 50
 
-    monkeypatch.setattr(servers, "_has_ports_file", recovered)
-    monkeypatch.setattr(servers, "LONG_START_S", 1)
-    server = NatsServer(server_options(tmp_path))
-    try:
-        async with asyncio.timeout(60):
-            await server.start(timeout_s=2)
-    finally:
-        await server.stop()
+    let_time_pass(monkeypatch, after)
+    await server.start(timeout_s=60)
+    assert "still recovers its streams" in caplog.text
+    await server.stop()
+
+
+async def test_a_start_tells_of_a_stream_that_could_not_be_recovered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, meta = await stopped_mesh_server(tmp_path)
+    meta.write_text("spoilt")
+    let_time_pass(monkeypatch, lambda status: 100 if status == "unavailable" else 0)
+    with pytest.raises(NatsServerFailed, match=r"nats-server was not ready in .* could not be recovered"):
+        await server.start()
+
+
+async def test_a_server_that_is_well_but_writes_no_ports_file_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = script(tmp_path / "program", f'exec {find_nats_server()} "$@" --ports_file_dir /no/such/folder')
+    let_time_pass(monkeypatch, lambda status: 100 if status == "ok" else 0)
+    with pytest.raises(NatsServerFailed, match="has written no ports file"):
+        await NatsServer(server_options(tmp_path / "data"), program=program).start()
 
 
 def test_a_device_may_have_all_of_its_streams_in_memory_after_a_kill(tmp_path: Path) -> None:
@@ -145,9 +224,7 @@ def test_a_device_may_have_all_of_its_streams_in_memory_after_a_kill(tmp_path: P
 
 
 async def test_a_server_of_which_nothing_is_heard_is_given_up(tmp_path: Path) -> None:
-    program = tmp_path / "silent"
-    program.write_text("#!/bin/sh\nexec sleep 60\n")
-    program.chmod(0o700)
+    program = script(tmp_path / "silent", "exec sleep 60")
     with pytest.raises(NatsServerFailed, match="nats-server was not ready"):
         await NatsServer(server_options(tmp_path / "data"), program=program).start(timeout_s=0.5)
 
@@ -192,10 +269,7 @@ def test_the_program_found_is_new_enough() -> None:
 def fake_server(folder: Path, version: str) -> Path:
     """A program that says it is some version of nats-server: real old ones are not at hand."""
     folder.mkdir()
-    program = folder / "nats-server"
-    program.write_text(f"#!/bin/sh\necho 'nats-server: v{version}'\n")
-    program.chmod(0o755)
-    return program
+    return script(folder / "nats-server", f"echo 'nats-server: v{version}'")
 
 
 def test_an_old_program_on_the_path_is_passed_over_with_a_warning(
