@@ -238,7 +238,7 @@ class NatsServer:
                 stdout=descriptor,
                 stderr=descriptor,
                 start_new_session=True,
-                env={**_go_settings(self.options), **os.environ},
+                env={**await asyncio.to_thread(_go_settings, self.options), **os.environ},
             )
         finally:
             os.close(descriptor)
