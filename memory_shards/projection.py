@@ -19,6 +19,10 @@ Result = TypeVar("Result")
 MOST_PUT_OFF = 10_000
 """Sequences of the log that a store may be behind in its file where no read can tell, and so replays after a crash."""
 
+SETTLE_EVERY_S = 0.5
+"""How often a store takes a step where nothing waits: that is some 20 ms, and where things are forgotten now and then,
+there always is one to take."""
+
 MOST_WAITING = 8
 """Batches that may wait for a store before the follower stops reading for all of them."""
 
@@ -28,7 +32,7 @@ class Projection:
 
     `most` bounds how many records one transaction applies, and so how long it keeps the worker from reads. Records that
     no read can tell of are put off until a transaction that there is anyway: their watermark is reached at once.
-    While nothing waits, the store settles, a step at a time.
+    While nothing waits, the store settles, step by step.
     """
 
     def __init__(self, name: str, store: Store, *, most: int = 1000) -> None:
@@ -61,10 +65,13 @@ class Projection:
         """
         while True:
             if self._current is None:
-                if self._queue.empty() and self._may_settle and not self.store.is_settled:
+                is_due = self._may_settle and not self.store.is_settled
+                try:
+                    async with asyncio.timeout(SETTLE_EVERY_S if is_due else None):
+                        records, watermark = await self._next()
+                except TimeoutError:
                     await self._settle()
                     continue
-                records, watermark = await self._next()
                 if self._can_wait(records, watermark):
                     self._put_off += records
                     self.watermark.advance(watermark)

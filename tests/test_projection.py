@@ -109,6 +109,7 @@ class Noted(SqliteStore):
 async def unsettled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Noted:
     """A store that was opened with words left to erase, which takes more than a few steps."""
     monkeypatch.setattr(sqlite_batch, "PAGES_MERGED", 1)
+    monkeypatch.setattr(projections, "SETTLE_EVERY_S", 0)
     with contextlib.closing(SqliteStore(tmp_path, site="hub", partitions=frozenset({0}), incarnation="1")) as store:
         fill_and_forget(store)
     return Noted(tmp_path)
