@@ -73,7 +73,7 @@ class Memory:
     """What one agent can do with the shared memory. Get it from `connect`.
 
     `budget_ms` of each method bounds the whole call, repeats included; the default is the operation's own. A write that
-    is repeated under its `message_id` is stored once: for two minutes at a hub, for 30 s on a device.
+    is repeated under its `message_id` is stored once: for two minutes at a hub, for 45 s on a device.
     """
 
     def __init__(self, asker: Asker, tenant: str, agent: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "86edace60253"
+CONTRACT = "c3e887306884"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -583,7 +583,7 @@ RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site a
 BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, RECEIPTS)
 
 
-LOG_DUPLICATE_WINDOW_S = {"hub": 120, "device": 30}
+LOG_DUPLICATE_WINDOW_S = {"hub": 120, "device": 45}
 
 
 def log_stream(site: str) -> str:
