@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
+from mnemesh.atomic_batch import MOST_IN_BATCH
 from mnemesh.event import Event
 from mnemesh.jetstream import Stored
 from mnemesh.messages import Carried, FeedBatch, HeldState, Holding
@@ -18,8 +19,8 @@ from mnemesh.origin import BORN, FORGETS, Place, born
 from services.roster import Key
 from services.selection import Selection
 
-MOST_ITEMS = 900
-"""Messages in one batch: with its marks it is one atomic batch in the device's log."""
+MOST_MESSAGES = MOST_IN_BATCH - 1
+"""What one batch has: with the mark of the hub it is one atomic batch in the device's log."""
 
 
 class _Sent(NamedTuple):
@@ -73,8 +74,8 @@ class Outbox:
 
     @property
     def has_news(self) -> bool:
-        """Whether there is more than how far the log is."""
-        return any(not isinstance(item, _Reached) for item in self._items)
+        """Whether there is more than how far the log is, or more of that than one batch takes."""
+        return len(self._items) > 1 or (bool(self._items) and not isinstance(self._items[0], _Reached))
 
     # ── filling ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -116,10 +117,12 @@ class Outbox:
         self._items.append(Holding(*key, None))
 
     def reached(self, place: int, last: str, marks: Mapping[str, bytes]) -> None:
-        """All that the log has for the device up to here was added."""
+        """All that the log has for the device up to here was added. The marks fit one batch."""
         if self._items and isinstance(before := self._items[-1], _Reached):
-            self._items.pop()
-            marks = {**before.marks, **marks}
+            all_marks = {**before.marks, **marks}
+            if len(all_marks) <= MOST_MESSAGES:
+                self._items.pop()
+                marks = all_marks
         self._items.append(_Reached(place, last, marks))
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -131,7 +134,9 @@ class Outbox:
         marks: dict[str, bytes] = {}
         unnoted: dict[Key, int] = {}
         size = 0
-        while self._items and size < most_bytes and len(items) + len(unnoted) + len(marks) < MOST_ITEMS:
+        while self._items and size < most_bytes:
+            if len(items) + len(unnoted) + len(marks) + _messages_of(self._items[0]) > MOST_MESSAGES:
+                break
             match self._items.popleft():
                 case _Reached() as item:
                     place, last = item.place, item.last
@@ -162,3 +167,14 @@ class Outbox:
             self._noted.discard(key)
         else:
             self._noted.add(key)
+
+
+def _messages_of(item: _Item) -> int:
+    """How many messages an item takes at most: an event may want a note."""
+    match item:
+        case _Reached():
+            return len(item.marks)
+        case _Sent():
+            return 2
+        case Holding():
+            return 1
