@@ -1,6 +1,6 @@
 """Forgets that devices missed: each wrote, maybe cut off, what had been forgotten already, and is to hear of it.
 
-They are kept, in the bucket of receipts, until the device has them. Looks at `mnemesh` only.
+They are kept, in the bucket of receipts, until the device has them. Looks at `roster` and `mnemesh`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every batch is stored on the device as one. Where one ends before it was said what the device has of an entity, it ends
 with that: some of it. So whatever of a hub's memory is on a device is noted there, and will be released and forgotten.
-Looks at `selection` and `mnemesh`.
+Looks at `selection`, `roster` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -155,9 +155,14 @@ class Outbox:
             note = Holding(*key, bytes_sent, "some")
             items.append(note)
             self._note(note)
-        current = current and not self._items
         self.last = FeedBatch(
-            turn=turn, place=place, items=items, marks=marks, hlc=self._hlc, last=last, current=current
+            turn=turn,
+            place=place,
+            items=items,
+            marks=marks,
+            hlc=self._hlc,
+            last=last,
+            current=current and not self._items,
         )
         return self.last
 
