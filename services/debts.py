@@ -42,9 +42,9 @@ class Debts:
         await kv.put(self._inbox, self._bucket, _name(device, key), msgspec.json.encode(key))
 
     async def settle(self, device: str, key: Key) -> None:
-        """The device has it."""
-        await kv.delete(self._inbox, self._bucket, _name(device, key))
+        """The device has it. What is added meanwhile is owed anew."""
         self._owed[device].discard(key)
+        await kv.delete(self._inbox, self._bucket, _name(device, key))
 
 
 def _name(device: str, key: Key) -> str:

@@ -46,3 +46,14 @@ async def test_a_debt_lasts_until_it_is_settled(tmp_path: Path) -> None:
         await debts.settle("sub7", key)
     async with debts_at(hub) as debts:
         assert debts.to("sub7") == {other}
+
+
+async def test_what_is_owed_anew_while_it_is_settled_stays_owed(tmp_path: Path) -> None:
+    hub = HubSite(tmp_path / "hub")
+    key = ("acme", "e1")
+    async with debts_at(hub) as debts:
+        await debts.add("sub7", key)
+        await asyncio.gather(debts.settle("sub7", key), debts.add("sub7", key))
+        assert debts.to("sub7") == {key}
+    async with debts_at(hub) as debts:
+        assert debts.to("sub7") == {key}
