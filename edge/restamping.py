@@ -6,7 +6,7 @@ order and with a stamp of now; then the first one goes. When interrupted, do it 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Sequence, Set
 
 from msgspec.structs import replace
 
@@ -82,9 +82,14 @@ class Restamping:
             if stored.sequence in sequences:
                 event = replace(decode_event(stored.message.data), hlc=self._clock.now())
                 batch.append(Outgoing(stored.message.subject, event.encode(), {}))
-            if batch and (len(batch) == MOST_AT_ONCE or stored.sequence == last):
-                await publish_all(self._writer.link, self._writer.inbox, batch, budget_s=BUDGET_S)
+            if len(batch) == MOST_AT_ONCE:
+                await self._publish(batch)
                 batch = []
+        if batch:
+            await self._publish(batch)
+
+    async def _publish(self, batch: Sequence[Outgoing]) -> None:
+        await publish_all(self._writer.link, self._writer.inbox, batch, budget_s=BUDGET_S)
 
 
 def _event_in(stored: Stored) -> Event | None:

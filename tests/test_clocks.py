@@ -19,6 +19,7 @@ from cli.operator import asking
 from cli.server_config import ServerOptions
 from edge import uplink
 from edge.aside import MARGIN_MS
+from edge.restamping import Restamping
 from mnemesh import Consistency, messages, subjects
 from mnemesh.atomic_batch import ROLLUP
 from mnemesh.clock import COUNTER_BITS, MOST_AHEAD_MS, HybridClock, is_too_far_ahead, stamp_ms, wall_ms
@@ -27,7 +28,7 @@ from mnemesh.errors import NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import history_of, last_of
+from mnemesh.jetstream import JetStreamError, api, history_of, last_of
 from mnemesh.messages import Interest, Want
 from mnemesh.origin import FORGETS, Mark, decode_mark
 from services.gateway import Gateway
@@ -227,6 +228,30 @@ async def test_what_was_stamped_ahead_takes_effect_once_it_is_stamped_anew(hub: 
             assert [event.op for event in timeline.events] == ["put", "put"]
         assert ((await status_of(node)).put_aside, (await seen_of(hub, "sub7")).quarantined) == (0, 0)
     assert await restamp(options) == 0
+
+
+async def test_what_is_to_be_stamped_anew_is_not_lost_where_the_last_of_it_is_gone_meanwhile(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead_in = Restamping._ahead
+
+    async def last_goes(self: Restamping) -> tuple[dict[int, str], set[str]]:
+        ahead, again = await ahead_in(self)
+        await api(self._eraser.inbox, f"STREAM.MSG.DELETE.{subjects.log_stream('sub7')}", {"seq": max(ahead)})
+        return ahead, again
+
+    async with device(hub, tmp_path / "d") as node:
+        for name in ("t1", "t2"):
+            await write_ahead(node, name, "put", attributes={"n": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(Restamping, "_ahead", last_goes)
+        with pytest.raises(JetStreamError, match="no message found"):
+            await restamp(node.options.server)
+    assert await restamp(node.options.server) == 0
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here:
+        assert (await here.get_context("t1")).attributes == {"n": 1}
+        with pytest.raises(NotFound):
+            await here.get_context("t2")
 
 
 async def wrong_at(options: ServerOptions) -> list[str]:
