@@ -5,7 +5,7 @@
 The mark says which batch of which feed it ends: after an interruption the feed goes on there, if the hub still has it.
 The hub chooses (`services/feed.py`); here a batch is only kept. Its mark is stored only if the mark before it is the
 one that we know, so a batch whose ack was lost is not kept twice. What we have of an entity is noted beside its events.
-What the hub has us release goes from the log, too, unless this device wrote some of it itself.
+What the hub has us release goes from the log, too, unless this device had written some of it itself.
 
 Looks at `router.inventory` and `mnemesh`.
 """
@@ -209,7 +209,7 @@ class Downlink:
         self.received += sum(isinstance(item, Carried) for item in batch.items)
         for item in batch.items:
             if isinstance(item, Holding) and item.bytes is None:
-                await self._purge(item.tenant, item.entity_id)
+                await self._purge(item.tenant, item.entity_id, self._place)
 
     def _message(self, item: Carried | Holding) -> Outgoing:
         if isinstance(item, Carried):
@@ -236,18 +236,19 @@ class Downlink:
         after = max(0, self._place - MOST_IN_BATCH)
         while some := await next_of(self._asker.inbox, self._log, notes, after=after):
             after = some[-1].sequence
-            for note in map(_note_in, some):
+            for stored in some:
+                note = _note_in(stored)
                 if note is not None and note.op == "release":
-                    await self._purge(note.tenant, note.entity_id)
+                    await self._purge(note.tenant, note.entity_id, stored.sequence)
 
-    async def _purge(self, tenant: str, entity_id: str) -> None:
-        """Take an entity's events out of our log, if the stores dropped it: they keep what was written here, too."""
+    async def _purge(self, tenant: str, entity_id: str, place: int) -> None:
+        """Take an entity's events up to a place out of our log, if the stores dropped them: not if we wrote some."""
         told = await self._inventory.describe(tenant, [entity_id], upto=self._place)
-        if told[entity_id].sites:
+        if 0 < told[entity_id].first <= place:
             return
         token = to_token(entity_id)
         anywhere = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
-        await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": anywhere, "seq": self._place})
+        await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": anywhere, "seq": place})
 
 
 def _note_in(stored: Stored) -> Event | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sites import TENANT, HubSite, alice_at, current, device, since, status_of
+from test_erasure import logged
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
@@ -382,11 +383,11 @@ async def test_what_was_released_is_purged_though_the_device_was_interrupted_bef
     purge = Downlink._purge
     interrupted: list[str] = []
 
-    async def once(self: Downlink, tenant: str, entity_id: str) -> None:
+    async def once(self: Downlink, tenant: str, entity_id: str, place: int) -> None:
         if not interrupted:
             interrupted.append(entity_id)
             raise Timeout("the server was killed")
-        await purge(self, tenant, entity_id)
+        await purge(self, tenant, entity_id, place)
 
     monkeypatch.setattr(Downlink, "_purge", once)
     async with alice_at(hub.server) as there:
@@ -398,6 +399,33 @@ async def test_what_was_released_is_purged_though_the_device_was_interrupted_bef
             await current(node)
             assert to_token("w:1") not in await messages_of_hub(node)
     assert interrupted == ["w:1"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+async def test_what_was_released_is_purged_though_an_agent_writes_to_it_before(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    purge = Downlink._purge
+    wrote: list[str] = []
+
+    async def late(self: Downlink, tenant: str, entity_id: str, place: int) -> None:
+        if not wrote:
+            wrote.append(entity_id)
+            async with alice_at(node.server) as here:
+                await here.set_context(entity_id, attributes={"m": 1})
+            if interrupted:
+                raise Timeout("the server was killed")
+        await purge(self, tenant, entity_id, place)
+
+    monkeypatch.setattr(Downlink, "_purge", late)
+    async with alice_at(hub.server) as there:
+        await there.set_context("w:1", type="weather", attributes={"n": 1})
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node:
+            await current(node)
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["other"]})) as node:
+            await current(node)
+            assert wrote == ["w:1"]
+            assert await logged(node.options.server, to_token("w:1")) == ["put sub7"]
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:
