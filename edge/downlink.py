@@ -16,6 +16,7 @@ import asyncio
 import hashlib
 import logging
 import random
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import nats.nuid
@@ -73,6 +74,8 @@ class Downlink:
         self._open_s = OPEN_S
         self._place = 0
         """Where in our log the hub's last mark is; 0: there is none."""
+        self._purged = 0
+        """Where it was when all that had been released was purged."""
         self._hlc = 0
         """The newest stamp that ever came from the hub: our clock never falls behind it."""
         self.sequence = 0
@@ -109,7 +112,8 @@ class Downlink:
         )
         self._hub = position.hub
         mark = await self._mark()
-        await self._purge_again()
+        if self._purged != self._place:
+            await self._purge_again()
         try:
             batch = await self._resumed(mark)
         except Conflict:
@@ -207,9 +211,13 @@ class Downlink:
         self._kept = kept
         self.sequence = batch.place
         self.received += sum(isinstance(item, Carried) for item in batch.items)
-        for item in batch.items:
-            if isinstance(item, Holding) and item.bytes is None:
-                await self._purge(item.tenant, item.entity_id, self._place)
+        await self._purge(
+            {
+                (item.tenant, item.entity_id): self._place
+                for item in batch.items
+                if isinstance(item, Holding) and item.bytes is None
+            }
+        )
 
     def _message(self, item: Carried | Holding) -> Outgoing:
         if isinstance(item, Carried):
@@ -231,24 +239,33 @@ class Downlink:
         return Outgoing(subject, note.encode(), {ROLLUP: "sub"})
 
     async def _purge_again(self) -> None:
-        """Whoever died after it kept a batch may not have purged what that released."""
+        """Purge what the last batch released: whoever was interrupted after it kept that may not have."""
         notes = subjects.log_holding(self._site, "*", "*", "*")
         after = max(0, self._place - MOST_IN_BATCH)
+        released: dict[tuple[str, str], int] = {}
         while some := await next_of(self._asker.inbox, self._log, notes, after=after):
             after = some[-1].sequence
             for stored in some:
                 note = _note_in(stored)
                 if note is not None and note.op == "release":
-                    await self._purge(note.tenant, note.entity_id, stored.sequence)
+                    released[note.tenant, note.entity_id] = stored.sequence
+        await self._purge(released)
 
-    async def _purge(self, tenant: str, entity_id: str, place: int) -> None:
-        """Take an entity's events up to a place out of our log, if the stores dropped them: not if we wrote some."""
-        told = await self._inventory.describe(tenant, [entity_id], upto=self._place)
-        if 0 < told[entity_id].first <= place:
-            return
-        token = to_token(entity_id)
-        anywhere = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
-        await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": anywhere, "seq": place})
+    async def _purge(self, released: Mapping[tuple[str, str], int]) -> None:
+        """Take the events of entities, each up to its place, out of our log where the stores dropped them.
+
+        They keep what this device had written some of.
+        """
+        for tenant in sorted({tenant for tenant, _ in released}):
+            places = {entity_id: place for (owner, entity_id), place in released.items() if owner == tenant}
+            told = await self._inventory.describe(tenant, list(places), upto=self._place)
+            for entity_id, place in places.items():
+                if 0 < told[entity_id].first <= place:
+                    continue
+                token = to_token(entity_id)
+                anywhere = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
+                await api(self._asker.inbox, f"STREAM.PURGE.{self._log}", {"filter": anywhere, "seq": place})
+        self._purged = self._place
 
 
 def _note_in(stored: Stored) -> Event | None:

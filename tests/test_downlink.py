@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mnemesh.inbox import Inbox
 from mnemesh.jetstream import api
 from mnemesh.messages import Interest, Want
 from mnemesh.origin import Mark
+from router.inventory import Inventory
 from services.feed import Feed
 from services.log_tail import MOST_READ
 
@@ -381,13 +383,13 @@ async def test_what_was_released_is_purged_though_the_device_was_interrupted_bef
     hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     purge = Downlink._purge
-    interrupted: list[str] = []
+    interrupted: list[tuple[str, str]] = []
 
-    async def once(self: Downlink, tenant: str, entity_id: str, place: int) -> None:
-        if not interrupted:
-            interrupted.append(entity_id)
+    async def once(self: Downlink, released: Mapping[tuple[str, str], int]) -> None:
+        if released and not interrupted:
+            interrupted.extend(released)
             raise Timeout("the server was killed")
-        await purge(self, tenant, entity_id, place)
+        await purge(self, released)
 
     monkeypatch.setattr(Downlink, "_purge", once)
     async with alice_at(hub.server) as there:
@@ -398,7 +400,7 @@ async def test_what_was_released_is_purged_though_the_device_was_interrupted_bef
         async with device(hub, tmp_path / "d", interest=wants({"types": ["other"]})) as node:
             await current(node)
             assert to_token("w:1") not in await messages_of_hub(node)
-    assert interrupted == ["w:1"]
+    assert interrupted == [(TENANT, "w:1")]
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -406,16 +408,16 @@ async def test_what_was_released_is_purged_though_an_agent_writes_to_it_before(
     hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
     purge = Downlink._purge
-    wrote: list[str] = []
+    wrote: list[tuple[str, str]] = []
 
-    async def late(self: Downlink, tenant: str, entity_id: str, place: int) -> None:
-        if not wrote:
-            wrote.append(entity_id)
+    async def late(self: Downlink, released: Mapping[tuple[str, str], int]) -> None:
+        if released and not wrote:
+            wrote.extend(released)
             async with alice_at(node.server) as here:
-                await here.set_context(entity_id, attributes={"m": 1})
+                await here.set_context("w:1", attributes={"m": 1})
             if interrupted:
                 raise Timeout("the server was killed")
-        await purge(self, tenant, entity_id, place)
+        await purge(self, released)
 
     monkeypatch.setattr(Downlink, "_purge", late)
     async with alice_at(hub.server) as there:
@@ -424,8 +426,47 @@ async def test_what_was_released_is_purged_though_an_agent_writes_to_it_before(
             await current(node)
         async with device(hub, tmp_path / "d", interest=wants({"types": ["other"]})) as node:
             await current(node)
-            assert wrote == ["w:1"]
+            assert wrote == [(TENANT, "w:1")]
             assert await logged(node.options.server, to_token("w:1")) == ["put sub7"]
+
+
+async def test_what_is_purged_is_asked_about_at_once_and_not_again_when_the_line_comes_back(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[str]] = []
+    purged: list[str] = []
+    describe, follow = Inventory.describe, Downlink._next
+    broken, back = asyncio.Event(), asyncio.Event()
+
+    async def noted(
+        self: Inventory, tenant: str, entity_ids: Sequence[str], *, upto: int
+    ) -> dict[str, messages.Description]:
+        if self._name == "edge":
+            asked.append(entity_ids)
+        return await describe(self, tenant, entity_ids, upto=upto)
+
+    async def counted(inbox: Inbox, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+        purged.append(body["filter"])
+        return await api(inbox, verb, body)
+
+    async def next(self: Downlink) -> messages.FeedBatch:
+        if broken.is_set():
+            back.set()
+        elif purged:
+            broken.set()
+            raise Timeout("the line broke")
+        return await follow(self)
+
+    monkeypatch.setattr(Inventory, "describe", noted)
+    monkeypatch.setattr(downlink, "api", counted)
+    monkeypatch.setattr(Downlink, "_next", next)
+    async with alice_at(hub.server) as there:
+        await there.ingest([{"entity_id": f"w:{n}", "type": "weather"} for n in range(9)])
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node:
+            await current(node)
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["other"]})):
+            await back.wait()
+    assert (len(asked), len(purged)) == (1, 9)
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:
