@@ -129,7 +129,6 @@ class Feed:
         self._evict([key for key in self._has if key not in self._roster])
         heapq.heapify(self._to_hold)
         begin = await self._bring([key for key in lacks if key in self._roster], after)
-        self._batches = self._tail.batches(begin, self._incarnation)
         self._settle(begin)
 
     async def _bring(self, lacks: Sequence[Key], after: int) -> int:
@@ -173,8 +172,9 @@ class Feed:
 
     async def _read(self, wait_s: float) -> None:
         """Take in what the log has next, if it has something in time."""
-        assert self._batches is not None, "a feed is opened first"
         if not self._at_hand:
+            if self._batches is None:
+                self._batches = self._tail.batches(self._position, self._incarnation)
             if self._reading is None:
                 self._reading = asyncio.ensure_future(anext(self._batches))
             await asyncio.wait([self._reading], timeout=wait_s)
@@ -183,6 +183,8 @@ class Feed:
             reading, self._reading = self._reading, None
             if reading.cancelled():
                 raise Conflict("this feed was closed; open another")
+            if reading.exception() is not None:
+                self._batches = None  # it gives no more: the next one begins where this one ended
             self._at_hand = reading.result()
         await self._take(self._at_hand)
         self._at_hand = []

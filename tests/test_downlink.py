@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from mnemesh.errors import NotFound, Timeout, Unavailable
 from mnemesh.follower import StreamShrank
 from mnemesh.ids import to_token
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import api
+from mnemesh.jetstream import Stored, api
 from mnemesh.messages import Interest, Want
 from mnemesh.origin import Mark
 from router.inventory import Inventory
 from services.feed import Feed
-from services.log_tail import MOST_READ
+from services.log_tail import MOST_READ, LogTail
 
 LONG_MS = 30_000
 
@@ -293,6 +293,32 @@ async def test_an_opening_whose_answer_is_lost_is_soon_tried_again(
     async with device(hub, tmp_path / "d", interest=wants({})) as node, asyncio.timeout(30):
         await current(node)
     assert not lost
+
+
+async def test_a_feed_whose_reading_of_the_log_failed_reads_on_from_there(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = LogTail.batches
+    begun: list[int] = []
+
+    async def once(self: LogTail, after: int, incarnation: str) -> AsyncGenerator[list[Stored], None]:
+        begun.append(after)
+        async with contextlib.aclosing(batches(self, after, incarnation)) as some:
+            async for batch in some:
+                yield batch
+                if len(begun) == 1:
+                    raise Unavailable("the server was killed")
+
+    monkeypatch.setattr(LogTail, "batches", once)
+    async with alice_at(hub.server) as there:
+        first = await there.set_context("w:1", attributes={"n": 1})
+        async with device(hub, tmp_path / "d", interest=wants({})) as node, asyncio.timeout(30):
+            await current(node)
+            written = await there.set_context("w:1", attributes={"n": 2})
+            while (await status_of(node)).downlinked < written.token["hub"]:
+                pass
+            assert (await messages_of_hub(node))[to_token("w:1")] == 2
+    assert begun[0] < first.token["hub"] <= begun[1]
 
 
 async def test_where_many_entities_are_lacking_the_log_is_read_again_for_these_alone(
