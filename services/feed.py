@@ -105,6 +105,8 @@ class Feed:
         self._reading: asyncio.Task[list[Stored]] | None = None
         self._at_hand: list[Stored] = []
         """What was read and could not be taken in yet: a shard that is asked about it may be away."""
+        self._joined: set[Key] = set()
+        """Entities whose history was sent, up to the end of that."""
 
     @property
     def place(self) -> int:
@@ -188,6 +190,7 @@ class Feed:
             self._at_hand = reading.result()
         await self._take(self._at_hand)
         self._at_hand = []
+        self._joined.clear()
 
     async def _take(self, batch: Sequence[Stored]) -> None:
         """Add what is for the device, and then how far that is."""
@@ -202,9 +205,9 @@ class Feed:
                 self._take_mark(stored, place, marks)
             elif place.is_event and (event := self._event(stored, place)) is not None:
                 events.append((stored, place, event))
-        joined = await self._join(events, max(batch[0].sequence, self._has_upto + 1), max(upto, self._has_upto))
+        await self._join(events, max(batch[0].sequence, self._has_upto + 1), max(upto, self._has_upto))
         for stored, place, event in events:
-            if (event.tenant, event.entity_id) not in joined:
+            if (event.tenant, event.entity_id) not in self._joined:
                 self._take_event(stored, place, event)
         was_behind = self._position < self._has_upto
         self._settle(upto)
@@ -264,10 +267,10 @@ class Feed:
             return None
         return event
 
-    async def _join(self, events: Sequence[tuple[Stored, Place, Event]], since: int, upto: int) -> set[Key]:
-        """Take in the entities that these events make wanted. Returns those whose history was sent with that.
+    async def _join(self, events: Sequence[tuple[Stored, Place, Event]], since: int, upto: int) -> None:
+        """Take in the entities that these events make wanted, with their history.
 
-        Of one that began at `since` or later the log is still to be read.
+        Of one that began at `since` or later the log is still to be read. When cut off, do it again.
         """
         if any(self._selection.moves_a_hood(event) for _, _, event in events):
             await self._selection.surround(upto)
@@ -279,10 +282,9 @@ class Feed:
         }
         described = await self._selection.described(doubtful, upto)
         self._wrote = {key for key, candidate in described.items() if candidate.is_own}
-        joined = set()
         for key, candidate in described.items():
             want = self._selection.wanted_by(candidate)
-            if want is None or key in self._roster:
+            if want is None or key in self._roster or key in self._joined:
                 continue
             self._types[key] = candidate.type
             history = await self._history(key, upto) if candidate.first < since else []
@@ -294,11 +296,10 @@ class Feed:
             if candidate.first < since:
                 self._send_history(history)
                 self._out.hold(key, size, "whole")
-                joined.add(key)
+                self._joined.add(key)
             else:
                 heapq.heappush(self._to_hold, (candidate.first, key))
         self._selection.newcomers.clear()
-        return joined
 
     # ── what the device has ─────────────────────────────────────────────────────────────────────────────────
 

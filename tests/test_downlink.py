@@ -32,6 +32,7 @@ from mnemesh.origin import Mark
 from router.inventory import Inventory
 from services.feed import Feed
 from services.log_tail import MOST_READ, LogTail
+from services.roster import Key
 
 LONG_MS = 30_000
 
@@ -319,6 +320,32 @@ async def test_a_feed_whose_reading_of_the_log_failed_reads_on_from_there(
                 pass
             assert (await messages_of_hub(node))[to_token("w:1")] == 2
     assert begun[0] < first.token["hub"] <= begun[1]
+
+
+async def test_a_history_is_sent_once_though_the_next_one_is_cut_off(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = Feed._history
+    asked: list[Key] = []
+
+    async def once(self: Feed, key: Key, upto: int) -> list[Stored]:
+        asked.append(key)
+        if len(asked) == 2:
+            raise Timeout("the budget was spent")
+        return await history(self, key, upto)
+
+    monkeypatch.setattr(Feed, "_history", once)
+    names = ["w:1", "w:2"]
+    async with alice_at(hub.server) as there:
+        await there.ingest([{"entity_id": name, "type": "other", "attributes": {"n": 1}} for name in names])
+        async with device(hub, tmp_path / "d", interest=wants({"types": ["weather"]})) as node:
+            await current(node)
+            written = await there.ingest([{"entity_id": name, "type": "weather"} for name in names])
+            while (await status_of(node)).downlinked < written.token["hub"]:
+                pass
+            counts = await messages_of_hub(node)
+    assert [name for _, name in asked] == ["w:1", "w:2", "w:2"]
+    assert [counts[to_token(name)] for name in names] == [2, 2]
 
 
 async def test_where_many_entities_are_lacking_the_log_is_read_again_for_these_alone(
