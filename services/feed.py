@@ -10,7 +10,8 @@ twice has no effect there, for each event says where it was born. Forgets go to 
 of the entity.
 
 The feed is kept in memory, also for a while that its device does not ask. One that finds it gone opens another, which
-goes on from what the device has: up to its mark, all of the entities that are whole or begun there.
+goes on from what the device has: up to its mark, all of the entities that are whole or begun there. It must also do so
+once much was released: what it had written some of it keeps, and is to hear of its forgets, but only it knows which.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from services.selection import Selection
 MOST_HISTORIES = 16
 """Entities whose history is fetched one by one: in a log of 180,000 messages each takes 3 to 60 ms of the server. For
 more the log is read once from its beginning."""
+
+MOST_LET_GO = 20_000
+"""Entities that a device is told to release before it must say anew what it has: their names take some 6 MB."""
 
 PROGRESS_S = 1.0
 """How often a device is told how far the log is, where nothing in it is for the device."""
@@ -91,6 +95,7 @@ class Feed:
         """Of these, those that the device was not told to have begun."""
         self._let_go = {key for key, holding in has.items() if holding.state == "some"}
         """Entities that the device may still have something of, though it is not to."""
+        self._most_let_go = 0
         self._has_upto = after
         """Where the device's mark was when this opened."""
         self._lacking: Set[tuple[str, str]] = frozenset()
@@ -132,6 +137,7 @@ class Feed:
         heapq.heapify(self._to_hold)
         begin = await self._bring([key for key in lacks if key in self._roster], after)
         self._settle(begin)
+        self._most_let_go = len(self._let_go) + MOST_LET_GO
 
     async def _bring(self, lacks: Sequence[Key], after: int) -> int:
         """See that the device gets what it lacks up to where it stands. Returns from where on the log is followed."""
@@ -152,6 +158,8 @@ class Feed:
             return last
         if turn != last.turn + 1:
             raise Conflict(f"turn {turn} does not follow {last.turn}")
+        if not self._out and len(self._let_go) > self._most_let_go:
+            raise Conflict(f"much was released of what {self._device} had; open another feed")
         now = asyncio.get_running_loop().time
         began = now()
         await self._pay()

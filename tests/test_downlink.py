@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sites import TENANT, HubSite, alice_at, current, device, since, status_of
-from test_erasure import logged
+from test_erasure import logged, until_logged
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
@@ -30,6 +30,7 @@ from mnemesh.jetstream import Stored, api
 from mnemesh.messages import Interest, Want
 from mnemesh.origin import Mark
 from router.inventory import Inventory
+from services import feed
 from services.feed import Feed
 from services.log_tail import MOST_READ, LogTail
 from services.roster import Key
@@ -520,6 +521,39 @@ async def test_what_is_purged_is_asked_about_at_once_and_not_again_when_the_line
         async with device(hub, tmp_path / "d", interest=wants({"types": ["other"]})):
             await back.wait()
     assert (len(asked), len(purged)) == (1, 9)
+
+
+async def test_a_feed_that_released_much_ends_and_the_next_one_knows_what_of_it_the_device_kept(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Feed] = []
+    open_feed = Feed.open
+
+    async def noted(self: Feed) -> None:
+        await open_feed(self)
+        opened.append(self)
+
+    monkeypatch.setattr(Feed, "open", noted)
+    monkeypatch.setattr(feed, "MOST_LET_GO", 2)
+    interest = wants({"types": ["weather"]}, most_entities=1)
+    shut = "version: 1\notherwise: nothing\n"
+    async with (
+        device(hub, tmp_path / "d", interest=interest, policy=shut) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        for n in range(9):
+            written = await there.set_context(f"w:{n}", type="weather", attributes={"n": n})
+            while (await status_of(node)).downlinked < written.token["hub"]:
+                pass
+            if not n:
+                await here.set_context("w:0", attributes={"m": 1})
+        assert await logged(node.options.server, to_token("w:0")) == ["put hub", "put sub7"]
+        assert await logged(node.options.server, to_token("w:7")) == []
+        # What was kept, what an opening released, and three more.
+        assert max(len(each._let_go) for each in opened) <= 5
+        await there.forget("w:0")
+        await until_logged(node.options.server, to_token("w:0"), ["forget hub"])
 
 
 async def test_a_long_history_comes_in_parts_and_is_held_when_it_is_whole(hub: HubSite, tmp_path: Path) -> None:
