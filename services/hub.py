@@ -51,11 +51,13 @@ FORGOTTEN_S = 600.0
 
 
 class _Opening:
-    """A feed on its way: what the device said that it has, so far."""
+    """How a device opens a feed, one request at a time: what it said that it has, so far."""
 
     def __init__(self, session: str) -> None:
         self.session = session
+        self.turn = asyncio.Lock()
         self.has: dict[Key, Holding] = {}
+        self.opened: messages.FeedOpened | None = None
 
 
 class _Feeding:
@@ -91,6 +93,7 @@ class Hub(Actor):
         self._debts = Debts(self.asker.inbox)
         self._receipts = Receipts(self.asker, self._policy, self._presence, site=site)
         self._openings: dict[str, _Opening] = {}
+        """What each device began last."""
         self._feeds: dict[str, _Feeding] = {}
 
     def metadata(self) -> dict[str, str]:
@@ -169,13 +172,29 @@ class Hub(Actor):
         opening = self._openings.get(device)
         if opening is None or opening.session != request.session:
             opening = self._openings[device] = _Opening(request.session)
-        opening.has |= {(held[0], held[1]): Holding(*held) for held in request.held}
-        state = await stream_state(self.asker.inbox, self._log)
-        opened = messages.FeedOpened(hub=self.site, incarnation=state.incarnation)
-        if request.more:
+        async with opening.turn:
+            if opening.opened is not None:  # the request is repeated
+                return opening.opened
+            opening.has |= {(held[0], held[1]): Holding(*held) for held in request.held}
+            state = await stream_state(self.asker.inbox, self._log)
+            opened = messages.FeedOpened(hub=self.site, incarnation=state.incarnation)
+            if request.more:
+                return opened
+            rules = self._rules(device)
+            feed = await self._feed(device, request, opening.has, state)
+            if self._openings[device] is not opening:
+                await feed.close()
+                raise Conflict(f"{device} began to open another feed meanwhile")
+            before, self._feeds[device] = self._feeds.get(device), _Feeding(request.session, feed, rules)
+            opening.opened, opening.has = opened, {}
+            if before is not None:
+                await before.feed.close()
             return opened
-        del self._openings[device]
-        rules = self._rules(device)
+
+    async def _feed(
+        self, device: str, request: messages.OpenFeed, has: Mapping[Key, Holding], state: StreamState
+    ) -> Feed:
+        """A feed that is open. Raises what keeps it from that."""
         for want in request.interest.wants:
             self._check_tenant(device, want.tenant)
             if want.hops and not want.entities:
@@ -195,7 +214,7 @@ class Hub(Actor):
             selection,
             site=self.site,
             device=device,
-            has=opening.has,
+            has=has,
             after=after,
             last=last,
             debts=self._debts,
@@ -208,9 +227,7 @@ class Hub(Actor):
         except BaseException:
             await feed.close()
             raise
-        await self._close_feed(device)
-        self._feeds[device] = _Feeding(request.session, feed, rules)
-        return opened
+        return feed
 
     async def _is_ours(self, request: messages.OpenFeed, state: StreamState) -> bool:
         """Whether the log goes on from what the device has of it. One that was restored does not, and is sent anew."""

@@ -1,0 +1,84 @@
+"""A hub has one feed for each device: the one that the device began last, however its requests come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from sites import TENANT, HubSite, device, status_of
+
+from cli.operator import asking
+from edge.downlink import Downlink
+from mnemesh import subjects
+from mnemesh.asker import Asker
+from mnemesh.errors import Conflict
+from mnemesh.messages import FeedBatch, FeedOpened, Interest, NextFeed, OpenFeed, Want
+from services.feed import Feed
+
+INTEREST = Interest(wants=[Want(tenant=TENANT)])
+
+
+@contextlib.asynccontextmanager
+async def sub7(hub: HubSite, data: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Asker]:
+    """A device that asks for nothing by itself."""
+
+    async def idle(self: Downlink) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Downlink, "run", idle)
+    async with device(hub, data) as node, asking(node.options.server, "test", role="edge") as asker:
+        while not (await status_of(node)).linked:
+            pass
+        yield asker
+
+
+async def open_feed(asker: Asker, session: str) -> FeedOpened:
+    return await asker.ask(subjects.OPEN_FEED, subjects.open_feed("sub7"), OpenFeed(session=session, interest=INTEREST))
+
+
+async def first_of(asker: Asker, session: str) -> FeedBatch:
+    return await asker.ask(subjects.NEXT_FEED, subjects.next_feed("sub7"), NextFeed(session=session, turn=1))
+
+
+async def test_a_feed_that_opens_late_does_not_take_the_place_of_a_newer_one(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Feed.open
+    began, let_on = asyncio.Event(), asyncio.Event()
+
+    async def late(self: Feed) -> None:
+        if not began.is_set():
+            began.set()
+            await let_on.wait()
+        await opened(self)
+
+    monkeypatch.setattr(Feed, "open", late)
+    async with sub7(hub, tmp_path / "d", monkeypatch) as asker:
+        older = asyncio.create_task(open_feed(asker, "older"))
+        await began.wait()
+        await open_feed(asker, "newer")
+        let_on.set()
+        with pytest.raises(Conflict, match="another feed"):
+            await older
+        assert (await first_of(asker, "newer")).turn == 1
+
+
+async def test_a_feed_whose_opening_is_repeated_is_opened_once(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Feed.open
+    opening: list[Feed] = []
+
+    async def noted(self: Feed) -> None:
+        opening.append(self)
+        await opened(self)
+
+    monkeypatch.setattr(Feed, "open", noted)
+    async with sub7(hub, tmp_path / "d", monkeypatch) as asker:
+        one, other = await asyncio.gather(open_feed(asker, "s"), open_feed(asker, "s"))
+        assert one == other == await open_feed(asker, "s")
+        assert (await first_of(asker, "s")).turn == 1
+    assert len(opening) == 1
