@@ -415,7 +415,8 @@ async def test_what_came_in_part_is_released_once_it_is_not_wanted(
 
     async def part(self: Downlink, batch: messages.FeedBatch) -> None:
         await keep(self, batch)
-        kept.append(batch)
+        if batch.items:  # the log may be slow to read
+            kept.append(batch)
         if len(kept) == 2:
             has_some.set()
             await asyncio.Event().wait()
