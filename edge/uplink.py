@@ -22,10 +22,11 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from edge.aside import Aside, is_ahead
@@ -34,7 +35,7 @@ from mnemesh.asker import Asker
 from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, Outgoing, publish_all
 from mnemesh.clock import wall_ms
 from mnemesh.errors import Conflict, MnemeshError, NotFound
-from mnemesh.event import Event, decode_event
+from mnemesh.event import Event, Number, decode_event
 from mnemesh.follower import Follower
 from mnemesh.jetstream import Stored, StreamState, WrongSequence, message_at, next_of, stream_state
 from mnemesh.log_writer import EXPECTED
@@ -210,13 +211,12 @@ class Uplink:
 
     def _mark_of(self, some: Sequence[Stored], position: Position) -> Mark:
         """The mark after these, which come after a position. Its stamp is one that the hub's clock may follow."""
+        hub_ms = self._hub_ms()
         return Mark(
             incarnation=self._incarnation,
             sequence=some[-1].sequence,
             last=hash_of(some[-1].message),
-            hlc=max(
-                position.hlc, _newest_in(stored for stored in reversed(some) if stored.sequence not in self._aside)
-            ),
+            hlc=max([position.hlc, *(stamp for stamp in map(_stamp_of, some) if not is_ahead(stamp, hub_ms))]),
         )
 
     async def _check_is_ours(self, position: Position, state: StreamState) -> None:
@@ -333,7 +333,7 @@ class Uplink:
         sent = [each.stored for each in some]
         if self._clock_was_set():
             await self._asked()
-        if is_ahead(_newest_in(reversed(sent)), self._hub_ms()):
+        if is_ahead(max(map(_stamp_of, sent)), self._hub_ms()):
             await self._put_aside(sent)
         mark = self._mark_of(sent, position)
         events = [self._event(stored, payload) for stored, payload in some if payload is not None]
@@ -404,9 +404,21 @@ def _event_in(stored: Stored) -> Event | None:
         return None
 
 
-def _newest_in(backwards: Iterable[Stored]) -> int:
-    """The newest stamp of events of ours, the last of them first: stamps of one log only grow."""
-    return next((event.hlc for stored in backwards if (event := _event_in(stored)) is not None), 0)
+class _Stamped(msgspec.Struct):
+    """Of an event no more than its stamp, which takes a tenth of the time."""
+
+    hlc: Number
+
+
+_stamped = msgspec.msgpack.Decoder(_Stamped)
+
+
+def _stamp_of(stored: Stored) -> int:
+    """The stamp of an event of ours; 0 where it cannot be read."""
+    try:
+        return _stamped.decode(stored.message.data).hlc
+    except msgspec.MsgspecError:
+        return 0
 
 
 def _reduced(stored: Stored, event: Event, entity: Description, policy: Policy, region: str) -> bytes | None:

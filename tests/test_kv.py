@@ -122,7 +122,9 @@ async def test_a_view_says_that_its_bucket_shrank(operator: Asker, reader: Asker
 
 async def test_more_keys_than_the_server_tells_at_once_are_all_listed(operator: Asker) -> None:
     names = [str(number) for number in range(100_500)]
-    for name in names:
-        await operator.link.publish(f"$KV.{BUCKET}.{name}", b"")
-    await kv.put(operator.inbox, BUCKET, "last", b"")
-    assert set(await kv.keys(operator.inbox, BUCKET)) >= {*names, "last"}
+    for start in range(0, len(names), 1_000):
+        *some, last = names[start : start + 1_000]
+        for name in some:
+            await operator.link.publish(f"$KV.{BUCKET}.{name}", b"")
+        await kv.put(operator.inbox, BUCKET, last, b"")  # the server drops what comes faster than it can store
+    assert set(await kv.keys(operator.inbox, BUCKET)) >= set(names)
