@@ -401,8 +401,10 @@ class Shard(Actor):
         applied = messages.Consistency(level="session", token={self.site: request.sequence})
         await self._freshness.wait(applied, self._vector_projection.watermark, call)
         seen = await self._freshness.wait(applied, self._document_projection.watermark, call)
-        events, left = await self._scan(self._scanned.erased, call.caller.tenant, request.entity_id, request.sequence)
-        return messages.Erased(events=events, left=left, watermark=seen)
+        events, first, left = await self._scan(
+            self._scanned.erased, call.caller.tenant, request.entity_id, request.sequence
+        )
+        return messages.Erased(events=events, first=first, left=left, watermark=seen)
 
     @handles(subjects.SHARD_FORGOTTEN)
     async def forgotten(self, request: messages.AskForgotten, call: Call) -> messages.Forgotten:

@@ -118,21 +118,14 @@ class Eraser:
     async def _take(self, some: Sequence[Stored]) -> None:
         """Erase what the next messages of the log forget, and those among them that came too late."""
         forgotten = set(await self._inventory.forgotten([stored.sequence for stored in some]))
-        late: dict[tuple[str, str], tuple[Stored, Event]] = {}
         for stored in some:
             if stored.sequence not in forgotten:
                 continue
             event = decode_event(stored.message.data)
-            entity = event.tenant, event.entity_id
             if event.op == "forget":
                 await self._erase(stored, event)
-                late.pop(entity, None)  # the same purge took it out
-                continue
-            late[entity] = stored, event
-            if self._on_late is not None and event.site != self._site:
-                await self._on_late(event)
-        for stored, event in late.values():
-            await self._purge(stored, event)
+            else:
+                await self._erase_late(stored, event)
         for stored in some:
             self._note(stored)
         await self._thin_out_marks()
@@ -158,43 +151,44 @@ class Eraser:
                 await self._api("STREAM.PURGE", {"filter": subjects.log_mark(origin), "keep": 1})
                 del self._marks[origin]
 
+    async def _erase_late(self, stored: Stored, event: Event) -> None:
+        told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
+        if event.id not in told.left:
+            await self._delete(stored.sequence)
+        if self._on_late is not None and event.site != self._site:
+            await self._on_late(event)
+
     async def _erase(self, stored: Stored, event: Event) -> None:
-        erased = await self._purge(stored, event)
+        told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
+        if 0 < told.first < stored.sequence:
+            await self._purge_around(stored, set(told.left), told.watermark[self._site])
+        else:
+            await self._purge_before(stored)
         receipt = Receipt(
             forget=self._name_of(stored, event),
             site=self._site,
             tenant=event.tenant,
             entity_id=event.entity_id,
             sequence=stored.sequence,
-            events=erased,
+            events=told.events,
             erased_at=datetime.now(UTC),
         )
         await keep(self._asker, receipt)
         self.erased += 1
         self._unsaved = True
 
-    async def _purge(self, stored: Stored, event: Event) -> int:
-        """Take out of the log what the stores have no more of an entity. Returns how many events this one erased there.
+    async def _purge_before(self, forget: Stored) -> None:
+        """Take out of the log all that it has of an entity before a forget, and need not be read for that."""
+        for subject, count in (await counts_of(self._asker.inbox, self._log, _anywhere(forget))).items():
+            if count > 1 or subject != forget.message.subject:
+                await self._api("STREAM.PURGE", {"filter": subject, "seq": forget.sequence})
 
-        Mostly a forget is all that is left, and what came before it need not be read.
-        """
-        told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
-        place = place_of(stored.message.subject)
-        anywhere = subjects.log_event("*", place.tenant, place.partition, place.entity)
-        if told.left != [event.id]:
-            await self._purge_around(set(told.left), anywhere, told.watermark[self._site])
-            return told.events
-        for subject, count in (await counts_of(self._asker.inbox, self._log, anywhere)).items():
-            if count > 1 or subject != stored.message.subject:
-                await self._api("STREAM.PURGE", {"filter": subject, "seq": stored.sequence})
-        return told.events
-
-    async def _purge_around(self, left: set[str], anywhere: str, upto: int) -> None:
-        """Take out of the log what the stores have no more, one by one."""
+    async def _purge_around(self, forget: Stored, left: set[str], upto: int) -> None:
+        """Take out of the log what the stores have no more of an entity, where they have some that came before."""
         spared: dict[str, set[str]] = defaultdict(set)
         first: dict[str, int] = {}
         between: list[int] = []
-        for stored in await history_of(self._asker.inbox, self._log, anywhere, upto=upto):
+        for stored in await history_of(self._asker.inbox, self._log, _anywhere(forget), upto=upto):
             subject = stored.message.subject
             event_id = self._spared(stored, left)
             if event_id is not None and event_id not in spared[subject]:
@@ -206,8 +200,11 @@ class Eraser:
         for subject, last in first.items():
             await self._api("STREAM.PURGE", {"filter": subject, "seq": last + 1})
         for sequence in between:
-            with contextlib.suppress(NotFound, JetStreamError):  # somebody was quicker
-                await self._api("STREAM.MSG.DELETE", {"seq": sequence})
+            await self._delete(sequence)
+
+    async def _delete(self, sequence: int) -> None:
+        with contextlib.suppress(NotFound, JetStreamError):  # somebody was quicker
+            await self._api("STREAM.MSG.DELETE", {"seq": sequence})
 
     async def _api(self, verb: str, body: dict[str, object]) -> None:
         await api(self._asker.inbox, f"{verb}.{self._log}", body)
@@ -233,6 +230,12 @@ class Eraser:
         birth = birth_of(stored.message, event.site)
         log, sequence = birth or (f"{self._site} {self._incarnation}", stored.sequence)
         return f"{event.site}-{hashlib.blake2b(log.encode(), digest_size=4).hexdigest()}-{sequence}"
+
+
+def _anywhere(stored: Stored) -> str:
+    """The subjects of an entity's events, wherever they were born."""
+    place = place_of(stored.message.subject)
+    return subjects.log_event("*", place.tenant, place.partition, place.entity)
 
 
 async def erased_upto(inbox: Inbox, log: StreamState) -> int:

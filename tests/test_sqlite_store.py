@@ -531,7 +531,9 @@ def test_what_forgets_and_what_came_after_that_is_told_by_its_place_in_the_log(t
     )
     assert store.forgotten([*range(1, 10)]) == [2, 3, 5, 6, 7]
     assert store.forgotten([1, 3, 4, 7, 100]) == [3, 7]
-    assert store.erased("acme", "pump", 2)[0] == 1
+    assert store.erased("acme", "pump", 2) == (1, 2, ["forget-edge-1-20", "edge-2-30", "forget-edge-1-99"])
+    assert store.erased("acme", "valve", 9) == (0, 9, ["edge-2-5"])
+    assert store.erased("acme", "nobody", 9) == (0, 0, [])
     store.close()
 
 

@@ -180,20 +180,22 @@ class SqliteReader:
                 found[entity_id] = Description(ledger.gone if is_gone else type, ledger.sites, is_gone, first)
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
-    def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, list[str]]:
-        """How many events the forget at this log sequence erased, and the ids of those that are left, or put aside.
+    def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, int, list[str]]:
+        """How many events the forget at this log sequence erased, and of those that are left, or put aside, the first
+        one's sequence (0: there is none) and the ids.
 
-        Not their sequences: what a device is sent again has another one in its log, and the first copy may be gone.
+        Not all sequences: what a device is sent again has another one in its log, and the first copy may be gone.
         """
         with self._snapshot:
             counted = self._connection.execute("SELECT events FROM erasure WHERE sequence = ?", (sequence,)).fetchone()
             left = self._connection.execute(
-                "SELECT event_id FROM event JOIN entity ON entity.id = event.entity"
+                "SELECT sequence, event_id FROM event JOIN entity ON entity.id = event.entity"
                 " WHERE entity.tenant = ?1 AND entity_id = ?2"
-                " UNION ALL SELECT event_id FROM quarantine WHERE tenant = ?1 AND entity_id = ?2",
+                " UNION ALL SELECT sequence, event_id FROM quarantine WHERE tenant = ?1 AND entity_id = ?2",
                 (tenant, entity_id),
             ).fetchall()
-        return (counted[0] if counted else 0), [event_id for (event_id,) in left]
+        first = min((sequence for sequence, _ in left), default=0)
+        return (counted[0] if counted else 0), first, [event_id for _, event_id in left]
 
     def forgotten(self, sequences: Sequence[int]) -> list[int]:
         """Those of the log's sequences that are of forgets, or of what came after the forget that wins over it."""

@@ -124,9 +124,13 @@ class AskErased(Request, frozen=True, kw_only=True):
 
 
 class Erased(Reply, frozen=True, kw_only=True):
-    """Reply of `shard_erased`: how many `events` the forget erased, and the ids of those `left`, or put aside."""
+    """Reply of `shard_erased`: how many `events` the forget erased, and the ids of those `left`, or put aside.
+
+    `first` is where the first of these is in the log; 0: there is none.
+    """
 
     events: int
+    first: int
     left: list[str]
     watermark: Token
 
