@@ -40,7 +40,7 @@ from mnemesh.jetstream import (
     next_of,
     stream_state,
 )
-from mnemesh.messages import Receipt
+from mnemesh.messages import Erased, Receipt
 from mnemesh.origin import birth_of, is_put_aside, mark_in, place_of
 from router.inventory import Inventory
 
@@ -51,6 +51,9 @@ LOOK_S = 0.5
 
 SAVE_AFTER = 5_000
 """Messages after which the place is kept although nothing was forgotten, so that a start need not read them again."""
+
+AT_ONCE = 16
+"""Forgets that are carried out together. After each so many the place is kept."""
 
 MOST_MARKS = 100
 """Marks of one device that its hub's log has at the most, some more while they come."""
@@ -118,14 +121,14 @@ class Eraser:
     async def _take(self, some: Sequence[Stored]) -> None:
         """Erase what the next messages of the log forget, and those among them that came too late."""
         forgotten = set(await self._inventory.forgotten([stored.sequence for stored in some]))
-        for stored in some:
-            if stored.sequence not in forgotten:
-                continue
-            event = decode_event(stored.message.data)
-            if event.op == "forget":
-                await self._erase(stored, event)
-            else:
-                await self._erase_late(stored, event)
+        due = [stored for stored in some if stored.sequence in forgotten]
+        for start in range(0, len(due), AT_ONCE):
+            part = due[start : start + AT_ONCE]
+            outcomes = await asyncio.gather(*map(self._erase, part), return_exceptions=True)
+            if failures := [outcome for outcome in outcomes if outcome is not None]:
+                raise failures[0]
+            self._read, self._unsaved = part[-1].sequence, True
+            await self._keep_place()
         for stored in some:
             self._note(stored)
         await self._thin_out_marks()
@@ -151,15 +154,19 @@ class Eraser:
                 await self._api("STREAM.PURGE", {"filter": subjects.log_mark(origin), "keep": 1})
                 del self._marks[origin]
 
-    async def _erase_late(self, stored: Stored, event: Event) -> None:
+    async def _erase(self, stored: Stored) -> None:
+        """Erase what a forget erased in the stores, or what came too late. Can be done again, beside others."""
+        event = decode_event(stored.message.data)
         told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
+        if event.op == "forget":
+            await self._erase_before(stored, event, told)
+            return
         if event.id not in told.left:
             await self._delete(stored.sequence)
         if self._on_late is not None and event.site != self._site:
             await self._on_late(event)
 
-    async def _erase(self, stored: Stored, event: Event) -> None:
-        told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
+    async def _erase_before(self, stored: Stored, event: Event, told: Erased) -> None:
         if 0 < told.first < stored.sequence:
             await self._purge_around(stored, set(told.left), told.watermark[self._site])
         else:
@@ -175,7 +182,6 @@ class Eraser:
         )
         await keep(self._asker, receipt)
         self.erased += 1
-        self._unsaved = True
 
     async def _purge_before(self, forget: Stored) -> None:
         """Take out of the log all that it has of an entity before a forget, and need not be read for that."""
