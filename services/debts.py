@@ -38,8 +38,10 @@ class Debts:
         return self._owed[device]
 
     async def add(self, device: str, key: Key) -> None:
-        self._owed[device].add(key)
+        if key in self._owed[device]:
+            return
         await kv.put(self._inbox, self._bucket, _name(device, key), msgspec.json.encode(key))
+        self._owed[device].add(key)
 
     async def settle(self, device: str, key: Key) -> None:
         """The device has it. What is added meanwhile is owed anew."""

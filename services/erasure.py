@@ -40,7 +40,7 @@ from mnemesh.jetstream import (
     next_of,
     stream_state,
 )
-from mnemesh.messages import Erased, Receipt
+from mnemesh.messages import Receipt
 from mnemesh.origin import birth_of, is_put_aside, mark_in, place_of
 from router.inventory import Inventory
 
@@ -157,16 +157,15 @@ class Eraser:
     async def _erase(self, stored: Stored) -> None:
         """Erase what a forget erased in the stores, or what came too late. Can be done again, beside others."""
         event = decode_event(stored.message.data)
-        told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
         if event.op == "forget":
-            await self._erase_before(stored, event, told)
+            await self._erase_before(stored, event)
             return
-        if event.id not in told.left:
-            await self._delete(stored.sequence)
+        await self._delete(stored.sequence)
         if self._on_late is not None and event.site != self._site:
             await self._on_late(event)
 
-    async def _erase_before(self, stored: Stored, event: Event, told: Erased) -> None:
+    async def _erase_before(self, stored: Stored, event: Event) -> None:
+        told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
         if 0 < told.first < stored.sequence:
             await self._purge_around(stored, set(told.left), told.watermark[self._site])
         else:

@@ -196,21 +196,26 @@ class Batch:
             return
         if self._put_aside.get(event.site) or self.quarantined[event.site]:  # it may have been stamped anew
             self.quarantined[event.site] -= self._connection.execute(_RESTAMP, (event.site, event.id)).rowcount
-        tombstone = entity.state.ledger.tombstone
-        if event.op == "forget" or (tombstone is not None and (event.hlc, event.site) < tombstone):
-            self._connection.execute(_ERASURE, (record.sequence, 0))
+        if not self._merge(name, entity, record):
+            tombstone = entity.state.ledger.tombstone
+            if event.op == "forget" or (tombstone is not None and (event.hlc, event.site) < tombstone):
+                self._connection.execute(_ERASURE, (record.sequence, 0))
+
+    def _merge(self, name: tuple[str, str], entity: _Touched, record: Record) -> bool:
+        """Merge one event; whether it has an effect."""
+        event = record.event
         try:
             patch = merge.patch_of(event)
             body = body_blob(event, patch)
         except (ValueError, OverflowError, RecursionError) as error:
             self.rejected += 1
             log.warning("event %d of the log is skipped: %s", record.sequence, error)
-            return
+            return False
         if merge.is_repeated(record, entity.state.ledger.births, entity.state.ledger.stamps):
-            return
+            return False
         change = merge.stamped(record, patch, entity.state.ledger.stamps)
         if entity.state.is_forgotten(change):
-            return
+            return False
         if change.patch is None:
             self._forget(name, entity, change)
         else:
@@ -234,6 +239,7 @@ class Batch:
                 change.saw,
             )
         )
+        return True
 
     def _release(self, name: tuple[str, str], entity: _Touched) -> None:
         """Hold it no more: all of it goes, but what this site wrote itself, and what that was merged with.
