@@ -167,7 +167,7 @@ class Eraser:
     async def _erase_before(self, stored: Stored, event: Event) -> None:
         told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
         if 0 < told.first < stored.sequence:
-            await self._purge_around(stored, set(told.left), told.watermark[self._site])
+            await self._purge_around(stored, set(told.left))
         else:
             await self._purge_before(stored)
         receipt = Receipt(
@@ -184,16 +184,17 @@ class Eraser:
 
     async def _purge_before(self, forget: Stored) -> None:
         """Take out of the log all that it has of an entity before a forget, and need not be read for that."""
-        for subject, count in (await counts_of(self._asker.inbox, self._log, _anywhere(forget))).items():
-            if count > 1 or subject != forget.message.subject:
-                await self._api("STREAM.PURGE", {"filter": subject, "seq": forget.sequence})
+        counts = await counts_of(self._asker.inbox, self._log, _anywhere(forget))
+        if counts.get(forget.message.subject) == 1:
+            del counts[forget.message.subject]
+        await asyncio.gather(*(self._purge(subject, forget.sequence) for subject in counts))
 
-    async def _purge_around(self, forget: Stored, left: set[str], upto: int) -> None:
-        """Take out of the log what the stores have no more of an entity, where they have some that came before."""
+    async def _purge_around(self, forget: Stored, left: set[str]) -> None:
+        """The same where the stores have some of it left."""
         spared: dict[str, set[str]] = defaultdict(set)
         first: dict[str, int] = {}
         between: list[int] = []
-        for stored in await history_of(self._asker.inbox, self._log, _anywhere(forget), upto=upto):
+        for stored in await history_of(self._asker.inbox, self._log, _anywhere(forget), upto=forget.sequence):
             subject = stored.message.subject
             event_id = self._spared(stored, left)
             if event_id is not None and event_id not in spared[subject]:
@@ -202,10 +203,11 @@ class Eraser:
                 between.append(stored.sequence)
             else:
                 first[subject] = stored.sequence
-        for subject, last in first.items():
-            await self._api("STREAM.PURGE", {"filter": subject, "seq": last + 1})
-        for sequence in between:
-            await self._delete(sequence)
+        purges = (self._purge(subject, last + 1) for subject, last in first.items())
+        await asyncio.gather(*purges, *map(self._delete, between))
+
+    async def _purge(self, subject: str, before: int) -> None:
+        await self._api("STREAM.PURGE", {"filter": subject, "seq": before})
 
     async def _delete(self, sequence: int) -> None:
         with contextlib.suppress(NotFound, JetStreamError):  # somebody was quicker

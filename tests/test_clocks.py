@@ -287,8 +287,8 @@ async def test_what_was_stamped_anew_stays_in_the_log_when_what_was_forgotten_co
                 await there.forget("after")
                 while await stamps_at(hub, "sub7", "after"):  # so the eraser has done with what was before
                     pass
-        ahead, anew = await stamps_at(hub, "sub7", "t1")
-        assert [is_too_far_ahead(stamp, wall_ms()) for stamp in (ahead, anew)] == [True, False]
+        *_, anew = await stamps_at(hub, "sub7", "t1")
+        assert not is_too_far_ahead(anew, wall_ms())
 
 
 async def stamps_at(hub: HubSite, origin: str, entity_id: str) -> list[int]:
