@@ -398,13 +398,11 @@ class Shard(Actor):
     @handles(subjects.SHARD_ERASED)
     async def erased(self, request: messages.AskErased, call: Call) -> messages.Erased:
         """What is left is of the documents' watermark or later, which is the one that is told."""
-        applied = messages.Consistency(level="session", token={self.site: request.sequence})
+        applied = messages.Consistency(level="session", token={self.site: request.sequences[-1]})
         await self._freshness.wait(applied, self._vector_projection.watermark, call)
         seen = await self._freshness.wait(applied, self._document_projection.watermark, call)
-        events, first, left = await self._scan(
-            self._scanned.erased, call.caller.tenant, request.entity_id, request.sequence
-        )
-        return messages.Erased(events=events, first=first, left=left, watermark=seen)
+        events, left = await self._scan(self._scanned.erased, call.caller.tenant, request.entity_id, request.sequences)
+        return messages.Erased(events=events, left=left, watermark=seen)
 
     @handles(subjects.SHARD_FORGOTTEN)
     async def forgotten(self, request: messages.AskForgotten, call: Call) -> messages.Forgotten:

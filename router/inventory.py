@@ -74,14 +74,14 @@ class Inventory:
             entities, size = entities + told.entities, size + told.bytes
         return entities, size
 
-    async def erased(self, tenant: str, entity_id: str, sequence: int) -> messages.Erased:
-        """What is left of an entity after the forget at this sequence of the log, once every store has applied it."""
+    async def erased(self, tenant: str, entity_id: str, sequences: Sequence[int]) -> messages.Erased:
+        """What is left of an entity after these messages of the log, once every store has applied them."""
         self._require_shards()
         shard = self._shards.owner_of(tenant, entity_id)
         if shard is None:
             raise Unavailable(f"no shard of {self._site} serves the entity", retry_after_ms=500)
         subject = subjects.shard_erased(self._site, shard, tenant, self._name)
-        wanted = messages.AskErased(entity_id=entity_id, sequence=sequence)
+        wanted = messages.AskErased(entity_id=entity_id, sequences=list(sequences))
         return await self._asker.ask(subjects.SHARD_ERASED, subject, wanted)
 
     async def forgotten(self, sequences: Sequence[int]) -> list[int]:

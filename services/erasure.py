@@ -19,6 +19,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -40,7 +41,7 @@ from mnemesh.jetstream import (
     next_of,
     stream_state,
 )
-from mnemesh.messages import Receipt
+from mnemesh.messages import Left, Receipt
 from mnemesh.origin import birth_of, is_put_aside, mark_in, place_of
 from router.inventory import Inventory
 
@@ -53,13 +54,20 @@ SAVE_AFTER = 5_000
 """Messages after which the place is kept although nothing was forgotten, so that a start need not read them again."""
 
 AT_ONCE = 16
-"""Forgets that are carried out together. After each so many the place is kept."""
+"""Entities of which something is erased at the same time."""
 
 MOST_MARKS = 100
 """Marks of one device that its hub's log has at the most, some more while they come."""
 
 PLACE = "place"
 """The key under which the bucket holds up to where the log was gone through."""
+
+
+class _Due(NamedTuple):
+    """A forget, or what came after the forget that wins over it."""
+
+    stored: Stored
+    event: Event
 
 
 class Eraser:
@@ -121,18 +129,23 @@ class Eraser:
     async def _take(self, some: Sequence[Stored]) -> None:
         """Erase what the next messages of the log forget, and those among them that came too late."""
         forgotten = set(await self._inventory.forgotten([stored.sequence for stored in some]))
-        due = [stored for stored in some if stored.sequence in forgotten]
-        for start in range(0, len(due), AT_ONCE):
-            part = due[start : start + AT_ONCE]
-            outcomes = await asyncio.gather(*map(self._erase, part), return_exceptions=True)
+        due: dict[tuple[str, str], list[_Due]] = defaultdict(list)
+        for stored in some:
+            if stored.sequence in forgotten:
+                event = decode_event(stored.message.data)
+                due[event.tenant, event.entity_id].append(_Due(stored, event))
+        entities = list(due.values())
+        for start in range(0, len(entities), AT_ONCE):
+            outcomes = await asyncio.gather(
+                *map(self._erase, entities[start : start + AT_ONCE]), return_exceptions=True
+            )
             if failures := [outcome for outcome in outcomes if outcome is not None]:
                 raise failures[0]
-            self._read, self._unsaved = part[-1].sequence, True
-            await self._keep_place()
         for stored in some:
             self._note(stored)
         await self._thin_out_marks()
         self._read = some[-1].sequence
+        self._unsaved |= bool(due)
 
     async def _keep_place(self) -> None:
         if self._unsaved or self._read - self._saved > SAVE_AFTER:
@@ -154,67 +167,66 @@ class Eraser:
                 await self._api("STREAM.PURGE", {"filter": subjects.log_mark(origin), "keep": 1})
                 del self._marks[origin]
 
-    async def _erase(self, stored: Stored) -> None:
-        """Erase what a forget erased in the stores, or what came too late. Can be done again, beside others."""
-        event = decode_event(stored.message.data)
-        if event.op == "forget":
-            await self._erase_before(stored, event)
-            return
-        await self._delete(stored.sequence)
-        if self._on_late is not None and event.site != self._site:
-            await self._on_late(event)
+    async def _erase(self, due: Sequence[_Due]) -> None:
+        """Erase what is due of one entity. Can be done again."""
+        (first, event), (last, _) = due[0], due[-1]
+        told = await self._inventory.erased(event.tenant, event.entity_id, [each.stored.sequence for each in due])
+        left: dict[str, list[Left]] = defaultdict(list)
+        for each in told.left:
+            left[each.site].append(each)
+        counts = await counts_of(self._asker.inbox, self._log, _anywhere(first))
+        await asyncio.gather(
+            *(
+                self._purge(subject, count, left[place_of(subject).origin], last.sequence)
+                for subject, count in counts.items()
+            )
+        )
+        for (stored, event), events in zip(due, told.events, strict=True):
+            if event.op == "forget":
+                await keep(self._asker, self._receipt(stored, event, events))
+                self.erased += 1
+            elif self._on_late is not None and event.site != self._site:
+                await self._on_late(event)
 
-    async def _erase_before(self, stored: Stored, event: Event) -> None:
-        told = await self._inventory.erased(event.tenant, event.entity_id, stored.sequence)
-        if 0 < told.first < stored.sequence:
-            await self._purge_around(stored, set(told.left))
-        else:
-            await self._purge_before(stored)
-        receipt = Receipt(
+    def _receipt(self, stored: Stored, event: Event, events: int) -> Receipt:
+        return Receipt(
             forget=self._name_of(stored, event),
             site=self._site,
             tenant=event.tenant,
             entity_id=event.entity_id,
             sequence=stored.sequence,
-            events=told.events,
+            events=events,
             erased_at=datetime.now(UTC),
         )
-        await keep(self._asker, receipt)
-        self.erased += 1
 
-    async def _purge_before(self, forget: Stored) -> None:
-        """Take out of the log all that it has of an entity before a forget, and need not be read for that."""
-        counts = await counts_of(self._asker.inbox, self._log, _anywhere(forget))
-        if counts.get(forget.message.subject) == 1:
-            del counts[forget.message.subject]
-        await asyncio.gather(*(self._purge(subject, forget.sequence) for subject in counts))
+    async def _purge(self, subject: str, count: int, left: Sequence[Left], upto: int) -> None:
+        """Take out of the log, up to a sequence, what the stores have no more of the `count` events of a subject.
 
-    async def _purge_around(self, forget: Stored, left: set[str]) -> None:
-        """The same where the stores have some of it left."""
-        spared: dict[str, set[str]] = defaultdict(set)
-        first: dict[str, int] = {}
-        between: list[int] = []
-        for stored in await history_of(self._asker.inbox, self._log, _anywhere(forget), upto=forget.sequence):
-            subject = stored.message.subject
+        What comes before the first that is left need not be read for that, and mostly nothing else is to go.
+        """
+        before = min([upto + 1, *(each.sequence for each in left)])
+        purged = (await self._api("STREAM.PURGE", {"filter": subject, "seq": before}))["purged"]
+        if count - purged > len(left):
+            await self._purge_around(subject, {each.event_id for each in left}, upto)
+
+    async def _purge_around(self, subject: str, left: set[str], upto: int) -> None:
+        """The same, event by event."""
+        spared: set[str] = set()
+        gone: list[int] = []
+        for stored in await history_of(self._asker.inbox, self._log, subject, upto=upto):
             event_id = self._spared(stored, left)
-            if event_id is not None and event_id not in spared[subject]:
-                spared[subject].add(event_id)
-            elif spared[subject]:  # it came here a second time
-                between.append(stored.sequence)
+            if event_id is None or event_id in spared:  # or it came here a second time
+                gone.append(stored.sequence)
             else:
-                first[subject] = stored.sequence
-        purges = (self._purge(subject, last + 1) for subject, last in first.items())
-        await asyncio.gather(*purges, *map(self._delete, between))
-
-    async def _purge(self, subject: str, before: int) -> None:
-        await self._api("STREAM.PURGE", {"filter": subject, "seq": before})
+                spared.add(event_id)
+        await asyncio.gather(*map(self._delete, gone))
 
     async def _delete(self, sequence: int) -> None:
         with contextlib.suppress(NotFound, JetStreamError):  # somebody was quicker
             await self._api("STREAM.MSG.DELETE", {"seq": sequence})
 
-    async def _api(self, verb: str, body: dict[str, object]) -> None:
-        await api(self._asker.inbox, f"{verb}.{self._log}", body)
+    async def _api(self, verb: str, body: dict[str, object]) -> dict[str, Any]:
+        return await api(self._asker.inbox, f"{verb}.{self._log}", body)
 
     def _spared(self, stored: Stored, left: set[str]) -> str | None:
         """What the event is told from a second copy by, if a store has it, or no store ever had.

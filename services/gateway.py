@@ -28,7 +28,7 @@ from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
-from mnemesh.jetstream import SiteKind, Stored, WrongSequence, last_of, last_of_each, message_id_key, stream_state
+from mnemesh.jetstream import SiteKind, Stored, WrongSequence, last_of, last_of_each, log_terms, stream_state
 from mnemesh.log_writer import Append, LogWriter, Position
 from mnemesh.origin import FORGETS, decode_mark
 from mnemesh.stats import Gauge
@@ -59,7 +59,6 @@ class Gateway(Actor):
         super().__init__(link, guard=guard)
         self.site = site
         self._saw = None if kind == "hub" else 0
-        self._forgetting = {FORGETS: "1"} | ({ROLLUP: "sub"} if kind == "device" else {})
         self._clock = clock or HybridClock()
         self._spaces = Spaces()
         self._log = LogWriter(link, self.asker.inbox)
@@ -84,7 +83,7 @@ class Gateway(Actor):
 
     async def prepare(self) -> None:
         """Start the clock no earlier than the newest stamp in the log, whatever the machine's clock says."""
-        self._message_id_key = await message_id_key(self.asker.inbox, self.site)
+        self._terms = await log_terms(self.asker.inbox, self.site)
         log = subjects.log_stream(self.site)
         for stored in await last_of_each(self.asker.inbox, log, subjects.log_mark("*")):
             self._note(stored)
@@ -279,11 +278,13 @@ class Gateway(Actor):
         )
         place = tenant, partition_of_tokens(tenant, token), token
         subject, of_any_site = subjects.log_event(self.site, *place), subjects.log_event("*", *place)
-        headers = self._forgetting if op == "forget" else {}
+        headers = {}
+        if op == "forget":
+            headers = {FORGETS: "1"} | ({ROLLUP: "sub"} if self._terms.allows_rollups else {})
         return Append(subject, event.encode(), self._message_id(event_id), expected, headers, of_any_site)
 
     def _message_id(self, event_id: str) -> str:
-        return hashlib.blake2b(event_id.encode(), key=self._message_id_key, digest_size=16).hexdigest()
+        return hashlib.blake2b(event_id.encode(), key=self._terms.message_id_key, digest_size=16).hexdigest()
 
     def _event_id(self, call: Call) -> str:
         """The caller's own id for the write, scoped to the caller so that nobody can take another's; else a new one."""

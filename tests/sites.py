@@ -48,7 +48,7 @@ class HubSite:
         """The hub runs within the block, on what its folder holds."""
         async with self.server:
             operator = self.server.credentials.load("operator").link_options()
-            await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1))
+            await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1), devices=True)
             actors: list[Actor] = [
                 Gateway(await self.link("gateway"), site="hub", guard=TenantGuard()),
                 Router(await self.link("router"), guard=TenantGuard()),

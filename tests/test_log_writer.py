@@ -17,7 +17,7 @@ from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import MOST_IN_BATCH, ROLLUP
 from mnemesh.errors import Busy, Conflict, MnemeshError, TooLarge, Unavailable
-from mnemesh.jetstream import ensure_log, stream_state
+from mnemesh.jetstream import JetStreamError, ensure_log, log_terms, stream_state
 from mnemesh.log_writer import LEARN_EVERY, MOST_WAITING, Append, LogWriter, Pace, Position
 
 LOG = subjects.log_stream(SITE)
@@ -193,20 +193,28 @@ async def test_one_id_twice_in_a_group_is_stored_once(writer: LogWriter) -> None
     assert sorted(outcome.duplicate for outcome in outcomes if isinstance(outcome, Position)) == [False, True]
 
 
-async def test_a_rollup_erases_what_its_subject_held_before_on_a_device(
+async def test_a_rollup_erases_what_its_subject_held_before(writer: LogWriter, gateway: Asker) -> None:
+    await writer.append_each([write("secret", str(number)) for number in range(5)])
+    before = await stored(gateway)
+    outcomes = await writer.append_each(
+        [write("secret", "5"), write("secret", "forget", rollup=True), write("beside-secret"), write("secret", "6")]
+    )
+    assert all(isinstance(outcome, Position) for outcome in outcomes)
+    assert await stored(gateway) == before - 5 + 3
+
+
+async def test_a_log_that_takes_uplinks_from_now_on_takes_no_rollups(
     own_mesh_server: NatsServer, open_asker: OpenAsker
 ) -> None:
     operator = await open_asker("operator", own_mesh_server)
-    await ensure_log(operator.inbox, SITE, kind="device")
-    gateway = await open_asker("gateway", own_mesh_server)
-    async with running(gateway) as writer:
-        await writer.append_each([write("secret", str(number)) for number in range(5)])
-        before = await stored(gateway)
-        outcomes = await writer.append_each(
-            [write("secret", "5"), write("secret", "forget", rollup=True), write("beside-secret"), write("secret", "6")]
-        )
-        assert all(isinstance(outcome, Position) for outcome in outcomes)
-        assert await stored(gateway) == before - 5 + 3
+    terms = await log_terms(operator.inbox, SITE)
+    assert terms.allows_rollups
+    await ensure_log(operator.inbox, SITE, devices=True)
+    assert await log_terms(operator.inbox, SITE) == terms._replace(allows_rollups=False)
+    async with running(await open_asker("gateway", own_mesh_server)) as writer:
+        await writer.append(write("a"))
+        with pytest.raises(JetStreamError, match="rollup"):
+            await writer.append(write("a", "forget", rollup=True))
 
 
 def test_few_messages_are_stored_singly_where_that_is_sooner_and_many_never() -> None:

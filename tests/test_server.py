@@ -172,6 +172,7 @@ async def test_a_server_that_takes_long_to_recover_its_streams_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A device with a log of 330 MB was killed and never came up again: each start was given up after a minute."""
+    caplog.set_level("WARNING", logger="mnemesh.server")
     server, meta = await stopped_mesh_server(tmp_path)
     held = meta.read_bytes()
     meta.unlink()

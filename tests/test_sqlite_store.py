@@ -22,7 +22,7 @@ from memory_shards.stores import sqlite_batch
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh.clock import stamp_ms
 from mnemesh.event import Event, Record
-from mnemesh.messages import Description
+from mnemesh.messages import Description, Left
 
 ENTITIES = ("pump", "valve")
 ALL = frozenset(range(64))
@@ -531,9 +531,11 @@ def test_what_forgets_and_what_came_after_that_is_told_by_its_place_in_the_log(t
     )
     assert store.forgotten([*range(1, 10)]) == [2, 3, 5, 6, 7]
     assert store.forgotten([1, 3, 4, 7, 100]) == [3, 7]
-    assert store.erased("acme", "pump", 2) == (1, 2, ["forget-edge-1-20", "edge-2-30", "forget-edge-1-99"])
-    assert store.erased("acme", "valve", 9) == (0, 9, ["edge-2-5"])
-    assert store.erased("acme", "nobody", 9) == (0, 0, [])
+    left = [Left("edge-1", 2, "forget-edge-1-20"), Left("edge-2", 4, "edge-2-30")]
+    aside = Left("edge-1", 8, "forget-edge-1-99")
+    assert store.erased("acme", "pump", [2, 3]) == ([1, 0], [*left, aside])
+    assert store.erased("acme", "valve", [9]) == ([0], [Left("edge-2", 9, "edge-2-5")])
+    assert store.erased("acme", "nobody", [9]) == ([0], [])
     store.close()
 
 

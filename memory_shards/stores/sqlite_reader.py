@@ -24,7 +24,7 @@ from memory_shards.stores.sqlite_schema import connect, history
 from memory_shards.suspects import suspects
 from mnemesh import wire
 from mnemesh.clock import from_ms, wall_ms
-from mnemesh.messages import Description, Direction, Hit, ListedEntity, Suspect, TimelineEvent
+from mnemesh.messages import Description, Direction, Hit, Left, ListedEntity, Suspect, TimelineEvent
 
 # One statement sees one commit, and costs a third of a transaction around two: first the entity, then its edges.
 _GET = """
@@ -71,6 +71,12 @@ FROM entity WHERE tenant = ? AND entity_id > ? AND {which}{types} ORDER BY entit
 _DESCRIBE = """
 SELECT entity_id, type, alive, ledger, ifnull((SELECT min(sequence) FROM event WHERE entity = entity.id), 0)
 FROM entity WHERE tenant = ? AND entity_id IN ({ids})
+"""
+_ERASED = "SELECT sequence, events FROM erasure WHERE sequence IN ({sequences})"
+_LEFT = """
+SELECT event.site, sequence, event_id FROM event JOIN entity ON entity.id = event.entity
+WHERE entity.tenant = ?1 AND entity_id = ?2
+UNION ALL SELECT site, sequence, event_id FROM quarantine WHERE tenant = ?1 AND entity_id = ?2
 """
 _FORGOTTEN = "SELECT sequence FROM erasure WHERE sequence IN ({sequences}) ORDER BY sequence"
 _IDS_A_STATEMENT = 500
@@ -180,22 +186,12 @@ class SqliteReader:
                 found[entity_id] = Description(ledger.gone if is_gone else type, ledger.sites, is_gone, first)
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
-    def erased(self, tenant: str, entity_id: str, sequence: int) -> tuple[int, int, list[str]]:
-        """How many events the forget at this log sequence erased, and of those that are left, or put aside, the first
-        one's sequence (0: there is none) and the ids.
-
-        Not all sequences: what a device is sent again has another one in its log, and the first copy may be gone.
-        """
+    def erased(self, tenant: str, entity_id: str, sequences: Sequence[int]) -> tuple[list[int], list[Left]]:
+        """How many events the forgets at these log sequences erased, and which events are left, or put aside."""
         with self._snapshot:
-            counted = self._connection.execute("SELECT events FROM erasure WHERE sequence = ?", (sequence,)).fetchone()
-            left = self._connection.execute(
-                "SELECT sequence, event_id FROM event JOIN entity ON entity.id = event.entity"
-                " WHERE entity.tenant = ?1 AND entity_id = ?2"
-                " UNION ALL SELECT sequence, event_id FROM quarantine WHERE tenant = ?1 AND entity_id = ?2",
-                (tenant, entity_id),
-            ).fetchall()
-        first = min((sequence for sequence, _ in left), default=0)
-        return (counted[0] if counted else 0), first, [event_id for _, event_id in left]
+            counted = dict(self._connection.execute(_ERASED.format(sequences=_places(sequences)), sequences).fetchall())
+            left = self._connection.execute(_LEFT, (tenant, entity_id)).fetchall()
+        return [counted.get(sequence, 0) for sequence in sequences], [Left(*row) for row in left]
 
     def forgotten(self, sequences: Sequence[int]) -> list[int]:
         """Those of the log's sequences that are of forgets, or of what came after the forget that wins over it."""

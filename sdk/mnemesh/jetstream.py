@@ -187,8 +187,8 @@ SiteKind = Literal["hub", "device"]
 MESSAGE_KEY = "mnemesh.message-id-key"
 
 
-def log_config(site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> dict[str, Any]:
-    """How the log of a site is configured. A hub's takes what devices send on their uplinks, too, but no rollups."""
+def log_config(site: str, *, kind: SiteKind = "hub", devices: bool = False, replicas: int = 1) -> dict[str, Any]:
+    """How the log of a site is configured. Where `devices` may connect it takes their uplinks, and no rollups."""
     own = [subjects.log_event("*", "*", "*", "*"), subjects.log_mark("*"), subjects.log_holding("*", "*", "*", "*")]
     uplinks: dict[str, Any] = {
         "subjects": [*own, subjects.uplink_event("*", "*", "*", "*"), subjects.uplink_mark("*")],
@@ -197,14 +197,14 @@ def log_config(site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> dict[
     return {
         "name": subjects.log_stream(site),
         "subjects": own,
-        **(uplinks if kind == "hub" else {}),
+        **(uplinks if devices else {}),
         "retention": "limits",
         "discard": "new",
         "storage": "file",
         "num_replicas": replicas,
         "duplicate_window": subjects.LOG_DUPLICATE_WINDOW_S[kind] * 1_000_000_000,
         "allow_atomic": True,
-        "allow_rollup_hdrs": kind == "device",
+        "allow_rollup_hdrs": not devices,
         "allow_direct": True,
         "deny_delete": False,
         "max_msgs_per_subject": UNREACHED if kind == "device" else -1,
@@ -226,18 +226,28 @@ def bucket_config(bucket: str, *, replicas: int = 1) -> dict[str, Any]:
     }
 
 
-async def ensure_log(inbox: Inbox, site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> StreamState:
+async def ensure_log(
+    inbox: Inbox, site: str, *, kind: SiteKind = "hub", devices: bool = False, replicas: int = 1
+) -> StreamState:
     """Make the log of a site, or bring an existing one up to `log_config`."""
-    await _ensure(
-        inbox, log_config(site, kind=kind, replicas=replicas) | {"metadata": {MESSAGE_KEY: secrets.token_hex(16)}}
-    )
+    config = log_config(site, kind=kind, devices=devices, replicas=replicas)
+    await _ensure(inbox, config | {"metadata": {MESSAGE_KEY: secrets.token_hex(16)}})
     return await stream_state(inbox, subjects.log_stream(site))
 
 
-async def message_id_key(inbox: Inbox, site: str) -> bytes:
-    """What a site makes the ids of messages in its log with, a secret: a device could take an id that it can guess."""
-    info = await api(inbox, f"STREAM.INFO.{subjects.log_stream(site)}")
-    return bytes.fromhex(info["config"]["metadata"][MESSAGE_KEY])
+class LogTerms(NamedTuple):
+    """How to write to a log.
+
+    Ids of messages are made with the key, a secret: a device could take an id that it can guess.
+    """
+
+    message_id_key: bytes
+    allows_rollups: bool
+
+
+async def log_terms(inbox: Inbox, site: str) -> LogTerms:
+    config = (await api(inbox, f"STREAM.INFO.{subjects.log_stream(site)}"))["config"]
+    return LogTerms(bytes.fromhex(config["metadata"][MESSAGE_KEY]), config["allow_rollup_hdrs"])
 
 
 async def ensure_bucket(inbox: Inbox, bucket: str, *, replicas: int = 1) -> None:

@@ -29,8 +29,8 @@ HUB_SEQUENCE = "Mnemesh-Hub-Sequence"
 
 
 FORGETS = "Mnemesh-Forgets"
-"""Header: the event is a forget. In a device's log it also erases, by a rollup, what the device wrote before it. A
-hub's log takes no rollups: with one a device could erase all of it."""
+"""Header: the event is a forget. It also erases, by a rollup, what its site wrote before it; but the log of a hub that
+devices may connect to takes no rollups: with one a device could erase all of it."""
 
 ASIDE = "Mnemesh-Aside"
 """Header: the event is to have no effect, says the device that wrote it: it was stamped while its clock was ahead."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "c3e887306884"
+CONTRACT = "9ae297e01bc0"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -780,7 +780,7 @@ def shard_held(site: str, shard: str) -> str:
 
 
 def shard_erased(site: str, shard: str, tenant: str, agent: str) -> str:
-    """What is left of an entity after a forget, once every store has applied it."""
+    """What is left of an entity after forgets, once every store has applied them."""
     return f"mnemesh.v1.shard.erased.{site}.{shard}.{tenant}.{agent}"
 
 

@@ -117,21 +117,25 @@ class Held(Reply, frozen=True, kw_only=True):
 
 
 class AskErased(Request, frozen=True, kw_only=True):
-    """Request of `shard_erased`: about the forget at this `sequence` of the site's log."""
+    """Request of `shard_erased`: about one entity's messages at these `sequences` of the site's log, which grow."""
 
     entity_id: Annotated[str, Meta(min_length=1)]
-    sequence: Sequence
+    sequences: Annotated[list[Sequence], Meta(min_length=1, max_length=1_000)]
+
+
+class Left(msgspec.Struct, frozen=True, array_like=True):
+    """An event that a store has, or that is put aside. What came to a log twice has the sequence of the first time."""
+
+    site: str
+    sequence: int
+    event_id: str
 
 
 class Erased(Reply, frozen=True, kw_only=True):
-    """Reply of `shard_erased`: how many `events` the forget erased, and the ids of those `left`, or put aside.
+    """Reply of `shard_erased`: how many `events` each of the messages erased, and what is `left` of the entity."""
 
-    `first` is where the first of these is in the log; 0: there is none.
-    """
-
-    events: int
-    first: int
-    left: list[str]
+    events: list[int]
+    left: list[Left]
     watermark: Token
 
 
