@@ -190,8 +190,8 @@ async def test_a_server_that_takes_long_to_recover_its_streams_is_waited_for(
 
     let_time_pass(monkeypatch, after)
     await server.start(timeout_s=60)
-    assert "still recovers its streams" in caplog.text
     await server.stop()
+    assert "still recovers its streams" in caplog.text
 
 
 async def test_a_start_tells_of_a_stream_that_could_not_be_recovered(
