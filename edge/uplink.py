@@ -1,6 +1,6 @@
 """The uplink: what is born on a device goes to its hub, once and in order, however often the link drops.
 
-    ask the hub up to where it has our log → follow our log from there → send it in atomic batches, each with a mark
+    ask the hub up to where it has our log → follow it from our next event → send in atomic batches, each with a mark
 
 The hub's stream turns uplink subjects into those of its log. The mark that ends each batch is stored only if the mark
 before it is the one that we know, in the same commit as the events: so a batch whose ack was lost is refused when it is

@@ -6,6 +6,7 @@ and `mnemesh`.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 
@@ -87,12 +88,14 @@ class Inventory:
     async def forgotten(self, sequences: Sequence[int]) -> list[int]:
         """Those at which the log has a forget, or what came after the forget that wins over it. They must grow."""
         self._require_shards()
-        found: list[int] = []
-        for shard in self._shards.shards:
-            wanted = messages.AskForgotten(sequences=list(sequences))
-            subject = subjects.shard_forgotten(self._site, shard)
-            found += (await self._asker.ask(subjects.SHARD_FORGOTTEN, subject, wanted)).sequences
-        return sorted(found)
+        wanted = messages.AskForgotten(sequences=list(sequences))
+        told = await asyncio.gather(
+            *(
+                self._asker.ask(subjects.SHARD_FORGOTTEN, subjects.shard_forgotten(self._site, shard), wanted)
+                for shard in self._shards.shards
+            )
+        )
+        return sorted(sequence for each in told for sequence in each.sequences)
 
     async def neighbourhood(self, tenant: str, entity_ids: Sequence[str], hops: int, *, upto: int) -> list[str]:
         """The entities up to so many edges away, in whatever direction, these included, by what this site knows."""

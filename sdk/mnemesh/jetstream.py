@@ -246,6 +246,7 @@ class LogTerms(NamedTuple):
 
 
 async def log_terms(inbox: Inbox, site: str) -> LogTerms:
+    """The terms of a log that `ensure_log` made. Raises what `api` does."""
     config = (await api(inbox, f"STREAM.INFO.{subjects.log_stream(site)}"))["config"]
     return LogTerms(bytes.fromhex(config["metadata"][MESSAGE_KEY]), config["allow_rollup_hdrs"])
 

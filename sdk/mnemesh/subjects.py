@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "9ae297e01bc0"
+CONTRACT = "d8356933a25d"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
