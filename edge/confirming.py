@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 
 import msgspec
 
 from mnemesh import kv, subjects
 from mnemesh.asker import Asker
-from mnemesh.errors import MnemeshError
+from mnemesh.errors import MnemeshError, Timeout, Unavailable
 from mnemesh.follower import Follower
 from mnemesh.jetstream import stream_state
 from mnemesh.messages import ConfirmErased, Receipt
@@ -24,6 +25,7 @@ from services.disclosure import Disclosure
 logger = logging.getLogger("mnemesh.confirming")
 
 MOST = 500
+MOST_BYTES = 512 * 1024
 RETRY_S = 2.0
 TOLD = "told"
 """The key under which the bucket holds up to where the hub has been told."""
@@ -48,13 +50,15 @@ class Confirming:
         )
         async with aclosing(follower.batches(MOST)) as batches:
             async for batch in batches:
-                receipts = [
-                    msgspec.json.decode(stored.message.data, type=Receipt)
+                own = [
+                    stored.message.data
                     for stored in batch
                     if stored.message.data and stored.message.subject.endswith(f".{self._site}")
                 ]
-                if receipts:
+                for some in _parts(own):
+                    receipts = [msgspec.json.decode(data, type=Receipt) for data in some]
                     await self._tell([receipt for receipt in receipts if await self._may_leave(receipt)])
+                if own:
                     await kv.put(inbox, bucket, TOLD, str(batch[-1].sequence).encode())
 
     async def _may_leave(self, receipt: Receipt) -> bool:
@@ -71,8 +75,22 @@ class Confirming:
         while True:
             try:
                 await self._asker.ask(subjects.CONFIRM_ERASED, subjects.confirm_erased(self._site), asked)
-            except MnemeshError as error:
+            except (Unavailable, Timeout) as error:
                 logger.debug("the hub cannot be told what was erased: %s", error)
-                await asyncio.sleep(random.uniform(RETRY_S / 2, RETRY_S))
+            except MnemeshError as error:
+                logger.error("the hub does not take what was erased here: %s", error)
             else:
                 return
+            await asyncio.sleep(random.uniform(RETRY_S / 2, RETRY_S))
+
+
+def _parts(receipts: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """Parts that fit a request, at least one receipt in each."""
+    part: list[bytes] = []
+    for data in receipts:
+        if part and sum(map(len, part)) + len(data) > MOST_BYTES:
+            yield part
+            part = []
+        part.append(data)
+    if part:
+        yield part

@@ -70,7 +70,8 @@ class Downlink:
         self._kept = NO_FEED
         self._log = subjects.log_stream(site)
         self._hub = ""
-        self._incarnation = ""
+        self.incarnation = ""
+        """The hub's log that this follows."""
         self._open_s = OPEN_S
         self._place = 0
         """Where in our log the hub's last mark is; 0: there is none."""
@@ -137,7 +138,7 @@ class Downlink:
         if self._kept == NO_FEED:
             raise Conflict("there is no feed to go on with")
         batch = await self._next()
-        self._incarnation = mark.incarnation
+        self.incarnation = mark.incarnation
         self.sequence = mark.sequence
         return batch
 
@@ -167,7 +168,7 @@ class Downlink:
                 self._open_s = min(2 * self._open_s, subjects.OPEN_FEED.budget_ms / 1000)
                 raise
         self._open_s = OPEN_S
-        self._incarnation = opened.incarnation
+        self.incarnation = opened.incarnation
         self.sequence = mark.sequence if mark.incarnation == opened.incarnation else 0
         return session
 
@@ -202,7 +203,7 @@ class Downlink:
             self._kept = kept
             return
         self._hlc = max(self._hlc, batch.hlc)
-        mark = Mark(incarnation=self._incarnation, sequence=batch.place, last=batch.last, hlc=self._hlc)
+        mark = Mark(incarnation=self.incarnation, sequence=batch.place, last=batch.last, hlc=self._hlc)
         messages = without_erased([*map(self._message, batch.items)])
         messages += [Outgoing(subjects.log_mark(origin), data, {ROLLUP: "sub"}) for origin, data in batch.marks.items()]
         headers = {ROLLUP: "sub", EXPECTED: str(self._place), KEPT: f"{kept.session} {kept.turn} {self._digest}"}

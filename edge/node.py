@@ -71,7 +71,7 @@ class Edge(Actor):
             bytes_per_s=uplink_bytes_per_s,
             says=self._says,
         )
-        self._eraser = Eraser(self.asker, inventory, site=site, kind="device")
+        self._eraser = Eraser(self.asker, inventory, site=site)
         self._held = (0, 0)
         self._was_away = True  # until it is known better
         self._started_at = float("inf")
@@ -104,7 +104,7 @@ class Edge(Actor):
             Gauge("downlink_current", "1 while all that is wanted is here", lambda: downlink.current.is_set()),
             Gauge("held", "Entities of the hub's that are held here", lambda: self._held[0]),
             Gauge("held_bytes", "Bytes that the hub sent of them", lambda: self._held[1]),
-            Gauge("erased", "Forgets that were carried out since the start", lambda: self._eraser.erased),
+            *self._eraser.gauges(),
         ]
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
@@ -135,7 +135,7 @@ class Edge(Actor):
         return replace(
             said,
             downlinked=self._downlink.sequence,
-            erased=self._eraser.upto[self._uplink.hub],
+            erased=self._erased(),
             held=entities,
             held_bytes=size,
         )
@@ -184,7 +184,11 @@ class Edge(Actor):
 
     def _has_erased(self) -> bool:
         downlink = self._downlink
-        return downlink.current.is_set() and self._eraser.upto[self._uplink.hub] >= downlink.current_from
+        return downlink.current.is_set() and self._erased() >= downlink.current_from
+
+    def _erased(self) -> int:
+        """Up to where what was forgotten in the hub's log is erased here."""
+        return self._eraser.upto(self._uplink.hub, self._downlink.incarnation)
 
     @handles(subjects.EDGE_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.EdgeStatus:

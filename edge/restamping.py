@@ -17,8 +17,8 @@ from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.clock import HybridClock, wall_ms
 from mnemesh.errors import MnemeshError
 from mnemesh.event import Event, decode_event
-from mnemesh.jetstream import Stored, api, last_of_each, next_of
-from mnemesh.origin import BORN, mark_in
+from mnemesh.jetstream import Stored, delete_message, last_of_each, next_of
+from mnemesh.origin import BORN, FORGETS, mark_in
 
 MOST_AT_ONCE = 200
 BUDGET_S = 30.0
@@ -41,7 +41,7 @@ class Restamping:
         ahead, again = await self._ahead()
         await self._append({sequence for sequence, event_id in ahead.items() if event_id not in again})
         for sequence in ahead:
-            await api(self._eraser.inbox, f"STREAM.MSG.DELETE.{self._log}", {"seq": sequence})
+            await delete_message(self._eraser.inbox, self._log, sequence)
         await self._aside.clear()
         return len(ahead)
 
@@ -81,7 +81,8 @@ class Restamping:
                 break
             if stored.sequence in sequences:
                 event = replace(decode_event(stored.message.data), hlc=self._clock.now())
-                batch.append(Outgoing(stored.message.subject, event.encode(), {}))
+                headers = {FORGETS: "1"} if event.op == "forget" else {}
+                batch.append(Outgoing(stored.message.subject, event.encode(), headers))
             if len(batch) == MOST_AT_ONCE:
                 await self._publish(batch)
                 batch = []

@@ -401,8 +401,9 @@ class Shard(Actor):
         applied = messages.Consistency(level="session", token={self.site: request.sequences[-1]})
         await self._freshness.wait(applied, self._vector_projection.watermark, call)
         seen = await self._freshness.wait(applied, self._document_projection.watermark, call)
-        events, left = await self._scan(self._scanned.erased, call.caller.tenant, request.entity_id, request.sequences)
-        return messages.Erased(events=events, left=left, watermark=seen)
+        asked = call.caller.tenant, request.entity_id, request.sequences
+        events, has, left = await self._scan(self._scanned.erased, *asked)
+        return messages.Erased(events=events, has=has, left=left, watermark=seen)
 
     @handles(subjects.SHARD_FORGOTTEN)
     async def forgotten(self, request: messages.AskForgotten, call: Call) -> messages.Forgotten:

@@ -76,7 +76,7 @@ class Inventory:
         return entities, size
 
     async def erased(self, tenant: str, entity_id: str, sequences: Sequence[int]) -> messages.Erased:
-        """What is left of an entity after these messages of the log, once every store has applied them."""
+        """What is left of an entity after these messages of the log, once a replica of its shard has applied them."""
         self._require_shards()
         shard = self._shards.owner_of(tenant, entity_id)
         if shard is None:
@@ -86,7 +86,10 @@ class Inventory:
         return await self._asker.ask(subjects.SHARD_ERASED, subject, wanted)
 
     async def forgotten(self, sequences: Sequence[int]) -> list[int]:
-        """Those at which the log has a forget, or what came after the forget that wins over it. They must grow."""
+        """Those at which the log has a forget, or what came after the forget that wins over it. They must grow.
+
+        As one replica of each shard has it, once that has applied them.
+        """
         self._require_shards()
         wanted = messages.AskForgotten(sequences=list(sequences))
         told = await asyncio.gather(
@@ -118,5 +121,5 @@ class Inventory:
         return Consistency(level="session", token={self._site: sequence})
 
     def _require_shards(self) -> None:
-        if not self._shards.shards:
-            raise Unavailable(f"no shard of {self._site} is known", retry_after_ms=500)
+        if not self._shards.are_whole:
+            raise Unavailable(f"some partitions of {self._site} have no shard that is known", retry_after_ms=500)

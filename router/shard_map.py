@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mnemesh import subjects
 from mnemesh.connection import Link
-from mnemesh.ids import partition_of
+from mnemesh.ids import PARTITIONS, partition_of
 from mnemesh.inbox import Inbox
 from mnemesh.kv import BucketView
 
@@ -55,6 +55,12 @@ class ShardMap:
             self._shards = {name: decode_entry(name, value) for name, value in entries}
             self._owner = {partition: name for name, shard in self._shards.items() for partition in shard.partitions}
         return self._shards
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether every partition has a shard."""
+        _ = self.shards
+        return len(self._owner) == PARTITIONS
 
     def owner_of(self, tenant: str, entity_id: str) -> str | None:
         """The shard that has an entity, or `None` where no shard serves its partition."""

@@ -4,7 +4,8 @@
 
 A forget wins over what was written before it, at whatever site: the stores know which that is. Of each origin, under
 whose subject they are, the erased events are the first ones, so one purge a subject takes them out. How far this has
-come is kept in the receipts' bucket, so a site that was away erases what it missed.
+come is kept in the receipts' bucket, so a site that was away erases what it missed, and one that was killed does it
+again. What only a message that goes can tell is therefore told first.
 
 A hub's log takes no rollups, so of each device's marks there are many; the eraser leaves the last ones.
 Looks at `router.inventory` and `mnemesh`.
@@ -25,24 +26,24 @@ import msgspec
 
 from mnemesh import kv, subjects
 from mnemesh.asker import Asker
-from mnemesh.errors import Conflict, MnemeshError, NotFound, Unavailable
+from mnemesh.errors import Conflict, MnemeshError
 from mnemesh.event import Event, decode_event
+from mnemesh.follower import StreamShrank
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import (
     ALL,
-    JetStreamError,
-    SiteKind,
     Stored,
     StreamState,
     api,
     counts_of,
-    history_of,
+    delete_message,
     last_of_each,
     next_of,
     stream_state,
 )
 from mnemesh.messages import Left, Receipt
-from mnemesh.origin import birth_of, is_put_aside, mark_in, place_of
+from mnemesh.origin import Mark, birth_of, mark_in, place_of
+from mnemesh.stats import Gauge
 from router.inventory import Inventory
 
 logger = logging.getLogger("mnemesh.erasure")
@@ -50,11 +51,19 @@ logger = logging.getLogger("mnemesh.erasure")
 LOOK_S = 0.5
 """How often the log is read on. What is forgotten is gone from the stores at once; its log may wait so long."""
 
+CHECK_S = 30.0
+"""How often it is made sure, where nothing comes, that the log is the one that was read, and was not restored."""
+
+TOLD_AFTER = 20
+"""Failures in a row after which an operator is told. A shard that starts again is no failure to speak of."""
+
 SAVE_AFTER = 5_000
 """Messages after which the place is kept although nothing was forgotten, so that a start need not read them again."""
 
 AT_ONCE = 16
 """Entities of which something is erased at the same time."""
+
+DELETED_AT_ONCE = 64
 
 MOST_MARKS = 100
 """Marks of one device that its hub's log has at the most, some more while they come."""
@@ -83,7 +92,6 @@ class Eraser:
         inventory: Inventory,
         *,
         site: str,
-        kind: SiteKind = "hub",
         on_late: Callable[[Event], Awaitable[None]] | None = None,
         next_after: Callable[[int, str], Awaitable[list[Stored]]] | None = None,
     ) -> None:
@@ -92,11 +100,10 @@ class Eraser:
         self._asker = asker
         self._inventory = inventory
         self._site = site
-        self._kind = kind
         self._log = subjects.log_stream(site)
         self.place = 0
         """Up to where all that was forgotten is erased."""
-        self.upto: dict[str, int] = defaultdict(int)
+        self._upto: dict[str, Mark] = {}
         """The same in the logs of other sites, as far as theirs are in this one."""
         self.erased = 0
         self._marks: Counter[str] = Counter()
@@ -104,27 +111,63 @@ class Eraser:
         self._saved = self._read = 0
         self._unsaved = False
 
+    def upto(self, origin: str, incarnation: str) -> int:
+        """Up to where all is erased that was forgotten in the log of another site; 0 if that is another log."""
+        mark = self._upto.get(origin)
+        return mark.sequence if mark is not None and mark.incarnation == incarnation else 0
+
+    def gauges(self) -> list[Gauge]:
+        return [
+            Gauge("erased", "Forgets that were carried out since the start", lambda: self.erased),
+            Gauge("erasure_place", "Up to where what the log forgets is erased from it", lambda: self.place),
+        ]
+
     async def run(self) -> None:
-        """Erase for ever. Raises what keeps it from that; run it again then."""
+        """Erase for ever. Raises `StreamShrank` where the log is not the one that was read; run it again then."""
+        await self._begin()
+        failures = 0
+        while True:
+            try:
+                more = await self._go_on()
+                failures = 0
+            except MnemeshError as error:  # mostly of a shard that is away
+                more = False
+                failures += 1
+                if failures == TOLD_AFTER:
+                    logger.error("nothing more is erased from the log of %s for now: %s", self._site, error)
+            if not more:
+                await asyncio.sleep(LOOK_S)
+
+    async def _begin(self) -> None:
         inbox = self._asker.inbox
         state = await stream_state(inbox, self._log)
         self._incarnation = state.incarnation
+        self._checked_at = asyncio.get_running_loop().time()
         self.place = self._saved = self._read = await erased_upto(inbox, state)
         for stored in await last_of_each(inbox, self._log, subjects.log_mark("*")):
             if stored.sequence <= self.place:
                 self._note(stored)
-        while True:
-            more = False
-            with contextlib.suppress(Unavailable):  # no shard that could tell is there, yet
-                if some := await self._next_after(self._read, self._incarnation):
-                    await self._take(some)
-                    more = some[-1].following > 0
-            await self._keep_place()
-            if not more:
-                await asyncio.sleep(LOOK_S)
+
+    async def _go_on(self) -> bool:
+        """Go through what the log has next. Returns whether it has more."""
+        some = await self._next_after(self._read, self._incarnation)
+        if some:
+            await self._take(some)
+        else:
+            await self._check_log()
+        await self._keep_place()
+        return bool(some) and some[-1].following > 0
 
     async def _got_after(self, sequence: int, _incarnation: str) -> list[Stored]:
         return await next_of(self._asker.inbox, self._log, ALL, after=sequence)
+
+    async def _check_log(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._checked_at > CHECK_S:
+            self._checked_at = now
+            state = await stream_state(self._asker.inbox, self._log)
+            if state.incarnation != self._incarnation or state.last_sequence < self._read:
+                raise StreamShrank(f"{self._log} is not the one that was read up to {self._read}")
 
     async def _take(self, some: Sequence[Stored]) -> None:
         """Erase what the next messages of the log forget, and those among them that came too late."""
@@ -158,7 +201,7 @@ class Eraser:
         """Note how far it is with another site's log, if this is a mark that tells."""
         place = place_of(stored.message.subject)
         if place.is_mark and (mark := mark_in(stored.message)) is not None:
-            self.upto[place.origin] = mark.sequence
+            self._upto[place.origin] = mark
             self._marks[place.origin] += 1
 
     async def _thin_out_marks(self) -> None:
@@ -171,22 +214,25 @@ class Eraser:
         """Erase what is due of one entity. Can be done again."""
         (first, event), (last, _) = due[0], due[-1]
         told = await self._inventory.erased(event.tenant, event.entity_id, [each.stored.sequence for each in due])
-        left: dict[str, list[Left]] = defaultdict(list)
-        for each in told.left:
-            left[each.site].append(each)
-        counts = await counts_of(self._asker.inbox, self._log, _anywhere(first))
-        await asyncio.gather(
-            *(
-                self._purge(subject, count, left[place_of(subject).origin], last.sequence)
-                for subject, count in counts.items()
-            )
-        )
-        for (stored, event), events in zip(due, told.events, strict=True):
-            if event.op == "forget":
-                await keep(self._asker, self._receipt(stored, event, events))
-                self.erased += 1
-            elif self._on_late is not None and event.site != self._site:
-                await self._on_late(event)
+        outcomes = list(zip(due, told.events, strict=True))
+        for each, events in outcomes:
+            if each.stored.sequence not in told.has:
+                await self._tell(each, events)
+        left = {each.site: each for each in told.left}
+        for subject, count in (await counts_of(self._asker.inbox, self._log, _anywhere(first))).items():
+            await self._purge(subject, count, left.get(place_of(subject).origin), event, last.sequence)
+        for each, events in outcomes:
+            if each.stored.sequence in told.has:
+                await self._tell(each, events)
+
+    async def _tell(self, due: _Due, events: int) -> None:
+        """Keep the receipt of a forget; of what came too late, tell whoever wants to hear of it."""
+        stored, event = due
+        if event.op == "forget":
+            await keep(self._asker, self._receipt(stored, event, events))
+            self.erased += 1
+        elif self._on_late is not None and event.site != self._site:
+            await self._on_late(event)
 
     def _receipt(self, stored: Stored, event: Event, events: int) -> Receipt:
         return Receipt(
@@ -199,50 +245,35 @@ class Eraser:
             erased_at=datetime.now(UTC),
         )
 
-    async def _purge(self, subject: str, count: int, left: Sequence[Left], upto: int) -> None:
+    async def _purge(self, subject: str, count: int, left: Left | None, event: Event, upto: int) -> None:
         """Take out of the log, up to a sequence, what the stores have no more of the `count` events of a subject.
 
         What comes before the first that is left need not be read for that, and mostly nothing else is to go.
         """
-        before = min([upto + 1, *(each.sequence for each in left)])
-        purged = (await self._api("STREAM.PURGE", {"filter": subject, "seq": before}))["purged"]
-        if count - purged > len(left):
-            await self._purge_around(subject, {each.event_id for each in left}, upto)
+        before = upto + 1 if left is None else min(upto + 1, left.first)
+        purged = 0
+        if before > 1:  # nats-server 2.12.0 takes 1 for all
+            purged = (await self._api("STREAM.PURGE", {"filter": subject, "seq": before}))["purged"]
+        if count - purged > (left.count if left else 0):
+            await self._purge_around(subject, event, upto)
 
-    async def _purge_around(self, subject: str, left: set[str], upto: int) -> None:
-        """The same, event by event."""
-        spared: set[str] = set()
-        gone: list[int] = []
-        for stored in await history_of(self._asker.inbox, self._log, subject, upto=upto):
-            event_id = self._spared(stored, left)
-            if event_id is None or event_id in spared:  # or it came here a second time
-                gone.append(stored.sequence)
-            else:
-                spared.add(event_id)
-        await asyncio.gather(*map(self._delete, gone))
-
-    async def _delete(self, sequence: int) -> None:
-        with contextlib.suppress(NotFound, JetStreamError):  # somebody was quicker
-            await self._api("STREAM.MSG.DELETE", {"seq": sequence})
+    async def _purge_around(self, subject: str, event: Event, upto: int) -> None:
+        """The same, message by message: also what came here a second time, or cannot be read."""
+        inbox, after = self._asker.inbox, 0
+        while sequences := [
+            stored.sequence
+            for stored in await next_of(inbox, self._log, subject, after=after)
+            if stored.sequence <= upto
+        ]:
+            told = await self._inventory.erased(event.tenant, event.entity_id, sequences)
+            gone = sorted(set(sequences).difference(told.has))
+            for start in range(0, len(gone), DELETED_AT_ONCE):
+                some = gone[start : start + DELETED_AT_ONCE]
+                await asyncio.gather(*(delete_message(inbox, self._log, sequence) for sequence in some))
+            after = sequences[-1]
 
     async def _api(self, verb: str, body: dict[str, object]) -> dict[str, Any]:
         return await api(self._asker.inbox, f"{verb}.{self._log}", body)
-
-    def _spared(self, stored: Stored, left: set[str]) -> str | None:
-        """What the event is told from a second copy by, if a store has it, or no store ever had.
-
-        What is quarantined is not lost for that; stamped anew it comes under its id again, and is no copy.
-        """
-        try:
-            event = decode_event(stored.message.data)
-        except MnemeshError:
-            return None
-        if self._is_quarantined(stored, event):
-            return f"{event.id} at {stored.sequence}"
-        return event.id if event.id in left else None
-
-    def _is_quarantined(self, stored: Stored, event: Event) -> bool:
-        return self._kind == "hub" and is_put_aside(stored.message, event, stored.recorded_at)
 
     def _name_of(self, stored: Stored, event: Event) -> str:
         """The same at every site: where the forget was born."""
@@ -258,10 +289,13 @@ def _anywhere(stored: Stored) -> str:
 
 
 async def erased_upto(inbox: Inbox, log: StreamState) -> int:
-    """Up to where the log of a site was gone through, and maybe `SAVE_AFTER` messages further."""
+    """Up to where the log of a site was gone through, and maybe `SAVE_AFTER` messages further.
+
+    A log that was restored from an older copy may end before that.
+    """
     held = await kv.get(inbox, subjects.RECEIPTS.name, PLACE)
     incarnation, _, place = (held or b"").decode().rpartition(" ")
-    return int(place) if incarnation == log.incarnation else 0
+    return min(int(place), log.last_sequence) if incarnation == log.incarnation else 0
 
 
 async def keep(asker: Asker, receipt: Receipt) -> None:

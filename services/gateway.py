@@ -28,7 +28,16 @@ from mnemesh.event import Event, decode_event
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
-from mnemesh.jetstream import SiteKind, Stored, WrongSequence, last_of, last_of_each, log_terms, stream_state
+from mnemesh.jetstream import (
+    SiteKind,
+    Stored,
+    WrongSequence,
+    last_of,
+    last_of_each,
+    log_terms,
+    message_at,
+    stream_state,
+)
 from mnemesh.log_writer import Append, LogWriter, Position
 from mnemesh.origin import FORGETS, decode_mark
 from mnemesh.stats import Gauge
@@ -188,21 +197,38 @@ class Gateway(Actor):
     async def _append_each(self, appends: Sequence[Append]) -> list[Position | MnemeshError]:
         outcomes = await self._log.append_each(appends)
         for index, (append, outcome) in enumerate(zip(appends, outcomes, strict=True)):
-            if isinstance(outcome, WrongSequence) and (again := await self._beyond_tombstone(append)) is not append:
+            if isinstance(outcome, WrongSequence) and (again := await self._after_erasure(append)) is not append:
                 (outcomes[index],) = await self._log.append_each([again])
         return outcomes
 
-    async def _beyond_tombstone(self, append: Append) -> Append:
-        """What was forgotten does not exist: a write that expects so compares with the tombstone instead."""
-        if append.expected != 0:
+    async def _after_erasure(self, append: Append) -> Append:
+        """A write that expects what the log does not have any more compares with what is last there instead.
+
+        What was forgotten does not exist: that is the tombstone. And of what came too late to have an effect a reader
+        still sees the version, but nothing is left.
+        """
+        if append.expected is None:
             return append
+        log = subjects.log_stream(self.site)
         try:
-            last = await last_of(self.asker.inbox, subjects.log_stream(self.site), append.compared or append.subject)
+            last = await last_of(self.asker.inbox, log, append.compared or append.subject)
         except NotFound:
-            return append
-        if decode_event(last.message.data).op != "forget":
-            return append
-        return append._replace(expected=last.sequence)
+            last = None
+        place = 0 if last is None else last.sequence
+        if append.expected == 0:
+            stands = last is None or not _is_forget(last)
+        else:
+            stands = append.expected <= place or not await self._is_erased(append.expected)
+        return append if stands else append._replace(expected=place)
+
+    async def _is_erased(self, sequence: int) -> bool:
+        """Whether there was a message at this place of the log."""
+        log = subjects.log_stream(self.site)
+        try:
+            await message_at(self.asker.inbox, log, sequence)
+        except NotFound:
+            return sequence <= (await stream_state(self.asker.inbox, log)).last_sequence
+        return False
 
     async def _commit_all(self, request: messages.Ingest, appends: Sequence[Append]) -> list[Position]:
         """All or nothing; the server does not say whose version was another."""
@@ -210,7 +236,7 @@ class Gateway(Actor):
             try:
                 return await self._log.append_all(appends)
             except WrongSequence:
-                return await self._log.append_all([await self._beyond_tombstone(append) for append in appends])
+                return await self._log.append_all([await self._after_erasure(append) for append in appends])
         except WrongSequence as error:
             suspects = [
                 _not_at(_named(document), append).message
@@ -311,6 +337,13 @@ class Gateway(Actor):
             versions=versions,
             errors=errors,
         )
+
+
+def _is_forget(stored: Stored) -> bool:
+    try:
+        return decode_event(stored.message.data).op == "forget"
+    except MnemeshError:
+        return False
 
 
 def _not_at(entity_id: str, append: Append) -> Conflict:

@@ -100,7 +100,7 @@ class Hub(Actor):
         return {"site": self.site}
 
     def gauges(self) -> list[Gauge]:
-        return self._presence.gauges()
+        return [*self._presence.gauges(), *self._eraser.gauges()]
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         return {

@@ -23,6 +23,9 @@ from services.erasure import PLACE, keep
 from services.presence import Presence
 from services.site_policy import SitePolicy
 
+LONGEST_FORGET = 96
+"""Characters in the name of a forget: that of a site, and of a place in its log."""
+
 
 class Receipts:
     """The receipts that the hub `site` has, and the debts beside them, in a `view` for its owner to follow."""
@@ -39,7 +42,7 @@ class Receipts:
         for receipt in receipts:
             if receipt.site != device:
                 raise Denied(f"{device} cannot confirm for {receipt.site[:64]!r}")
-            check_name("forget", receipt.forget)
+            check_name("forget", receipt.forget, longest=LONGEST_FORGET)
             await keep(self._asker, receipt)
 
     def erasures(self, request: AskErasures) -> list[Erasure]:

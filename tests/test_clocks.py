@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from sites import TENANT, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, current, device, since, status_of
 from test_hostile_device import send
 
 from bench.cable import Cable
@@ -28,7 +28,7 @@ from mnemesh.errors import NotFound
 from mnemesh.event import Event, decode_event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import JetStreamError, api, history_of, last_of
+from mnemesh.jetstream import api, history_of, last_of
 from mnemesh.messages import Interest, Want
 from mnemesh.origin import FORGETS, Mark, decode_mark
 from services.gateway import Gateway
@@ -245,13 +245,35 @@ async def test_what_is_to_be_stamped_anew_is_not_lost_where_the_last_of_it_is_go
             await write_ahead(node, name, "put", attributes={"n": 1})
     with monkeypatch.context() as patched:
         patched.setattr(Restamping, "_ahead", last_goes)
-        with pytest.raises(JetStreamError, match="no message found"):
-            await restamp(node.options.server)
+        assert await restamp(node.options.server) == 2
     assert await restamp(node.options.server) == 0
     async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here:
         assert (await here.get_context("t1")).attributes == {"n": 1}
         with pytest.raises(NotFound):
             await here.get_context("t2")
+
+
+async def test_a_forget_that_was_stamped_anew_reaches_also_a_device_that_wants_nothing(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with (
+        device(hub, tmp_path / "b", name="b", interest=Interest(wants=[Want(tenant="other")])) as node,
+        alice_at(node.server) as at_b,
+        alice_at(hub.server) as there,
+    ):
+        written = await at_b.set_context("t1", attributes={"n": 1})
+        await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
+        await current(node)
+        async with device(hub, tmp_path / "d") as wrong:
+            await write_ahead(wrong, "t1", "forget")
+            while (await seen_of(hub, "sub7")).quarantined < 1:
+                pass
+        assert await restamp(wrong.options.server) == 1
+        async with device(hub, tmp_path / "d"):
+            while [event.op for event in (await at_b.timeline("t1")).events] != ["forget"]:
+                pass
+            with pytest.raises(NotFound):
+                await at_b.get_context("t1")
 
 
 async def wrong_at(options: ServerOptions) -> list[str]:

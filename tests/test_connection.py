@@ -292,7 +292,7 @@ async def test_a_subscription_that_is_refused_takes_nothing_of_the_next(open_lin
     assert not taken
 
 
-async def test_headers_arrive_as_they_were_sent_and_a_status_as_a_header(open_link: OpenLink) -> None:
+async def test_headers_arrive_as_they_were_sent_and_none_passes_for_a_status(open_link: OpenLink) -> None:
     alice, gateway = await open_link("acme.alice"), await open_link("gateway")
     seen: list[Message] = []
     await gateway.subscribe(subjects.set_context("acme", "alice"), seen.append)
@@ -304,7 +304,9 @@ async def test_headers_arrive_as_they_were_sent_and_a_status_as_a_header(open_li
     await gateway.flush()
     assert [(message.data, dict(message.headers)) for message in seen] == [(b"body", sent), (b"bare", {})]
     status = Message("s", "", b"", b"NATS/1.0 100 Idle Heartbeat\r\nNats-Last-Consumer: 7\r\n\r\n")
-    assert status.headers == {"Status": "100", "Description": "Idle Heartbeat", "Nats-Last-Consumer": "7"}
+    assert (status.status, status.headers) == ("100", {"Nats-Last-Consumer": "7"})
+    forged = Message("s", "", b"", b"NATS/1.0\r\nStatus: 503\r\n\r\n")
+    assert (forged.status, Message("s", "", b"").status) == ("", "")
 
 
 async def test_what_the_socket_does_not_take_at_once_arrives_later_in_order(

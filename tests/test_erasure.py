@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sites import TENANT, HubSite, alice_at, current, device, since, status_of
@@ -15,16 +17,17 @@ from cli.edge_node import EdgeNode
 from cli.main import main
 from cli.operator import asking
 from cli.server_config import ServerOptions
-from mnemesh import Memory, subjects
+from mnemesh import Memory, kv, subjects
 from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.clock import COUNTER_BITS, wall_ms
-from mnemesh.errors import MnemeshError, NotFound, Unavailable
+from mnemesh.errors import Conflict, MnemeshError, NotFound, Unavailable
 from mnemesh.event import Event, decode_event
 from mnemesh.ids import partition_of, to_token
-from mnemesh.jetstream import counts_of, history_of, last_of
+from mnemesh.jetstream import counts_of, history_of, last_of, stream_state
 from mnemesh.messages import AskErasures, Erasure, Interest, Want
 from mnemesh.origin import BORN, decode_mark
 from services import erasure
+from services.debts import Debts
 
 LONG_MS = 30_000
 EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
@@ -205,6 +208,80 @@ async def test_a_device_that_wrote_what_was_forgotten_meanwhile_hears_of_it(hub:
             await until_logged(site, "e1", ["forget hub"])
         with pytest.raises(NotFound):
             await here.get_context("e1")
+
+
+async def test_a_debt_is_noted_before_what_tells_of_it_is_gone(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub that is killed in between would never hear of it again."""
+    had: list[list[str]] = []
+    add_in = Debts.add
+
+    async def adds(self: Debts, device: str, key: tuple[str, str]) -> None:
+        had.append(await logged(hub.options, "e1"))
+        await add_in(self, device, key)
+
+    monkeypatch.setattr(Debts, "add", adds)
+    async with device(hub, tmp_path / "a") as node, alice_at(hub.server) as there:
+        await there.forget("e1")
+        await send(node, uplink("e1"), event("e1"), {BORN: "1 x"})
+        await until_logged(hub.options, "e1", ["forget hub"])
+    assert had[0] == ["forget hub", "put sub7"]
+
+
+async def test_events_that_have_an_id_in_common_stay_in_the_log_where_stores_have_them(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    """An id is another write's once the log no longer remembers it. What no store has has the log gone through."""
+    subject = subjects.log_event("hub", TENANT, partition_of(TENANT, "e1"), to_token("e1"))
+    said: dict[str, Any] = {"tenant": TENANT, "entity_id": "e1", "op": "put", "agent": "alice", "site": "hub"}
+    now = wall_ms()
+    async with (
+        device(hub, tmp_path / "a") as node,
+        alice_at(hub.server) as there,
+        asking(hub.options, "test", role="gateway") as gateway,
+    ):
+        await there.forget("e1")
+        for number, body in enumerate(({}, {"attributes": [1]}, {}), 1):
+            put = Event(id="boot", hlc=(now + 1000 * number) << COUNTER_BITS, body=body, **said)
+            await publish_all(gateway.link, gateway.inbox, [Outgoing(subject, put.encode(), {})], budget_s=5.0)
+        await send(node, uplink("e1"), event("e1"), {BORN: "1 x"})
+        await until_logged(hub.options, "e1", ["forget hub", "put hub", "put hub"])
+
+
+async def test_a_version_that_was_erased_again_may_still_be_expected(hub: HubSite, tmp_path: Path) -> None:
+    """What comes too late has no effect, but is the entity's version, and then goes from the log."""
+    async with device(hub, tmp_path / "a") as node, alice_at(hub.server) as there:
+        await there.forget("e1")
+        written = await there.set_context("e1", attributes={"n": 1})
+        await send(node, uplink("e1"), event("e1"), {BORN: "1 x"})
+        version = written.version
+        while (read := await there.get_context("e1")).version == version:
+            pass
+        await until_logged(hub.options, "e1", ["forget hub", "put hub"])
+        for outdated in (version - 1, read.version + 1_000):
+            with pytest.raises(Conflict):
+                await there.set_context("e1", attributes={"n": 0}, expected_version=outdated)
+        again = await there.set_context("e1", attributes={"n": 2}, expected_version=read.version)
+        with pytest.raises(Conflict):
+            await there.set_context("e1", attributes={"n": 3}, expected_version=read.version)
+        await there.ingest([{"entity_id": "e1", "expected_version": again.version}], atomic=True)
+
+
+async def test_what_is_erased_of_a_log_that_was_restored_is_looked_at_anew(hub: HubSite) -> None:
+    async with asking(hub.options, "test") as asker, asking(hub.options, "test", role="hub") as own:
+        state = await stream_state(asker.inbox, subjects.log_stream("hub"))
+        await kv.put(own.inbox, subjects.RECEIPTS.name, erasure.PLACE, f"{state.incarnation} 999".encode())
+        assert await erasure.erased_upto(asker.inbox, state) == state.last_sequence
+        remade = dataclasses.replace(state, incarnation="another")
+        assert await erasure.erased_upto(asker.inbox, remade) == 0
+
+
+async def test_a_device_with_a_long_name_confirms_what_it_erased(hub: HubSite, tmp_path: Path) -> None:
+    name = "substation-" + "x" * 53
+    async with device(hub, tmp_path / "a", name=name) as node, alice_at(node.server) as here:
+        await here.forget("e1")
+        await erasure_of(hub, "e1", receipts=2)
 
 
 async def test_what_a_site_writes_itself_with_a_stamp_before_the_forget_is_erased_from_its_log(

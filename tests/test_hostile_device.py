@@ -22,8 +22,8 @@ from mnemesh.errors import NotFound, Unavailable
 from mnemesh.event import Event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import JetStreamError, check, history_of
-from mnemesh.messages import AskDevices, AskErasures, ConfirmErased, Interest, Receipt, Want
+from mnemesh.jetstream import ALL, JetStreamError, check, history_of
+from mnemesh.messages import AskDevices, AskErasures, ConfirmErased, Erasure, Interest, Receipt, Want
 from mnemesh.origin import BORN, FORGETS, Mark
 
 LONG_MS = 30_000
@@ -115,14 +115,50 @@ async def test_a_forget_that_names_another_entity_than_its_subject_erases_neithe
         await send(node, uplink("victim"), forget, {BORN: "1 x", FORGETS: "1"})
         last = await there.forget("another")
         async with asking(hub.options, "test") as asker:
-            while not [
-                erasure
-                for erasure in (await asker.ask(subjects.ERASURES, subjects.erasures(), AskErasures())).erasures
-                if erasure.sequence == last.token["hub"]
-            ]:
+            while not [told for told in await erasures(asker) if told.sequence == last.token["hub"]]:
                 pass
             of_it = subjects.log_event("hub", TENANT, "*", "victim")
             assert len(await history_of(asker.inbox, subjects.log_stream("hub"), of_it, upto=last.token["hub"])) == 1
+
+
+@pytest.mark.parametrize("status", ["1", "100", "204", "404", "503"])
+async def test_a_header_that_is_called_status_stops_nobody_who_reads_the_log(
+    hub: HubSite, tmp_path: Path, status: str
+) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        await send(node, uplink(), b"", {BORN: "1 x", "Status": status})
+        await assert_goes_on(there)
+        async with asking(hub.options, "test") as asker:
+            found = await history_of(asker.inbox, subjects.log_stream("hub"), ALL, upto=1 << 40)
+        assert b"" in [stored.message.data for stored in found]
+
+
+async def test_what_a_device_forgets_of_a_tenant_that_its_hub_lacks_keeps_nothing_from_going_on(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with (
+        device(hub, tmp_path / "d") as node,
+        device(hub, tmp_path / "other", name="other", interest=EVERYTHING) as other,
+        alice_at(other.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        for number, op in enumerate(("put", "forget"), 1):
+            told = event(op=op, tenant="ghost", id=str(number), hlc=number)
+            headers = {BORN: f"{number} x"} | ({FORGETS: "1"} if op == "forget" else {})
+            await send(node, uplink(tenant="ghost"), told, headers)
+        await there.set_context("t1", attributes={"n": 1})
+        forgotten = await there.forget("t1")
+        async with asking(hub.options, "test") as asker:
+            while {told.tenant for told in await erasures(asker)} != {"ghost", TENANT}:
+                pass
+            of_it = subjects.log_event("*", "ghost", "*", "*")
+            assert len(await history_of(asker.inbox, subjects.log_stream("hub"), of_it, upto=1 << 40)) == 1
+        with pytest.raises(NotFound):
+            await here.get_context("t1", consistency=since(forgotten), budget_ms=LONG_MS)
+
+
+async def erasures(asker: Asker) -> list[Erasure]:
+    return (await asker.ask(subjects.ERASURES, subjects.erasures(), AskErasures())).erasures
 
 
 @pytest.mark.parametrize(

@@ -531,11 +531,11 @@ def test_what_forgets_and_what_came_after_that_is_told_by_its_place_in_the_log(t
     )
     assert store.forgotten([*range(1, 10)]) == [2, 3, 5, 6, 7]
     assert store.forgotten([1, 3, 4, 7, 100]) == [3, 7]
-    left = [Left("edge-1", 2, "forget-edge-1-20"), Left("edge-2", 4, "edge-2-30")]
-    aside = Left("edge-1", 8, "forget-edge-1-99")
-    assert store.erased("acme", "pump", [2, 3]) == ([1, 0], [*left, aside])
-    assert store.erased("acme", "valve", [9]) == ([0], [Left("edge-2", 9, "edge-2-5")])
-    assert store.erased("acme", "nobody", [9]) == ([0], [])
+    left = [Left("edge-1", 2, 2), Left("edge-2", 4, 1)]
+    assert store.erased("acme", "pump", [2, 3]) == ([1, 0], [2], left)
+    assert store.erased("acme", "pump", [3, 4, 6, 8]) == ([0, 0, 0, 0], [4, 8], left)
+    assert store.erased("acme", "valve", [9]) == ([0], [9], [Left("edge-2", 9, 1)])
+    assert store.erased("acme", "nobody", [9]) == ([0], [], [])
     store.close()
 
 

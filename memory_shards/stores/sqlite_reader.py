@@ -74,10 +74,13 @@ FROM entity WHERE tenant = ? AND entity_id IN ({ids})
 """
 _ERASED = "SELECT sequence, events FROM erasure WHERE sequence IN ({sequences})"
 _LEFT = """
-SELECT event.site, sequence, event_id FROM event JOIN entity ON entity.id = event.entity
-WHERE entity.tenant = ?1 AND entity_id = ?2
-UNION ALL SELECT site, sequence, event_id FROM quarantine WHERE tenant = ?1 AND entity_id = ?2
+WITH here (site, sequence) AS (
+    SELECT event.site, sequence FROM entity CROSS JOIN event ON event.entity = entity.id
+    WHERE entity.tenant = :tenant AND entity_id = :entity_id
+    UNION ALL SELECT site, sequence FROM quarantine WHERE tenant = :tenant AND entity_id = :entity_id)
 """
+_LEFT_OF_EACH = _LEFT + "SELECT site, min(sequence), count(*) FROM here GROUP BY site"
+_HAS = _LEFT + "SELECT sequence FROM here WHERE sequence BETWEEN :first AND :last"
 _FORGOTTEN = "SELECT sequence FROM erasure WHERE sequence IN ({sequences}) ORDER BY sequence"
 _IDS_A_STATEMENT = 500
 
@@ -186,12 +189,18 @@ class SqliteReader:
                 found[entity_id] = Description(ledger.gone if is_gone else type, ledger.sites, is_gone, first)
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
-    def erased(self, tenant: str, entity_id: str, sequences: Sequence[int]) -> tuple[list[int], list[Left]]:
-        """How many events the forgets at these log sequences erased, and which events are left, or put aside."""
+    def erased(self, tenant: str, entity_id: str, sequences: Sequence[int]) -> tuple[list[int], list[int], list[Left]]:
+        """Of an entity: how many events the forgets at these log sequences erased, which of these are left, and what.
+
+        Left is also what is put aside. Walks all of the entity's events.
+        """
+        named = {"tenant": tenant, "entity_id": entity_id, "first": sequences[0], "last": sequences[-1]}
         with self._snapshot:
             counted = dict(self._connection.execute(_ERASED.format(sequences=_places(sequences)), sequences).fetchall())
-            left = self._connection.execute(_LEFT, (tenant, entity_id)).fetchall()
-        return [counted.get(sequence, 0) for sequence in sequences], [Left(*row) for row in left]
+            left = self._connection.execute(_LEFT_OF_EACH, named).fetchall()
+            here = {sequence for (sequence,) in self._connection.execute(_HAS, named)}
+        has = [sequence for sequence in sequences if sequence in here]
+        return [counted.get(sequence, 0) for sequence in sequences], has, [Left(*row) for row in left]
 
     def forgotten(self, sequences: Sequence[int]) -> list[int]:
         """Those of the log's sequences that are of forgets, or of what came after the forget that wins over it."""

@@ -80,23 +80,27 @@ class Message:
         return Message(subject, "", self.data, self._raw_headers)
 
     @property
+    def status(self) -> str:
+        """The server's status (ADR-4), such as `503`; empty where there is none. No header can pass for it."""
+        line = (self._raw_headers or b"").partition(b"\r\n")[0]
+        return line.removeprefix(_VERSION).strip()[:3].decode(errors="replace")
+
+    @property
     def headers(self) -> Mapping[str, str]:
-        """By name; a status line (ADR-4) as `Status` and `Description`. Bytes that are not UTF-8 become U+FFFD."""
+        """By name. Bytes that are not UTF-8 become U+FFFD."""
         if self._headers is None:
             assert self._raw_headers is not None  # or there would be none of them
             self._headers = _parse_headers(self._raw_headers)
         return self._headers
 
 
+_VERSION = b"NATS/1.0"
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 def _parse_headers(raw: bytes) -> dict[str, str]:
-    status, *lines = raw.decode(errors="replace").split("\r\n")
     headers = {}
-    if status := status.removeprefix("NATS/1.0").strip():
-        headers["Status"], _, headers["Description"] = status.partition(" ")
-    for line in lines:
+    for line in raw.decode(errors="replace").split("\r\n")[1:]:
         name, colon, value = line.partition(":")
         if colon:
             headers[name.strip()] = value.strip()

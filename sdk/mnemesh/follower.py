@@ -160,7 +160,7 @@ class Follower:
         self._wake.set()
 
     def _on_message(self, message: Message) -> None:
-        if not message.data and "Status" in message.headers:
+        if message.subject.startswith(self._link.options.inbox_prefix):  # what a stream has has its own subject
             if message.subject == self._deliver:
                 self._on_status(message)
             return
@@ -184,7 +184,7 @@ class Follower:
 
     def _on_status(self, message: Message) -> None:
         headers = message.headers
-        if headers["Status"] != "100":
+        if message.status != "100":
             self._broken = True
         elif message.reply:
             self._buffer.append(message.reply)

@@ -142,4 +142,4 @@ class Inbox:
 
 
 def _is_no_responders(message: Message) -> bool:
-    return not message.data and message.headers.get("Status") == "503"
+    return not message.data and message.status == "503"

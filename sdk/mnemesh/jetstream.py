@@ -7,6 +7,7 @@ made here, followed by `follower.py`, and written by `log_writer.py` and `kv.py`
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import secrets
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from mnemesh.inbox import Inbox
 API = "$JS.API"
 API_BUDGET_S = 5.0
 
-NOT_FOUND = (10014, 10059, 10037)
-"""consumer, stream, message not found (nats-server's errors.json)"""
+NOT_FOUND = (10014, 10059, 10037, 10043)
+"""consumer, stream, message, sequence not found (nats-server's errors.json)"""
 WRONG_LAST_SEQUENCE = 10071
 WRONG_LAST_SEQUENCE_CONSTANT = 10164
 WRONG_LAST_ID = 10070
@@ -122,6 +123,16 @@ async def message_at(inbox: Inbox, stream: str, sequence: int) -> Stored:
     return await _get(inbox, stream, {"seq": sequence})
 
 
+async def delete_message(inbox: Inbox, stream: str, sequence: int) -> None:
+    """Take a message out of a stream and overwrite it, if it is there. Raises what `check` raises."""
+    try:
+        await api(inbox, f"STREAM.MSG.DELETE.{stream}", {"seq": sequence})
+    except (NotFound, JetStreamError):  # the server has one number for all that may fail
+        with contextlib.suppress(NotFound):
+            await message_at(inbox, stream, sequence)
+            raise
+
+
 async def history_of(inbox: Inbox, stream: str, subject: str, *, upto: int) -> list[Stored]:
     """All messages of a subject, which may have wildcards, up to a sequence, in their order. Raises `Timeout`."""
     found: list[Stored] = []
@@ -168,7 +179,7 @@ def _got(message: Message) -> Stored:
 
 def _ends_a_get(message: Message) -> bool:
     """`204 EOB` after the last of a batch, `404` where there is none."""
-    return message.headers.get("Status") in ("204", "404")
+    return message.status in ("204", "404")
 
 
 _NOTHING = Message("", "", b"")

@@ -124,17 +124,24 @@ class AskErased(Request, frozen=True, kw_only=True):
 
 
 class Left(msgspec.Struct, frozen=True, array_like=True):
-    """An event that a store has, or that is put aside. What came to a log twice has the sequence of the first time."""
+    """Of one site's events of an entity, how many a store has, or are put aside, and where the first of them is.
+
+    What came to a log twice is at its first place.
+    """
 
     site: str
-    sequence: int
-    event_id: str
+    first: int
+    count: int
 
 
 class Erased(Reply, frozen=True, kw_only=True):
-    """Reply of `shard_erased`: how many `events` each of the messages erased, and what is `left` of the entity."""
+    """Reply of `shard_erased`: how many `events` each of the messages erased, and what is `left` of the entity.
+
+    `has` are those of the messages that are left themselves.
+    """
 
     events: list[int]
+    has: list[int]
     left: list[Left]
     watermark: Token
 
