@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from cli.permissions import mappings_conf, permissions_conf
+from cli.permissions import inboxes_of, mappings_conf, permissions_conf, services_conf
 from mnemesh import messages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def load(source: Path = SOURCE) -> Contract:
 
 def subjects_py(contract: Contract) -> str:
     """`sdk/mnemesh/subjects.py`: builders and the operation table."""
-    root, roles = contract["root"], contract["roles"]
+    root = contract["root"]
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
     lines = [
         '"""Subject builders and the operation table. Generated from `subjects.yaml`; do not edit."""',
@@ -65,7 +65,7 @@ def subjects_py(contract: Contract) -> str:
             f'    name="{name}",',
             f'    owner="{operation["owner"]}",',
             f"    callers={_tuple(operation['callers'])},",
-            f"    inboxes={_tuple(roles[role]['inbox'] for role in operation['callers'])},",
+            f"    inboxes={_tuple(inboxes_of(contract, operation))},",
             f'    subject="{subject}",',
             f'    served="{served}",',
             f"    request=messages.{operation['request']},",
@@ -181,6 +181,7 @@ FILES: dict[Path, Callable[[Contract], str]] = {
     ROOT / "sdk/mnemesh/subjects.py": subjects_py,
     ROOT / "deploy/nats/permissions.conf": permissions_conf,
     ROOT / "deploy/nats/mappings.conf": mappings_conf,
+    ROOT / "deploy/nats/services.conf": services_conf,
     ROOT / "docs/asyncapi.yaml": asyncapi,
 }
 

@@ -7,12 +7,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Contract = dict[str, Any]
+Operation = dict[str, Any]
 
 EDGE = "edge"
+
+SERVICE_REPLY = "_R_"
+"""What reply subjects of nats-server's begin with, for requests from another account. Clients cannot name them."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ def allowed(contract: Contract, role: str) -> Permissions:
     subject points, past all permissions, so even `$SYS.REQ.USER.INFO` would let an agent write into the log.
 
     An owner may publish on the inboxes of its operations' callers. `allow_responses` is not used: it lets a reply go
-    to whatever subject the caller named, the log and the JetStream API among them.
+    to whatever subject the caller named, the log and the JetStream API among them. Where the caller is across a leaf
+    the reply subject is the server's own.
     """
     root = contract["root"]
     publish: list[str] = []
@@ -51,7 +57,7 @@ def allowed(contract: Contract, role: str) -> Permissions:
         if role in stream.get("erasers", ()):
             publish += [f"$JS.API.STREAM.{verb}.{stream['name']}" for verb in ("PURGE", "MSG.DELETE")]
         if role in stream.get("uplinkers", ()):
-            publish.append(_uplink(contract, stream))
+            publish += _uplink(contract, stream)
         if role in stream["readers"]:
             publish += _reader(stream["name"])
     for bucket in contract["buckets"].values():
@@ -61,44 +67,66 @@ def allowed(contract: Contract, role: str) -> Permissions:
         if role in bucket["readers"]:
             publish += _reader(stream_name)
     if asking := _asking(contract, role):
-        publish += [f"{_wild(contract['roles'][caller]['inbox'])}.>" for caller in asking]
+        publish += [f"{inbox}.>" for inbox in asking]
         subscribe.append("$SRV.>")
     if role == "operator":
         publish += ["$SRV.>", "$JS.API.>", "$JS.ACK.>", "$JS.FC.>"]
     return Permissions(tuple(publish), tuple(subscribe))
 
 
-def _uplink(contract: Contract, stream: dict[str, Any]) -> str:
-    return _of_site(f"{contract['root']}.{stream['uplink']['mark']}", "<origin>")
+def _uplink(contract: Contract, stream: dict[str, Any], tenants: Sequence[str] = ()) -> list[str]:
+    event, mark = (f"{contract['root']}.{stream['uplink'][part]}" for part in ("event", "mark"))
+    if tenants:
+        return [*_of_site(event, tenants, token="<origin>"), mark.replace("<origin>", "<site>")]
+    return _of_site(mark, token="<origin>")
 
 
-def _of_site(subject: str, token: str) -> str:
-    """All that a device sends under its name, in one entry: nats-server 2.15 does not tell a leaf that may publish
-    `uplink.<site>.*.*.*` of the hub's interest in `uplink.*.*.*.*`, and the message goes nowhere.
+def _of_site(subject: str, tenants: Sequence[str] = (), *, token: str = "<site>") -> list[str]:
+    """All that is said under a device's name, of each of these tenants, or of all in one entry.
+
+    nats-server 2.15 does not tell a leaf that may publish `uplink.<site>.*.*.*` of the hub's interest in
+    `uplink.*.*.*.*`, and the message goes nowhere.
     """
     before, _, after = subject.partition(token)
-    return f"{before}<site>.>" if after else f"{before}<site>"
+    if after.startswith(".<tenant>") and tenants:
+        return [f"{before}<site>.{tenant}.>" for tenant in tenants]
+    return [f"{before}<site>.>" if after else f"{before}<site>"]
 
 
-def across(contract: Contract) -> Permissions:
+def crosses(contract: Contract, operation: Operation) -> bool:
+    """Whether an operation is asked across a leaf: by a device's edge of its hub, or by a hub of an edge."""
+    if operation["owner"] == EDGE:
+        return "<tenant>" in operation["subject"]
+    return EDGE in operation["callers"] and contract["roles"][operation["owner"]].get("at") == "hub"
+
+
+def across(contract: Contract, tenants: Sequence[str] = ()) -> Permissions:
     """What a hub takes from a device's server and gives to it: what the device's edge says and hears, and nothing else.
 
-    So whoever holds a device's key can speak only for that device. What the hub asks a device has an inbox for that
-    device alone, so it cannot answer what others are asked.
+    So whoever holds a device's key can speak only for that device, and of `tenants`, or of all if there are none.
     """
     root = contract["root"]
     publish: list[str] = []
     subscribe = [f"{contract['roles'][EDGE]['inbox']}.>"]
-    askers: list[str] = []
     for operation in contract["operations"].values():
-        if operation["owner"] == EDGE and "<tenant>" in operation["subject"]:
-            subscribe.append(_of_site(f"{root}.{operation['subject']}", "<site>"))
-            askers += [f"{contract['roles'][caller]['inbox']}.<site>.>" for caller in operation["callers"]]
-        if EDGE in operation["callers"] and contract["roles"][operation["owner"]].get("at") == "hub":
-            publish.append(_of_site(f"{root}.{operation['subject']}", "<site>"))
+        if crosses(contract, operation):
+            side = subscribe if operation["owner"] == EDGE else publish
+            side += _of_site(f"{root}.{operation['subject']}", tenants)
     for stream in contract["streams"].values():
-        publish.append(_uplink(contract, stream))
-    return Permissions((*publish, *dict.fromkeys(askers)), tuple(subscribe))
+        publish += _uplink(contract, stream, tenants)
+    return Permissions(tuple(publish), tuple(subscribe))
+
+
+def services(contract: Contract) -> tuple[list[str], list[str]]:
+    """The services that a hub's account has for that of its devices, and the other way round.
+
+    Permissions look at the subject of a message, not at the reply subject that it names, and a stream acknowledges past
+    all permissions: a device in the account of the mesh could have it publish anywhere, in KV buckets too. From
+    one account to another the server puts a reply subject of its own in place of that.
+    """
+    asked = across(contract)
+    _inbox, *answered = asked.subscribe
+    return [_wild(subject) for subject in asked.publish], [_wild(subject) for subject in answered]
 
 
 def roles_at(contract: Contract, kind: str) -> list[str]:
@@ -107,14 +135,18 @@ def roles_at(contract: Contract, kind: str) -> list[str]:
 
 
 def _asking(contract: Contract, owner: str) -> list[str]:
-    """The roles whose requests an owner answers, the operator's discovery among them; none if it owns nothing."""
-    callers = {
-        caller
-        for operation in contract["operations"].values()
-        if operation["owner"] == owner
-        for caller in operation["callers"]
-    }
-    return [role for role in contract["roles"] if role in callers | {"operator"}] if callers else []
+    """The inboxes that an owner answers to, that of the operator's discovery among them; none if it owns nothing."""
+    owned = [operation for operation in contract["operations"].values() if operation["owner"] == owner]
+    inboxes = {inbox: None for operation in owned for inbox in inboxes_of(contract, operation)}
+    operator = {contract["roles"]["operator"]["inbox"]: None} if owned else {}
+    return [_wild(inbox) for inbox in inboxes | operator]
+
+
+def inboxes_of(contract: Contract, operation: Operation) -> list[str]:
+    """Where the replies of an operation go: to its callers' inboxes, or to the server's own across a leaf."""
+    if crosses(contract, operation):
+        return [SERVICE_REPLY]
+    return [contract["roles"][caller]["inbox"] for caller in operation["callers"]]
 
 
 def _wild(template: str, keep: tuple[str, ...] = ()) -> str:
@@ -163,6 +195,30 @@ def user_block(permissions: Permissions, **tokens: str) -> str:
     """A role's permissions with its tokens filled in, as the value of a user's `permissions` key."""
     text = "\n".join(["{", *_block(permissions), "}"])
     return re.sub(r"<(\w+)>", lambda match: tokens[match.group(1)], text)
+
+
+def services_conf(contract: Contract) -> str:
+    """`deploy/nats/services.conf`: what a hub's accounts `MESH` and `DEVICES` have for each other."""
+    asked, answered = services(contract)
+    lines = [
+        "# Generated from subjects.yaml; do not edit.",
+        "# Include this file in both accounts of a hub. In MESH: exports: $mesh_exports, imports: $mesh_imports;",
+        "# in DEVICES, whose users are the leaves of devices: exports: $devices_exports, imports: $devices_imports.",
+    ]
+    for account, other, own, others in (("mesh", "DEVICES", asked, answered), ("devices", "MESH", answered, asked)):
+        lines += [f"{account}_exports: [", *(f"  {service}" for service in exported(own)), "]"]
+        lines += [f"{account}_imports: [", *(f"  {service}" for service in imported(others, other)), "]"]
+    return "\n".join(lines) + "\n"
+
+
+def exported(subjects: list[str]) -> list[str]:
+    """Entries of an account's `exports`."""
+    return [f'{{ service: "{subject}" }}' for subject in subjects]
+
+
+def imported(subjects: list[str], account: str) -> list[str]:
+    """Entries of an account's `imports`, from another."""
+    return [f'{{ service: {{ account: {account}, subject: "{subject}" }} }}' for subject in subjects]
 
 
 def mappings_conf(contract: Contract) -> str:

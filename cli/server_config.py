@@ -15,7 +15,7 @@ from typing import Literal
 from cli.contract import Contract
 from cli.credentials import SYSTEM, Credential, Credentials
 from cli.devices import Devices, seed_of
-from cli.permissions import across, allowed, mappings, user_block
+from cli.permissions import across, allowed, exported, imported, mappings, services, user_block
 from cli.private import write_private
 from mnemesh import subjects
 from mnemesh.contract import fill
@@ -82,9 +82,10 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
             tokens = {"site": options.site, "tenant": user.tenant, "agent": user.agent}
             block = user_block(allowed(contract, user.role), **tokens)
             members.append(f"      {{ {login}, permissions: {block} }}")
-    for device in Devices(data).list():
-        block = user_block(across(contract), site=device.name)
-        members.append(f"      {{ nkey: {device.key}, permissions: {block} }}")
+    devices = [
+        f"      {{ nkey: {device.key}, permissions: {user_block(across(contract, device.tenants), site=device.name)} }}"
+        for device in Devices(data).list()
+    ]
     routes = [
         f"      {_quoted(source)}: {_quoted(fill(target, site=options.site))}"
         for source, target in mappings(contract).items()
@@ -100,6 +101,7 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         closed = f"deny_exports: [{_quoted(subjects.LOG)}], deny_imports: [{_quoted(subjects.LOG)}]"
         remote = f"url: {_quoted(options.hub)}, account: MESH, nkey: {_quoted(seed_of(data))}, {closed}"
         leaves = ["leafnodes {", '    reconnect: "1s"', f"    remotes: [ {{ {remote} }} ]", "}"]
+    asked, answered = services(contract)
     lines = [
         "# Written by Mnemesh at each start and reload; changes are lost. Private: it holds passwords.",
         f"server_name: {_quoted(f'mnemesh-{options.site}')}",
@@ -124,8 +126,17 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         "    mappings {",
         *routes,
         "    }",
+        f"    exports: [ {', '.join(exported(asked))} ]",
+        f"    imports: [ {', '.join(imported(answered, 'DEVICES'))} ]",
         "    users: [",
         *members,
+        "    ]",
+        "  }",
+        "  DEVICES {",
+        f"    exports: [ {', '.join(exported(answered))} ]",
+        f"    imports: [ {', '.join(imported(asked, 'MESH'))} ]",
+        "    users: [",
+        *devices,
         "    ]",
         "  }",
         "  SYS {",

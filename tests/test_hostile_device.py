@@ -10,13 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import nats.errors
 import pytest
-from sites import TENANT, HubSite, alice_at, device, since, status_of
+from sites import TENANT, HubSite, alice_at, device, since, status_of, stolen
 
 from cli.edge_node import EdgeNode
 from cli.operator import asking
 from mnemesh import Memory, subjects
 from mnemesh.asker import Asker
+from mnemesh.atomic_batch import BATCH_ID, BATCH_SEQUENCE
 from mnemesh.connection import Link, Message
 from mnemesh.errors import NotFound, Unavailable
 from mnemesh.event import Event
@@ -192,6 +194,23 @@ async def test_a_device_cannot_erase_the_log_of_its_hub(hub: HubSite, tmp_path: 
         async with asking(hub.options, "test") as asker:
             events = subjects.log_event("*", TENANT, "*", "*")
             assert len(await history_of(asker.inbox, subjects.log_stream("hub"), events, upto=1 << 40)) == 2
+
+
+async def test_a_device_that_holds_all_batches_of_the_log_open_stops_no_write(hub: HubSite, tmp_path: Path) -> None:
+    """nats-server has 50 of them for a stream, whoever's they are, for 10 s each."""
+    await hub.enrol("sub7", tmp_path / "d")
+    async with stolen(hub, tmp_path / "d") as thief, alice_at(hub.server) as there:
+        while True:  # until the leaf is there
+            with contextlib.suppress(nats.errors.Error):
+                await thief.request(uplink(), b"{}", timeout=1.0)
+                break
+        for number in range(60):
+            headers = {BATCH_ID: str(number), BATCH_SEQUENCE: "1"}
+            await thief.publish(uplink(), event(), headers=headers)
+        await thief.request(uplink(), b"{}", timeout=5.0)
+        documents = [{"entity_id": f"e{n}", "attributes": {"n": n}} for n in range(200)]
+        written = await there.ingest(documents, budget_ms=LONG_MS)
+        assert (written.accepted, written.refused) == (200, 0)
 
 
 async def test_a_device_cannot_take_the_id_of_another_callers_write(hub: HubSite, tmp_path: Path) -> None:

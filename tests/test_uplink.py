@@ -225,6 +225,18 @@ async def test_a_stolen_key_speaks_and_hears_only_for_its_own_device(hub: HubSit
             with pytest.raises(nats.errors.Error):
                 await thief.request(subject, b"{}", timeout=0.2)
         assert [await stream_state(inbox, stream) for stream in streams] == before
+        # A stream acknowledges past all permissions, so where a reply is wanted must not matter to the hub's buckets.
+        replies = (
+            *(f"$KV.{bucket.name}.{key}" for bucket in subjects.BUCKETS for key in ("sub7", "hub", "own", "s0")),
+            subjects.log_mark("other"),
+            f"$JS.API.STREAM.PURGE.{subjects.log_stream('hub')}",
+        )
+        for reply in replies:
+            await thief.publish(subjects.uplink_mark("sub7"), b"x", reply=reply)
+        await thief.request(subjects.uplink_mark("sub7"), b"x")
+        states = [await stream_state(inbox, stream) for stream in streams]
+        assert states[0].last_sequence == states[0].messages == before[0].messages + len(replies) + 1
+        assert states[1:] == before[1:]
         heard.clear()
         written = await there.set_context("t:1", attributes={"n": 1}, vectors={"v": [1.0]})
         await there.get_context("t:1", consistency=since(written))
@@ -232,6 +244,27 @@ async def test_a_stolen_key_speaks_and_hears_only_for_its_own_device(hub: HubSit
         await thief.flush()
         assert set(heard) <= {subjects.device_search("sub7", TENANT, "alice")}  # what its own device is asked
         await operator.close()
+
+
+async def test_a_stolen_key_speaks_only_of_the_tenants_of_its_device(hub: HubSite, tmp_path: Path) -> None:
+    await hub.enrol("sub7", tmp_path / "d", tenants=[TENANT, "zeta"])
+    async with stolen(hub, tmp_path / "d") as thief:
+        for subject in (
+            subjects.uplink_event("sub7", TENANT, 7, "e"),
+            subjects.uplink_event("sub7", "zeta", 7, "e"),
+            subjects.uplink_mark("sub7"),
+            subjects.hub_get_context("sub7", TENANT, "alice"),
+        ):
+            while True:  # until the leaf is there
+                with contextlib.suppress(nats.errors.Error):
+                    await thief.request(subject, b"{}", timeout=1.0)
+                    break
+        for subject in (
+            subjects.uplink_event("sub7", "other", 7, "e"),
+            subjects.hub_get_context("sub7", "other", "alice"),
+        ):
+            with pytest.raises(nats.errors.Error):
+                await thief.request(subject, b"{}", timeout=0.2)
 
 
 @pytest.mark.parametrize("lie", ["site", "tenant", "entity_id"])

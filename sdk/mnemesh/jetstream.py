@@ -35,8 +35,10 @@ ALL = ">"
 UNREACHED = 2**31 - 1
 """A limit for a stream that is to have none: with one its files, and so its buffers, are of 4 MiB rather than 8."""
 BATCH_HOLDS_DUPLICATE = 10201
-PASSING = (10176, 10210, 10158)
-"""A batch whose beginning was lost with a connection, too many open batches, an id whose first try is under way."""
+NO_BATCH = (10176, 10210)
+"""A batch whose beginning was lost with a connection, or came while there were too many open ones."""
+FIRST_TRY_UNDER_WAY = 10158
+"""Of the same id."""
 
 
 class JetStreamError(Internal):
@@ -45,6 +47,10 @@ class JetStreamError(Internal):
     def __init__(self, message: str, err_code: int) -> None:
         super().__init__(message)
         self.err_code = err_code
+
+
+class NoBatch(Unavailable):
+    """The server has no such atomic batch open, and has stored nothing of it."""
 
 
 class WrongSequence(Conflict):
@@ -64,7 +70,9 @@ def check(reply: dict[str, Any]) -> dict[str, Any]:
         raise NotFound(text)
     if number in (10054, 10097):
         raise TooLarge(text)
-    if error.get("code") == 503 or number in PASSING:
+    if number in NO_BATCH:
+        raise NoBatch(text, retry_after_ms=200)
+    if error.get("code") == 503 or number == FIRST_TRY_UNDER_WAY:
         raise Unavailable(text, retry_after_ms=200)
     raise JetStreamError(text, number)
 

@@ -19,7 +19,7 @@ from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, ROLLUP, Out
 from mnemesh.connection import Link
 from mnemesh.errors import Busy, Conflict, MnemeshError, TooLarge, Unavailable
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import WRONG_LAST_ID, JetStreamError, check, is_refused_batch
+from mnemesh.jetstream import WRONG_LAST_ID, JetStreamError, NoBatch, check, is_refused_batch
 
 MESSAGE_ID = "Nats-Msg-Id"
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
@@ -201,10 +201,10 @@ class LogWriter:
                 outcomes += await self._publish_batch(chunk)
                 self._pace.took_as_batch(len(chunk), now() - began)
             except MnemeshError as error:
-                if not is_refused_batch(error):
-                    outcomes += [error] * len(chunk)
-                else:
+                if is_refused_batch(error) or isinstance(error, NoBatch):
                     outcomes += await self._publish_singly(chunk)
+                else:
+                    outcomes += [error] * len(chunk)
         return outcomes
 
     async def _publish_all(self, appends: Sequence[Append]) -> Sequence[Position]:
