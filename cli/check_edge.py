@@ -47,6 +47,12 @@ def _device(device: messages.DeviceSeen) -> Iterator[Finding]:
             f"set {name}'s clock (NTP), stop it, `mnemesh edge restamp` there and start it: what is put aside takes "
             "effect then",
         )
+    if device.refused:
+        yield wrong(
+            f"{device.refused:,} events of {name} were refused: this hub cannot read them, or they are not its own",
+            "the log of the hub's service names each; install the same release on both. What was refused stays in the "
+            "device's log, and is not sent again",
+        )
     if device.clock_offset_ms is not None and abs(device.clock_offset_ms) > LARGEST_OFFSET_MS:
         yield warning(
             f"the clock of device {name} is off by {device.clock_offset_ms / 1000:+.1f} s",

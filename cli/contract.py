@@ -87,12 +87,9 @@ def subjects_py(contract: Contract) -> str:
         windows = ", ".join(f'"{kind}": {seconds}' for kind, seconds in stream["duplicate_window_s"].items())
         lines += ["", f"{name.upper()}_DUPLICATE_WINDOW_S = {{{windows}}}", ""]
         lines += _builder(f"{name}_stream", "the stream", stream["name"])
-        roots = [part["mark"].partition(".")[0] for part in (stream["uplink"], stream["subjects"])]
-        lines += ["", f'UPLINK, {name.upper()} = "{root}.{roots[0]}.>", "{root}.{roots[1]}.>"', ""]
+        lines += ["", f'{name.upper()} = "{root}.{stream["subjects"]["mark"].partition(".")[0]}.>"', ""]
         for part, subject in stream["subjects"].items():
             lines += _builder(f"{name}_{part}", f"subject of {part}s in the {name}", f"{root}.{subject}")
-        for part, subject in stream["uplink"].items():
-            lines += _builder(f"uplink_{part}", f"where a device sends its {part}s", f"{root}.{subject}")
     for name, role in contract["roles"].items():
         lines += _builder(f"{name}_inbox", f"inbox prefix of {name}: {role['about']}", role["inbox"])
         lines += _builder(f"{name}_user", f"user name of {name}", role["user"])

@@ -7,17 +7,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from mnemesh.contract import SERVICE_REPLY
 
 Contract = dict[str, Any]
 Operation = dict[str, Any]
 
 EDGE = "edge"
-
-SERVICE_REPLY = "_R_"
-"""What reply subjects of nats-server's begin with, for requests from another account. Clients cannot name them."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,11 @@ class Permissions:
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The subjects of questions among those that are heard."""
+        return tuple(subject for subject in self.subscribe if not subject.startswith("_INBOX"))
 
 
 def allowed(contract: Contract, role: str) -> Permissions:
@@ -56,8 +60,6 @@ def allowed(contract: Contract, role: str) -> Permissions:
             publish += [_wild(f"{root}.{subject}") for subject in stream["subjects"].values()]
         if role in stream.get("erasers", ()):
             publish += [f"$JS.API.STREAM.{verb}.{stream['name']}" for verb in ("PURGE", "MSG.DELETE")]
-        if role in stream.get("uplinkers", ()):
-            publish += _uplink(contract, stream)
         if role in stream["readers"]:
             publish += _reader(stream["name"])
     for bucket in contract["buckets"].values():
@@ -74,20 +76,9 @@ def allowed(contract: Contract, role: str) -> Permissions:
     return Permissions(tuple(publish), tuple(subscribe))
 
 
-def _uplink(contract: Contract, stream: dict[str, Any], tenants: Sequence[str] = ()) -> list[str]:
-    event, mark = (f"{contract['root']}.{stream['uplink'][part]}" for part in ("event", "mark"))
-    if tenants:
-        return [*_of_site(event, tenants, token="<origin>"), mark.replace("<origin>", "<site>")]
-    return _of_site(mark, token="<origin>")
-
-
-def _of_site(subject: str, tenants: Sequence[str] = (), *, token: str = "<site>") -> list[str]:
-    """All that is said under a device's name, of each of these tenants, or of all in one entry.
-
-    nats-server 2.15 does not tell a leaf that may publish `uplink.<site>.*.*.*` of the hub's interest in
-    `uplink.*.*.*.*`, and the message goes nowhere.
-    """
-    before, _, after = subject.partition(token)
+def _of_site(subject: str, tenants: Sequence[str]) -> list[str]:
+    """All that is asked under a device's name of each of these tenants, or of all if there are none."""
+    before, _, after = subject.partition("<site>")
     if after.startswith(".<tenant>") and tenants:
         return [f"{before}<site>.{tenant}.>" for tenant in tenants]
     return [f"{before}<site>.>" if after else f"{before}<site>"]
@@ -103,7 +94,8 @@ def crosses(contract: Contract, operation: Operation) -> bool:
 def across(contract: Contract, tenants: Sequence[str] = ()) -> Permissions:
     """What a hub takes from a device's server and gives to it: what the device's edge says and hears, and nothing else.
 
-    So whoever holds a device's key can speak only for that device, and of `tenants`, or of all if there are none.
+    So whoever holds a device's key can speak only for that device, and of `tenants`, or of all if there are none. As
+    services these subjects are what the account of the devices and that of the mesh have for each other.
     """
     root = contract["root"]
     publish: list[str] = []
@@ -112,21 +104,7 @@ def across(contract: Contract, tenants: Sequence[str] = ()) -> Permissions:
         if crosses(contract, operation):
             side = subscribe if operation["owner"] == EDGE else publish
             side += _of_site(f"{root}.{operation['subject']}", tenants)
-    for stream in contract["streams"].values():
-        publish += _uplink(contract, stream, tenants)
     return Permissions(tuple(publish), tuple(subscribe))
-
-
-def services(contract: Contract) -> tuple[list[str], list[str]]:
-    """The services that a hub's account has for that of its devices, and the other way round.
-
-    Permissions look at the subject of a message, not at the reply subject that it names, and a stream acknowledges past
-    all permissions: a device in the account of the mesh could have it publish anywhere, in KV buckets too. From
-    one account to another the server puts a reply subject of its own in place of that.
-    """
-    asked = across(contract)
-    _inbox, *answered = asked.subscribe
-    return [_wild(subject) for subject in asked.publish], [_wild(subject) for subject in answered]
 
 
 def roles_at(contract: Contract, kind: str) -> list[str]:
@@ -199,26 +177,31 @@ def user_block(permissions: Permissions, **tokens: str) -> str:
 
 def services_conf(contract: Contract) -> str:
     """`deploy/nats/services.conf`: what a hub's accounts `MESH` and `DEVICES` have for each other."""
-    asked, answered = services(contract)
+    crossing = across(contract)
+    entries = {
+        "mesh_exports": exported(crossing.publish),
+        "mesh_imports": imported(crossing.answered, "DEVICES"),
+        "devices_exports": exported(crossing.answered),
+        "devices_imports": imported(crossing.publish, "MESH"),
+    }
     lines = [
         "# Generated from subjects.yaml; do not edit.",
         "# Include this file in both accounts of a hub. In MESH: exports: $mesh_exports, imports: $mesh_imports;",
         "# in DEVICES, whose users are the leaves of devices: exports: $devices_exports, imports: $devices_imports.",
     ]
-    for account, other, own, others in (("mesh", "DEVICES", asked, answered), ("devices", "MESH", answered, asked)):
-        lines += [f"{account}_exports: [", *(f"  {service}" for service in exported(own)), "]"]
-        lines += [f"{account}_imports: [", *(f"  {service}" for service in imported(others, other)), "]"]
+    for name, several in entries.items():
+        lines += [f"{name}: [", *(f"  {entry}" for entry in several), "]"]
     return "\n".join(lines) + "\n"
 
 
-def exported(subjects: list[str]) -> list[str]:
-    """Entries of an account's `exports`."""
-    return [f'{{ service: "{subject}" }}' for subject in subjects]
+def exported(subjects: Iterable[str]) -> list[str]:
+    """Entries of an account's `exports`, for all sites."""
+    return [f'{{ service: "{_wild(subject)}" }}' for subject in subjects]
 
 
-def imported(subjects: list[str], account: str) -> list[str]:
-    """Entries of an account's `imports`, from another."""
-    return [f'{{ service: {{ account: {account}, subject: "{subject}" }} }}' for subject in subjects]
+def imported(subjects: Iterable[str], account: str) -> list[str]:
+    """Entries of an account's `imports`, from another, for all sites."""
+    return [f'{{ service: {{ account: {account}, subject: "{_wild(subject)}" }} }}' for subject in subjects]
 
 
 def mappings_conf(contract: Contract) -> str:

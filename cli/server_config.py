@@ -15,7 +15,7 @@ from typing import Literal
 from cli.contract import Contract
 from cli.credentials import SYSTEM, Credential, Credentials
 from cli.devices import Devices, seed_of
-from cli.permissions import across, allowed, exported, imported, mappings, services, user_block
+from cli.permissions import across, allowed, exported, imported, mappings, user_block
 from cli.private import write_private
 from mnemesh import subjects
 from mnemesh.contract import fill
@@ -86,6 +86,7 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         f"      {{ nkey: {device.key}, permissions: {user_block(across(contract, device.tenants), site=device.name)} }}"
         for device in Devices(data).list()
     ]
+    crossing = across(contract)
     routes = [
         f"      {_quoted(source)}: {_quoted(fill(target, site=options.site))}"
         for source, target in mappings(contract).items()
@@ -101,7 +102,6 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         closed = f"deny_exports: [{_quoted(subjects.LOG)}], deny_imports: [{_quoted(subjects.LOG)}]"
         remote = f"url: {_quoted(options.hub)}, account: MESH, nkey: {_quoted(seed_of(data))}, {closed}"
         leaves = ["leafnodes {", '    reconnect: "1s"', f"    remotes: [ {{ {remote} }} ]", "}"]
-    asked, answered = services(contract)
     lines = [
         "# Written by Mnemesh at each start and reload; changes are lost. Private: it holds passwords.",
         f"server_name: {_quoted(f'mnemesh-{options.site}')}",
@@ -126,15 +126,15 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         "    mappings {",
         *routes,
         "    }",
-        f"    exports: [ {', '.join(exported(asked))} ]",
-        f"    imports: [ {', '.join(imported(answered, 'DEVICES'))} ]",
+        f"    exports: [ {', '.join(exported(crossing.publish))} ]",
+        f"    imports: [ {', '.join(imported(crossing.answered, 'DEVICES'))} ]",
         "    users: [",
         *members,
         "    ]",
         "  }",
         "  DEVICES {",
-        f"    exports: [ {', '.join(exported(answered))} ]",
-        f"    imports: [ {', '.join(imported(asked, 'MESH'))} ]",
+        f"    exports: [ {', '.join(exported(crossing.answered))} ]",
+        f"    imports: [ {', '.join(imported(crossing.publish, 'MESH'))} ]",
         "    users: [",
         *devices,
         "    ]",

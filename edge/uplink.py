@@ -1,14 +1,11 @@
 """The uplink: what is born on a device goes to its hub, once and in order, however often the link drops.
 
-    ask the hub up to where it has our log → follow it from our next event → send in atomic batches, each with a mark
+    ask the hub up to where it has our log → follow it from our next event → send in batches, each up to a mark
 
-The hub's stream turns uplink subjects into those of its log. The mark that ends each batch is stored only if the mark
-before it is the one that we know, in the same commit as the events: so a batch whose ack was lost is refused when it is
-sent again, and a hub that was restored from a backup tells what it lacks. Nothing is kept on the device.
-
-An event that comes alone is sent without a batch, which would cost the hub's disk several times as much: first itself,
-stored only if the mark is the one that we know, and then the mark. Where a line broke in between, the hub looks for it;
-and as it may still be on its way, we set the mark anew before we ask: what comes after that is refused.
+The hub appends a batch only if the mark before it is the one that we know (`services.uplinks`): so a batch whose answer
+was lost is refused when it is sent again, and a hub that was restored from a backup tells what it lacks. Nothing is
+kept on the device. A batch may still be on its way when we ask up to where the hub is, or be stored but for its mark:
+so we set the mark anew before we ask, and what comes after that is refused.
 
 What the policy keeps back is left out before anything is sent; the mark passes over it. The type that decides is the
 entity's own, and where an event brings another, both.
@@ -32,15 +29,13 @@ from msgspec.structs import replace
 from edge.aside import Aside, is_ahead
 from mnemesh import subjects
 from mnemesh.asker import Asker
-from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, Outgoing, publish_all
 from mnemesh.clock import wall_ms
-from mnemesh.errors import Conflict, MnemeshError, NotFound
+from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, NotFound, TooLarge
 from mnemesh.event import Event, Number, decode_event
 from mnemesh.follower import Follower
-from mnemesh.jetstream import Stored, StreamState, WrongSequence, message_at, next_of, stream_state
-from mnemesh.log_writer import EXPECTED
-from mnemesh.messages import AskPosition, Description, Position
-from mnemesh.origin import ASIDE, BORN, FORGETS, Mark, born, hash_of, is_born_here, place_of
+from mnemesh.jetstream import Stored, StreamState, message_at, next_of, stream_state
+from mnemesh.messages import AskPosition, Description, OwnEvent, OwnEvents, Position
+from mnemesh.origin import Mark, hash_of, is_born_here, place_of
 from router.inventory import Inventory
 from services.site_policy import SitePolicy
 from services.sovereignty import Policy, reduced_event
@@ -56,9 +51,10 @@ STEP_MS = 1_000
 """By how much a clock that is set differs from one that goes on. A device that slept looks the same."""
 BATCH_S = 1.0
 """For how long a batch may keep a line whose rate is known. A hub that hears nothing else for 10 s drops the line."""
-FRAMING = 120
-"""Bytes on the line for each event, beside its subject and itself: the headers of batch and origin, and NATS's own."""
-COMPARED = "Nats-Expected-Last-Subject-Sequence-Subject"
+FRAMING = 16
+"""Bytes on the line for each event, beside itself."""
+MOST_SENT = 999
+MOST_BYTES_SENT = 1024 * 1024
 
 
 class _Moved(MnemeshError):
@@ -94,9 +90,7 @@ class Uplink:
         self._site = site
         self._bytes_per_s = bytes_per_s
         self._says = says
-        self._most_bytes = (
-            MOST_BYTES_IN_BATCH if bytes_per_s is None else min(MOST_BYTES_IN_BATCH, bytes_per_s * BATCH_S)
-        )
+        self._most_bytes = MOST_BYTES_SENT if bytes_per_s is None else min(MOST_BYTES_SENT, bytes_per_s * BATCH_S)
         self._log = subjects.log_stream(site)
         self._position: Position | None = None
         self._waiting_since_ms: int | None = None
@@ -145,7 +139,7 @@ class Uplink:
                 await self._send_on()
             except _Moved as error:
                 logger.info("%s", error)
-            except Conflict as error:
+            except (Conflict, BadRequest, Denied, TooLarge) as error:
                 if str(error) != self.trouble:
                     logger.error("the uplink stands still: %s", error)
                 self.trouble = str(error)
@@ -187,7 +181,7 @@ class Uplink:
         # What is on its way there since before expects the mark of then: set it anew, and that is refused.
         self._incarnation = state.incarnation
         marked = await self._mark_at(position)
-        await self._publish([self._mark(marked, position)])
+        await self._tell(marked, position)
         position = await self._asked(log=state.incarnation)
         await self._check_is_ours(position, state)
         if position.incarnation != state.incarnation:
@@ -196,7 +190,7 @@ class Uplink:
         elif (position.incarnation, position.sequence) != (marked.incarnation, marked.sequence):
             # An event is there whose mark did not come: readers wait for that.
             mark = await self._mark_at(replace(position, hlc=marked.hlc))
-            place = await self._publish([self._mark(mark, position)])
+            place = await self._tell(mark, position)
             position = replace(position, place=place, last=mark.last, hlc=mark.hlc)
         self._position = position
         return position
@@ -271,7 +265,7 @@ class Uplink:
         first, self.waiting = await self._own_after(position.sequence)
         after = first - 1 if first else end
         follower = Follower(self._asker.link, inbox, self._log, after=after, incarnation=self._incarnation)
-        async with aclosing(follower.batches(MOST_IN_BATCH - 1)) as batches:
+        async with aclosing(follower.batches(MOST_SENT)) as batches:
             async for batch in batches:
                 own = [stored for stored in batch if self._is_own(stored)]
                 self.waiting = max(self.waiting, len(own))
@@ -336,13 +330,12 @@ class Uplink:
         if is_ahead(max(map(_stamp_of, sent)), self._hub_ms()):
             await self._put_aside(sent)
         mark = self._mark_of(sent, position)
-        events = [self._event(stored, payload) for stored, payload in some if payload is not None]
-        if len(events) == 1:
-            (event,) = events
-            await self._publish([event._replace(headers={**event.headers, **self._after(position)})])
-            place = await self._publish([self._mark(mark, position)])
-        else:
-            place = await self._publish([*events, self._mark(mark, position)])
+        events = [
+            OwnEvent(stored.sequence, payload, stored.sequence in self._aside)
+            for stored, payload in some
+            if payload is not None
+        ]
+        place = await self._tell(mark, position, events)
         self.sent += len(events)
         self._position = position = Position(
             hub=position.hub,
@@ -357,21 +350,23 @@ class Uplink:
             await asyncio.sleep(earliest - asyncio.get_running_loop().time())
         return position
 
-    async def _publish(self, messages: Sequence[Outgoing]) -> int:
+    async def _tell(self, mark: Mark, position: Position, events: Sequence[OwnEvent] = ()) -> int:
+        """Send events and the mark after them; returns where in the hub's log that is."""
+        told = OwnEvents(
+            events=list(events),
+            place=position.place,
+            incarnation=mark.incarnation,
+            sequence=mark.sequence,
+            last=mark.last,
+            hlc=mark.hlc,
+        )
         try:
-            return await publish_all(self._asker.link, self._asker.inbox, messages, budget_s=SEND_S)
-        except WrongSequence as error:  # a batch whose ack we did not get, or another device in our name
+            answer = await self._asker.ask(subjects.UPLINK, subjects.uplink(self._site), told, budget_s=SEND_S)
+        except Conflict as error:  # a batch whose answer we did not get, or another device in our name
             raise _Moved(f"the hub has more of {self._site} than we knew") from error
-
-    def _event(self, stored: Stored, payload: bytes) -> Outgoing:
-        place = place_of(stored.message.subject)
-        headers = {BORN: born(stored.sequence, self._incarnation)}
-        if stored.sequence in self._aside:
-            headers[ASIDE] = "1"
-        elif FORGETS in stored.message.headers:
-            headers[FORGETS] = "1"
-        subject = subjects.uplink_event(place.origin, place.tenant, place.partition, place.entity)
-        return Outgoing(subject, payload, headers)
+        for refused in answer.refused:
+            logger.error("the hub does not take event %d of this device: %s", refused.sequence, refused.reason)
+        return answer.place
 
     async def _put_aside(self, some: Sequence[Stored]) -> None:
         """Have the hub quarantine those whose stamps are ahead, and know that before it does."""
@@ -387,13 +382,6 @@ class Uplink:
         """Whether our clock did not just go on since the hub told what its own shows."""
         went_on_ms = (asyncio.get_running_loop().time() - self._heard_at) * 1000
         return abs(wall_ms() - self._heard_at_ms - went_on_ms) > STEP_MS
-
-    def _mark(self, mark: Mark, position: Position) -> Outgoing:
-        return Outgoing(subjects.uplink_mark(self._site), mark.encode(), self._after(position))
-
-    def _after(self, position: Position) -> dict[str, str]:
-        """The headers of what the hub stores only while our mark is the one of this position."""
-        return {EXPECTED: str(position.place), COMPARED: subjects.log_mark(self._site)}
 
 
 def _event_in(stored: Stored) -> Event | None:
@@ -451,4 +439,4 @@ def _size(leaving: _Leaving) -> int:
     """About what an event takes on the line."""
     if leaving.payload is None:
         return 0
-    return len(leaving.stored.message.subject) + len(leaving.payload) + FRAMING
+    return len(leaving.payload) + FRAMING

@@ -79,13 +79,16 @@ def _split_vectors(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str
         if isinstance(value, np.ndarray) or (name == STATE_VECTOR and value is not None):
             vectors[name] = as_vector(value, what=f"attributes.{name}")
         elif name != STATE_VECTOR:
-            _check_plain(value, f"attributes.{name}", DEEPEST)
+            check_plain(value, f"attributes.{name}", DEEPEST)
             plain[name] = value
     return plain, vectors
 
 
-def _check_plain(value: object, path: str, depth: int) -> None:
-    """Values that every store and both encodings can hold: no NaN, no bytes, no ext, no bottomless nesting."""
+def check_plain(value: object, path: str, depth: int = DEEPEST + 4) -> None:
+    """Values that every store and both encodings can hold: no NaN, no bytes, no ext, no bottomless nesting.
+
+    A body holds the values of callers up to four levels down.
+    """
     kind = type(value)
     if kind in (str, bool) or value is None:
         return
@@ -101,10 +104,10 @@ def _check_plain(value: object, path: str, depth: int) -> None:
         for name, item in value.items():
             if not isinstance(name, str):
                 raise BadRequest(f"{path}: the keys of a map must be texts")
-            _check_plain(item, f"{path}.{name}", depth - 1)
+            check_plain(item, f"{path}.{name}", depth - 1)
     elif isinstance(value, list):
         for item in value:
-            _check_plain(item, path, depth - 1)
+            check_plain(item, path, depth - 1)
     else:
         raise BadRequest(f"{path}: a {kind.__name__} is not a value; use text, number, boolean, list or map")
 
@@ -113,6 +116,6 @@ def _edge(edge: messages.Edge) -> dict[str, Any]:
     to_token(edge.target_id)
     plain: dict[str, Any] = {"relation": edge.relation, "target_id": edge.target_id}
     if edge.properties:
-        _check_plain(edge.properties, f"edge {edge.relation!r}", DEEPEST)
+        check_plain(edge.properties, f"edge {edge.relation!r}", DEEPEST)
         plain["properties"] = edge.properties
     return plain

@@ -24,7 +24,7 @@ from mnemesh.call import MESSAGE_ID, Call, check_message_id
 from mnemesh.clock import HybridClock, is_too_far_ahead, to_ms
 from mnemesh.connection import Link
 from mnemesh.errors import BY_CODE, BadRequest, Conflict, MnemeshError, NotFound, TooLarge
-from mnemesh.event import Event, decode_event
+from mnemesh.event import LARGEST, Event, decode_event
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
@@ -307,7 +307,10 @@ class Gateway(Actor):
         headers = {}
         if op == "forget":
             headers = {FORGETS: "1"} | ({ROLLUP: "sub"} if self._terms.allows_rollups else {})
-        return Append(subject, event.encode(), self._message_id(event_id), expected, headers, of_any_site)
+        payload = event.encode()
+        if len(payload) > LARGEST:
+            raise TooLarge(f"{entity_id[:200]!r} is an event of {len(payload)} bytes; it may have {LARGEST}")
+        return Append(subject, payload, self._message_id(event_id), expected, headers, of_any_site)
 
     def _message_id(self, event_id: str) -> str:
         return hashlib.blake2b(event_id.encode(), key=self._terms.message_id_key, digest_size=16).hexdigest()

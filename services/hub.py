@@ -40,6 +40,7 @@ from services.receipts import Receipts
 from services.roster import Key
 from services.selection import Selection
 from services.site_policy import SitePolicy
+from services.uplinks import Uplinks
 
 NO_MARK = Mark(incarnation="", sequence=0)
 """What counts where a device's mark cannot be read: the device sends its log from the beginning."""
@@ -90,6 +91,7 @@ class Hub(Actor):
         self._eraser = Eraser(
             self.asker, self._inventory, site=site, on_late=self._owe_forget, next_after=self._tail.next
         )
+        self._uplinks = Uplinks(link, self.asker.inbox)
         self._debts = Debts(self.asker.inbox)
         self._receipts = Receipts(self.asker, self._policy, self._presence, site=site)
         self._openings: dict[str, _Opening] = {}
@@ -100,7 +102,7 @@ class Hub(Actor):
         return {"site": self.site}
 
     def gauges(self) -> list[Gauge]:
-        return [*self._presence.gauges(), *self._eraser.gauges()]
+        return [*self._presence.gauges(), *self._eraser.gauges(), *self._uplinks.gauges()]
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         return {
@@ -125,6 +127,11 @@ class Hub(Actor):
     async def release(self) -> None:
         for feeding in self._feeds.values():
             await feeding.feed.close()
+
+    @handles(subjects.UPLINK)
+    async def uplink(self, request: messages.OwnEvents, call: Call) -> messages.Uplinked:
+        device = call.tokens["site"]
+        return await self._uplinks.take(device, request, self._policy.entry(device).tenants)
 
     @handles(subjects.UPLINK_POSITION)
     async def uplink_position(self, request: messages.AskPosition, call: Call) -> messages.Position:
@@ -345,7 +352,11 @@ class Hub(Actor):
         head = (await stream_state(self.asker.inbox, self._log)).last_sequence
         quarantined = await self._quarantined() if request.quarantined else Counter()
         seen = [
-            replace(await self._seen(site, marks.get(site), head), quarantined=quarantined[site])
+            replace(
+                await self._seen(site, marks.get(site), head),
+                quarantined=quarantined[site],
+                refused=self._uplinks.refused[site],
+            )
             for site in sorted(marks.keys() | self._presence.devices)
         ]
         return messages.DevicesSeen(devices=seen)

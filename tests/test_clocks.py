@@ -152,7 +152,7 @@ async def test_a_mark_whose_stamp_is_ahead_is_followed_by_one_whose_stamp_is_not
         written = await here.set_context("t1", attributes={"n": 1})
         await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
         ahead = replace(await mark_at(hub), hlc=(wall_ms() + TEN_YEARS_MS) << COUNTER_BITS)
-        await send(node, subjects.uplink_mark("sub7"), ahead.encode())
+        await send(node, first=ahead.sequence + 1, incarnation=ahead.incarnation, last=ahead.last, hlc=ahead.hlc)
         written = await here.set_context("t1", attributes={"n": 2})
         await there.get_context("t1", consistency=since(written), budget_ms=LONG_MS)
         assert 0 < stamp_ms((await mark_at(hub)).hlc) < wall_ms() + MOST_AHEAD_MS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -305,8 +306,39 @@ async def test_headers_arrive_as_they_were_sent_and_none_passes_for_a_status(ope
     assert [(message.data, dict(message.headers)) for message in seen] == [(b"body", sent), (b"bare", {})]
     status = Message("s", "", b"", b"NATS/1.0 100 Idle Heartbeat\r\nNats-Last-Consumer: 7\r\n\r\n")
     assert (status.status, status.headers) == ("100", {"Nats-Last-Consumer": "7"})
-    forged = Message("s", "", b"", b"NATS/1.0\r\nStatus: 503\r\n\r\n")
-    assert (forged.status, Message("s", "", b"").status) == ("", "")
+    for forged in (b"NATS/1.0\r\nStatus: 503\r\n\r\n", b"404\r\n\r\n", None):
+        assert Message("s", "", b"", forged).status == ""
+
+
+@pytest.mark.parametrize("token", [b"a\x0bb", b"a\x0cb", b"\xff", b"a\x85b"])
+async def test_a_subject_may_hold_what_looks_like_a_blank_or_is_no_text(
+    own_mesh_server: NatsServer, open_link: OpenLink, token: bytes
+) -> None:
+    """An agent could have any service lose its connection, by the reply subject that it named."""
+    gateway = await open_link("gateway", own_mesh_server)
+    seen: list[bytes] = []
+    ended = asyncio.Event()
+
+    def on_message(message: Message) -> None:
+        seen.append(message.data)
+        if message.data == b"z":
+            ended.set()
+
+    await gateway.subscribe(subjects.set_context("acme", "alice"), on_message)
+    await gateway.flush()
+    login = own_mesh_server.credentials.load("acme.alice")
+    _, writer = await asyncio.open_connection("127.0.0.1", own_mesh_server.options.port)
+    connect = json.dumps({"user": login.user, "pass": login.password, "verbose": False, "headers": True})
+    reply = b"_INBOX_agent.acme.alice." + token
+    subject = subjects.set_context("acme", "alice").encode()
+    writer.write(b"CONNECT " + connect.encode() + b"\r\nPUB " + subject + b" " + reply + b" 1\r\nx\r\n")
+    writer.write(b"HPUB " + subject + b" " + reply + b" 12 13\r\nNATS/1.0\r\n\r\ny\r\n")
+    writer.write(b"PUB " + subject + b" 1\r\nz\r\n")
+    async with asyncio.timeout(10):
+        await ended.wait()
+    writer.close()
+    assert seen == [b"x", b"y", b"z"]
+    assert gateway.reconnects == 0
 
 
 async def test_what_the_socket_does_not_take_at_once_arrives_later_in_order(

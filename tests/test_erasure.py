@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from sites import TENANT, HubSite, alice_at, current, device, since, status_of
-from test_hostile_device import event, send, uplink
+from test_hostile_device import event, send
 
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
@@ -25,7 +25,7 @@ from mnemesh.event import Event, decode_event
 from mnemesh.ids import partition_of, to_token
 from mnemesh.jetstream import counts_of, history_of, last_of, stream_state
 from mnemesh.messages import AskErasures, Erasure, Interest, Want
-from mnemesh.origin import BORN, decode_mark
+from mnemesh.origin import decode_mark
 from services import erasure
 from services.debts import Debts
 
@@ -141,7 +141,7 @@ async def test_what_a_forget_has_no_part_in_stays_in_the_log(hub: HubSite, tmp_p
 
         async def send_put(number: int, by_ms: int, log: str = "x") -> None:
             stamp = (wall_ms() + by_ms) << COUNTER_BITS
-            await send(node, uplink("e1"), event("e1", id=str(number), hlc=stamp), {BORN: f"{number} {log}"})
+            await send(node, event("e1", id=str(number), hlc=stamp), first=number, incarnation=log)
 
         await send_put(1, -5_000)
         await send_put(2, 20_000)
@@ -224,7 +224,7 @@ async def test_a_debt_is_noted_before_what_tells_of_it_is_gone(
     monkeypatch.setattr(Debts, "add", adds)
     async with device(hub, tmp_path / "a") as node, alice_at(hub.server) as there:
         await there.forget("e1")
-        await send(node, uplink("e1"), event("e1"), {BORN: "1 x"})
+        await send(node, event("e1"))
         await until_logged(hub.options, "e1", ["forget hub"])
     assert had[0] == ["forget hub", "put sub7"]
 
@@ -245,7 +245,7 @@ async def test_events_that_have_an_id_in_common_stay_in_the_log_where_stores_hav
         for number, body in enumerate(({}, {"attributes": [1]}, {}), 1):
             put = Event(id="boot", hlc=(now + 1000 * number) << COUNTER_BITS, body=body, **said)
             await publish_all(gateway.link, gateway.inbox, [Outgoing(subject, put.encode(), {})], budget_s=5.0)
-        await send(node, uplink("e1"), event("e1"), {BORN: "1 x"})
+        await send(node, event("e1"))
         await until_logged(hub.options, "e1", ["forget hub", "put hub", "put hub"])
 
 
@@ -254,7 +254,7 @@ async def test_a_version_that_was_erased_again_may_still_be_expected(hub: HubSit
     async with device(hub, tmp_path / "a") as node, alice_at(hub.server) as there:
         await there.forget("e1")
         written = await there.set_context("e1", attributes={"n": 1})
-        await send(node, uplink("e1"), event("e1"), {BORN: "1 x"})
+        await send(node, event("e1"))
         version = written.version
         while (read := await there.get_context("e1")).version == version:
             pass

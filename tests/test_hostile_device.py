@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
@@ -10,38 +9,54 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import nats.errors
+import numpy as np
 import pytest
-from sites import TENANT, HubSite, alice_at, device, since, status_of, stolen
+from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from cli.edge_node import EdgeNode
 from cli.operator import asking
 from mnemesh import Memory, subjects
 from mnemesh.asker import Asker
-from mnemesh.atomic_batch import BATCH_ID, BATCH_SEQUENCE
-from mnemesh.connection import Link, Message
-from mnemesh.errors import NotFound, Unavailable
-from mnemesh.event import Event
-from mnemesh.ids import partition_of_tokens
-from mnemesh.inbox import Inbox
-from mnemesh.jetstream import ALL, JetStreamError, check, history_of
-from mnemesh.messages import AskDevices, AskErasures, ConfirmErased, Erasure, Interest, Receipt, Want
-from mnemesh.origin import BORN, FORGETS, Mark
+from mnemesh.atomic_batch import BATCH_ID, BATCH_SEQUENCE, Outgoing, publish_all
+from mnemesh.connection import Link
+from mnemesh.errors import BadRequest, Conflict, MnemeshError, NotFound, Unavailable
+from mnemesh.event import LARGEST, Event
+from mnemesh.jetstream import ALL, history_of
+from mnemesh.messages import (
+    AskDevices,
+    AskErasures,
+    AskPosition,
+    ConfirmErased,
+    DeviceSeen,
+    Erasure,
+    Interest,
+    OwnEvent,
+    OwnEvents,
+    Receipt,
+    Uplinked,
+    Want,
+)
+from services.uplinks import checked
 
 LONG_MS = 30_000
 EVERYTHING = Interest(wants=[Want(tenant=TENANT)])
 NO_HEADERS: Mapping[str, str] = {}
 
 
-async def send(node: EdgeNode, subject: str, payload: bytes, headers: Mapping[str, str] = NO_HEADERS) -> Message:
-    """Send as the device's edge, once its leaf is there; returns what the hub's log answers."""
+async def send(node: EdgeNode, *payloads: bytes, first: int = 1, **said: Any) -> Uplinked:
+    """Send as the device's edge, once its leaf is there, as events of a log of its own making."""
+    site = node.options.server.site
+    events = [OwnEvent(number, payload) for number, payload in enumerate(payloads, first)]
     link = await Link.open(node.server.credentials.load("edge").link_options())
     try:
-        inbox = Inbox(link)
-        await inbox.open()
+        asker = await Asker(link).open()
         while True:
-            with contextlib.suppress(Unavailable):
-                return await inbox.request(subject, payload, budget_s=5.0, headers=dict(headers))
+            with contextlib.suppress(Unavailable, Conflict):
+                asked = AskPosition()
+                place = (await asker.ask(subjects.UPLINK_POSITION, subjects.uplink_position(site), asked)).place
+                told = {"incarnation": "x", "sequence": first + len(payloads) - 1} | said
+                own = OwnEvents(events=events, place=place, **told)
+                return await asker.ask(subjects.UPLINK, subjects.uplink(site), own)
     finally:
         await link.close()
 
@@ -51,16 +66,47 @@ def event(entity: str = "t1", **said: Any) -> bytes:
     return Event(**(told | {"body": {"attributes": {"n": 1}}} | said)).encode()
 
 
-def uplink(entity: str = "t1", tenant: str = TENANT) -> str:
-    return subjects.uplink_event("sub7", tenant, partition_of_tokens(tenant, entity), entity)
+def nested(depth: int) -> bytes:
+    """An event whose body holds lists in lists."""
+    deep = event(body={"attributes": {"n": 0}})
+    return deep.replace(b"\xa1n\x00", b"\xa1n" + b"\x91" * depth + b"\x00")
 
 
-NUMBERS: list[dict[str, Any]] = [
-    {"hlc": (1 << 63) + 5},
-    {"hlc": (1 << 64) - 1},
-    {"saw": 1 << 63},
-    {"valid_from": 1 << 63},
-]
+REFUSED: dict[str, bytes] = {
+    "nothing": b"",
+    "nonsense": b"nonsense",
+    "json": json.dumps({"id": "1", "op": "put", "agent": "x", "hlc": 1, "site": "sub7", "tenant": TENANT}).encode(),
+    "a large stamp": event(hlc=(1 << 64) - 1),
+    "a stamp of a bit too many": event(hlc=(1 << 63) + 5),
+    "a large place": event(saw=1 << 63),
+    "a large time": event(valid_from=1 << 63),
+    "a time after all": event(valid_from=1 << 60),
+    "a type that is a list": event(body={"type": []}),
+    "an edge that is a number": event(body={"edges": [1]}),
+    "edges that are a number": event(body={"edges": 1}),
+    "attributes that are a list": event(body={"attributes": [1]}),
+    "a text that is a number": event(body={"text": 5}),
+    "a large number": event(body={"attributes": {"n": (1 << 64) - 1}}).replace(b"\xcf", b"\xc7"),
+    "a vector of too many": event(body={"vectors": {"v": np.zeros(4097, np.float32)}}),
+    "deep nesting": nested(1000),
+    "nesting": nested(50),
+    "another site": event(site="hub"),
+    "another device": event(site="other"),
+    "a wildcard as tenant": event(tenant="*"),
+    "tokens as tenant": event(tenant="a.b"),
+    "a blank in the tenant": event(tenant="a\x0bb"),
+    "a long tenant": event(tenant="x" * 5000),
+    "a long agent": event(agent="x" * 5000),
+    "a long id": event(id="x" * 5000),
+    "no id": event(id=""),
+    "a long entity": event("x" * 20_000),
+    "a long target": event(body={"edges": [{"relation": "r", "target_id": "x" * 20_000}]}),
+    "a space by wildcard": event(body={"vectors": {"*": np.zeros(2, np.float32)}}),
+    "what it holds": event(op="hold", body={}),
+    "what it lets go": event(op="release", body={}),
+    "an operation of later": event(op="later"),
+    "too much": event(body={"text": "x" * LARGEST}),
+}
 
 
 async def assert_goes_on(memory: Memory) -> None:
@@ -70,69 +116,64 @@ async def assert_goes_on(memory: Memory) -> None:
     assert (await memory.search_embedding([1.0], space="v", consistency=since(written), budget_ms=LONG_MS)).hits
 
 
-@pytest.mark.parametrize("said", NUMBERS, ids=str)
-async def test_a_number_that_no_store_can_hold_is_skipped(hub: HubSite, tmp_path: Path, said: dict[str, Any]) -> None:
-    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
-        await send(node, uplink(), event(**said), {BORN: "1 x"})
+@pytest.mark.parametrize("payload", REFUSED.values(), ids=REFUSED.keys())
+def test_what_no_store_can_hold_or_is_not_the_devices_own_is_not_taken(payload: bytes) -> None:
+    with pytest.raises((MnemeshError, ValueError)):
+        checked(payload, "sub7", [])
+
+
+async def test_what_a_hub_does_not_take_is_told_and_the_rest_is_stored(hub: HubSite, tmp_path: Path) -> None:
+    refused = [payload for name, payload in REFUSED.items() if name != "too much"]
+    async with (
+        device(hub, tmp_path / "other", name="other", interest=EVERYTHING) as other,
+        device(hub, tmp_path / "d") as node,
+        alice_at(hub.server) as there,
+    ):
+        told = await send(node, event("t3"), *refused, event("t4", id="3"))
+        assert [each.sequence for each in told.refused] == [*range(2, len(refused) + 2)]
         await assert_goes_on(there)
+        written = await there.set_context("t2", attributes={"n": 2})
+        for entity in ("t3", "t4"):
+            assert (await there.get_context(entity, consistency=since(written))).attributes == {"n": 1}
+        with pytest.raises(NotFound):
+            await there.get_context("t1")
+        while (await status_of(other)).downlinked < written.token["hub"]:
+            pass
+        async with asking(hub.options, "test") as asker:
+            (seen,) = [told for told in await seen_by(asker) if told.site == "sub7"]
+        assert seen.refused == len(refused)
 
 
-@pytest.mark.parametrize("born", ["9" * 70 + " x", f"{1 << 64} x", "", "-1 x"])
-async def test_a_birth_that_cannot_be_is_skipped(hub: HubSite, tmp_path: Path, born: str) -> None:
+MARKS: list[dict[str, Any]] = [
+    {"incarnation": "x\r\nNats-Rollup: all"},
+    {"incarnation": "x" * 300},
+    {"incarnation": ""},
+    {"sequence": 0},
+    {"sequence": 1 << 63},
+    {"hlc": 1 << 63},
+    {"last": "x" * 300},
+    {"first": 0},
+]
+
+
+async def test_a_mark_that_cannot_be_is_refused(hub: HubSite, tmp_path: Path) -> None:
     async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
-        await send(node, uplink(), event(), {BORN: born})
+        for said in MARKS:
+            with pytest.raises(BadRequest):
+                await send(node, event(), **said)
         await assert_goes_on(there)
         with pytest.raises(NotFound):
             await there.get_context("t1")
 
 
-@pytest.mark.parametrize("mark", [b"nonsense", b"", Mark(incarnation="x" * 300, sequence=1).encode()])
-async def test_a_mark_that_is_none_harms_no_other_device(tmp_path: Path, mark: bytes) -> None:
-    hub = HubSite(tmp_path / "hub")
-    async with (
-        contextlib.AsyncExitStack() as stack,
-        hub.up(),
-        device(hub, tmp_path / "other", name="other", interest=EVERYTHING) as other,
-        alice_at(other.server) as here,
-        alice_at(hub.server) as there,
-    ):
-        node = await stack.enter_async_context(device(hub, tmp_path / "d"))
-        await send(node, subjects.uplink_mark("sub7"), mark)
-        written = await there.set_context("t2", attributes={"n": 1})
-        while not (await status_of(other)).downlinked >= written.token["hub"]:
-            pass
-        assert (await here.get_context("t2")).attributes == {"n": 1}
-        async with asking(hub.options, "test") as asker:
-            seen = (await asker.ask(subjects.DEVICES, subjects.devices(), AskDevices())).devices
-        assert {told.site for told in seen} == {"other", "sub7"}
-        memory = await stack.enter_async_context(alice_at(node.server))
-        written = await memory.set_context("t3", attributes={"n": 1})
-        assert (await there.get_context("t3", consistency=since(written), budget_ms=LONG_MS)).attributes == {"n": 1}
-
-
-async def test_a_forget_that_names_another_entity_than_its_subject_erases_neither(hub: HubSite, tmp_path: Path) -> None:
-    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
-        await there.set_context("victim", attributes={"n": 1})
-        forget = event("nobody", op="forget", body={})
-        await send(node, uplink("victim"), forget, {BORN: "1 x", FORGETS: "1"})
-        last = await there.forget("another")
-        async with asking(hub.options, "test") as asker:
-            while not [told for told in await erasures(asker) if told.sequence == last.token["hub"]]:
-                pass
-            of_it = subjects.log_event("hub", TENANT, "*", "victim")
-            assert len(await history_of(asker.inbox, subjects.log_stream("hub"), of_it, upto=last.token["hub"])) == 1
-
-
-@pytest.mark.parametrize("status", ["1", "100", "204", "404", "503"])
-async def test_a_header_that_is_called_status_stops_nobody_who_reads_the_log(
-    hub: HubSite, tmp_path: Path, status: str
-) -> None:
-    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
-        await send(node, uplink(), b"", {BORN: "1 x", "Status": status})
+async def test_a_header_that_is_called_status_stops_nobody_who_reads_the_log(hub: HubSite) -> None:
+    subject = subjects.log_event("hub", TENANT, 7, "t1")
+    async with alice_at(hub.server) as there, asking(hub.options, "test", role="gateway") as gateway:
+        for status in ("1", "100", "204", "404", "503"):
+            await publish_all(gateway.link, gateway.inbox, [Outgoing(subject, b"", {"Status": status})], budget_s=5.0)
         await assert_goes_on(there)
-        async with asking(hub.options, "test") as asker:
-            found = await history_of(asker.inbox, subjects.log_stream("hub"), ALL, upto=1 << 40)
-        assert b"" in [stored.message.data for stored in found]
+        found = await history_of(gateway.inbox, subjects.log_stream("hub"), ALL, upto=1 << 40)
+        assert [stored.message.data for stored in found].count(b"") == 5
 
 
 async def test_what_a_device_forgets_of_a_tenant_that_its_hub_lacks_keeps_nothing_from_going_on(
@@ -146,8 +187,7 @@ async def test_what_a_device_forgets_of_a_tenant_that_its_hub_lacks_keeps_nothin
     ):
         for number, op in enumerate(("put", "forget"), 1):
             told = event(op=op, tenant="ghost", id=str(number), hlc=number)
-            headers = {BORN: f"{number} x"} | ({FORGETS: "1"} if op == "forget" else {})
-            await send(node, uplink(tenant="ghost"), told, headers)
+            await send(node, told, first=number)
         await there.set_context("t1", attributes={"n": 1})
         forgotten = await there.forget("t1")
         async with asking(hub.options, "test") as asker:
@@ -163,64 +203,20 @@ async def erasures(asker: Asker) -> list[Erasure]:
     return (await asker.ask(subjects.ERASURES, subjects.erasures(), AskErasures())).erasures
 
 
-@pytest.mark.parametrize(
-    "body", [{"type": []}, {"edges": [1]}, {"edges": 1}, {"attributes": [1]}, {"text": 5}], ids=str
-)
-async def test_an_event_that_breaks_the_layout_does_not_stop_what_others_are_fed(
-    hub: HubSite, tmp_path: Path, body: dict[str, Any]
-) -> None:
-    near = Interest(wants=[Want(tenant=TENANT, entities=["centre"], hops=1)])
-    async with (
-        device(hub, tmp_path / "d") as bad,
-        device(hub, tmp_path / "everything", name="everything", interest=EVERYTHING) as one,
-        device(hub, tmp_path / "near", name="near", interest=near) as other,
-        alice_at(hub.server) as there,
-    ):
-        await send(bad, uplink("centre"), event("centre", body=body), {BORN: "1 x"})
-        written = await there.set_context("centre", attributes={"n": 2})
-        for node in (one, other):
-            async with asyncio.timeout(LONG_MS / 1000):
-                while (await status_of(node)).downlinked < written.token["hub"]:
-                    pass
+async def seen_by(asker: Asker) -> list[DeviceSeen]:
+    return (await asker.ask(subjects.DEVICES, subjects.devices(), AskDevices())).devices
 
 
-@pytest.mark.parametrize("rollup", ["all", "sub"])
-async def test_a_device_cannot_erase_the_log_of_its_hub(hub: HubSite, tmp_path: Path, rollup: str) -> None:
-    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
-        await there.set_context("t1", attributes={"n": 1})
-        await send(node, uplink(), event(), {BORN: "1 x"})
-        with pytest.raises(JetStreamError, match="rollup"):
-            check(json.loads((await send(node, uplink(), event(), {BORN: "2 x", "Nats-Rollup": rollup})).data))
-        async with asking(hub.options, "test") as asker:
-            events = subjects.log_event("*", TENANT, "*", "*")
-            assert len(await history_of(asker.inbox, subjects.log_stream("hub"), events, upto=1 << 40)) == 2
-
-
-async def test_a_device_that_holds_all_batches_of_the_log_open_stops_no_write(hub: HubSite, tmp_path: Path) -> None:
-    """nats-server has 50 of them for a stream, whoever's they are, for 10 s each."""
-    await hub.enrol("sub7", tmp_path / "d")
-    async with stolen(hub, tmp_path / "d") as thief, alice_at(hub.server) as there:
-        while True:  # until the leaf is there
-            with contextlib.suppress(nats.errors.Error):
-                await thief.request(uplink(), b"{}", timeout=1.0)
-                break
+async def test_writes_go_on_though_all_batches_of_the_log_are_held_open(hub: HubSite) -> None:
+    """nats-server has 50 of them for a stream, for 10 s each."""
+    async with alice_at(hub.server) as there, asking(hub.options, "test", role="gateway") as gateway:
+        subject = subjects.log_event("hub", TENANT, 7, "t1")
         for number in range(60):
-            headers = {BATCH_ID: str(number), BATCH_SEQUENCE: "1"}
-            await thief.publish(uplink(), event(), headers=headers)
-        await thief.request(uplink(), b"{}", timeout=5.0)
+            await gateway.link.publish(subject, b"", headers={BATCH_ID: str(number), BATCH_SEQUENCE: "1"})
+        await gateway.link.flush()
         documents = [{"entity_id": f"e{n}", "attributes": {"n": n}} for n in range(200)]
         written = await there.ingest(documents, budget_ms=LONG_MS)
         assert (written.accepted, written.refused) == (200, 0)
-
-
-async def test_a_device_cannot_take_the_id_of_another_callers_write(hub: HubSite, tmp_path: Path) -> None:
-    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
-        for taken in ("order-17", f"{TENANT}.alice.order-17"):
-            await send(node, uplink(), event(), {BORN: "1 x", "Nats-Msg-Id": taken})
-        written = await there.set_context("order", attributes={"n": 1}, message_id="order-17")
-        assert not written.duplicate
-        assert (await there.get_context("order", consistency=since(written))).attributes == {"n": 1}
-        assert (await there.set_context("order", attributes={"n": 1}, message_id="order-17")).duplicate
 
 
 async def test_a_receipt_that_is_named_like_a_debt_is_not_taken_for_one(tmp_path: Path) -> None:

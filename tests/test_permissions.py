@@ -103,12 +103,13 @@ def storage_probes() -> Iterator[Probe]:
     """Writers publish what is stored, nobody listens to it live; a stream's API is its readers' and the operator's."""
     log = CONTRACT["streams"]["log"]
     event = concrete(log["subjects"]["event"], "acme", "alice")
-    yield Probe("publish", event, frozenset(log["writers"]))
-    yield Probe("publish", event.replace(SITE, "elsewhere"), frozenset())
+    carriers = frozenset(log["carriers"])
+    yield Probe("publish", event, carriers | frozenset(log["writers"]))
+    yield Probe("publish", event.replace(SITE, "elsewhere"), carriers)
     yield Probe("subscribe", event, frozenset())
-    for template in (log["subjects"]["mark"], *log["uplink"].values()):
-        yield Probe("publish", concrete(template, "acme", "alice"), frozenset())
-        yield Probe("subscribe", concrete(template, "acme", "alice"), frozenset())
+    mark = concrete(log["subjects"]["mark"], "acme", "alice")
+    yield Probe("publish", mark, carriers)
+    yield Probe("subscribe", mark, frozenset())
     for bucket in CONTRACT["buckets"].values():
         key = f"$KV.{bucket['name']}.probe"
         yield Probe("publish", key, frozenset(bucket["writers"]))

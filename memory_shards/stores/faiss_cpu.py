@@ -218,7 +218,7 @@ class FaissStore:
                 continue
             try:
                 patch = patch_of(event)
-            except BadRequest as error:
+            except MnemeshError as error:
                 self.rejected += 1
                 _log.warning("event %d of the log is skipped: %s", record.sequence, error)
                 continue

@@ -202,7 +202,7 @@ class _Server:
         """Take a message into the mailbox, or refuse it."""
         now = self._loop.time()
         tokens = self._tokens(message)
-        if message.reply and not reply_is_private(self._operation, tokens, message.reply):
+        if not reply_is_private(self._operation, tokens, message.reply):
             logger.warning("a request to %s wanted its reply on %s", self._operation.name, message.reply)
             self._stats.record(Denied.code, 0.0)
             return

@@ -15,6 +15,7 @@ nats-py 2.16 leaves open is closed here (each has a test in `tests/test_connecti
   where the socket opens in the same round of the loop) and closing: raised again, so that budgets and Ctrl-C hold;
 * a user that was removed is reconnected for ever: a second refusal closes the connection, as in nats.go;
 * a connection that ends all the same sets `closed`, and the process that lives on it ends;
+* it loses the connection over a message whose subject holds what it takes for a blank: read as nats-server does;
 * a message passes a queue and a task on its way in, and another pair on its way out: here a callback is called where
   the message is parsed, and what is published is written in the loop's next round, as long as the socket takes it.
 """
@@ -35,6 +36,7 @@ import nats.errors
 from nats.aio.client import DEFAULT_RECONNECT_TIME_WAIT, Client, Server
 from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
+from nats.protocol import parser
 
 from mnemesh.errors import BadRequest, Denied, MnemeshError, TooLarge, Unavailable
 
@@ -83,7 +85,7 @@ class Message:
     def status(self) -> str:
         """The server's status (ADR-4), such as `503`; empty where there is none. No header can pass for it."""
         line = (self._raw_headers or b"").partition(b"\r\n")[0]
-        return line.removeprefix(_VERSION).strip()[:3].decode(errors="replace")
+        return line[len(_VERSION) :].strip()[:3].decode(errors="replace") if line.startswith(_VERSION) else ""
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -108,6 +110,12 @@ def _parse_headers(raw: bytes) -> dict[str, str]:
 
 
 Callback = Callable[[Message], None]
+
+# Whoever may name a reply subject could have a service lose its connection: nats-py takes `\v` and `\f` for blanks.
+parser.MSG_RE = re.compile(rb"\AMSG[ \t]+([^ \t\r\n]+)[ \t]+([^ \t\r\n]+)[ \t]+(([^ \t\r\n]+)[ \t]+)?(\d+)\r\n")
+parser.HMSG_RE = re.compile(
+    rb"\AHMSG[ \t]+([^ \t\r\n]+)[ \t]+([^ \t\r\n]+)[ \t]+(([^ \t\r\n]+)[ \t]+)?(\d+)[ \t]+(\d+)\r\n"
+)
 
 
 @contextlib.contextmanager
@@ -144,7 +152,7 @@ class _Client(Client):
             await super()._process_msg(sid, subject, reply, data, headers)
             return
         try:
-            callback(Message(subject.decode(), reply.decode(), data, headers))
+            callback(Message(subject.decode(errors="replace"), reply.decode(errors="replace"), data, headers))
         except Exception:  # a bug of one subscription must not end the read loop, and with it all others
             logger.exception("a callback failed on %s", subject)
 

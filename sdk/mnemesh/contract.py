@@ -73,7 +73,11 @@ def reply_is_private(operation: AnyOperation, tokens: Mapping[str, str], reply: 
     The server checks where a caller publishes, not where it wants the reply. A service may publish on the inboxes of
     all its callers, so without this check one caller could have it publish on another's inbox. Ask before anything is
     sent to a reply subject, refusals included.
+
+    A request without one is private, but not across a leaf: it may be the answer to a question of another device's.
     """
+    if not reply:
+        return operation.inboxes != (SERVICE_REPLY,)
     identity = tokens.get("tenant", ""), tokens.get("agent", ""), tokens.get("site", "")
     return reply.startswith(_private(operation.inboxes, *identity))
 
@@ -88,6 +92,9 @@ def _private(inboxes: tuple[str, ...], tenant: str, agent: str, site: str) -> tu
         for inbox in inboxes
     )
 
+
+SERVICE_REPLY = "_R_"
+"""What nats-server's own reply subjects begin with, for requests from another account. No client can name one."""
 
 _SITE = "<site>"
 

@@ -19,8 +19,12 @@ import msgspec
 
 from mnemesh import wire
 from mnemesh.clock import stamp_ms
+from mnemesh.errors import BadRequest
 
 SCHEMA = 1
+
+LARGEST = 8 * 1024 * 1024 - 64 * 1024
+"""Bytes of an event: what a message takes at most, with room for subjects, headers and what frames it on its way."""
 
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 """What a column of SQLite holds: one event with a larger one would keep every store from going on."""
@@ -97,7 +101,9 @@ _KNOWN = frozenset(_FIELDS)
 
 
 def decode_event(payload: bytes) -> Event:
-    """The event in a log message. Raises `BadRequest` if it is none."""
+    """The event in a log message, which is MessagePack. Raises `BadRequest` if it is none."""
+    if wire.is_json(payload):
+        raise BadRequest("an event is MessagePack, not JSON")
     fields = wire.decode(payload)
     if isinstance(fields, dict) and not _KNOWN.issuperset(fields):
         unknown = fields.keys() - _KNOWN

@@ -207,16 +207,14 @@ MESSAGE_KEY = "mnemesh.message-id-key"
 
 
 def log_config(site: str, *, kind: SiteKind = "hub", devices: bool = False, replicas: int = 1) -> dict[str, Any]:
-    """How the log of a site is configured. Where `devices` may connect it takes their uplinks, and no rollups."""
-    own = [subjects.log_event("*", "*", "*", "*"), subjects.log_mark("*"), subjects.log_holding("*", "*", "*", "*")]
-    uplinks: dict[str, Any] = {
-        "subjects": [*own, subjects.uplink_event("*", "*", "*", "*"), subjects.uplink_mark("*")],
-        "subject_transform": {"src": subjects.UPLINK, "dest": subjects.LOG},
-    }
+    """How the log of a site is configured. Where `devices` may connect it takes no rollups."""
     return {
         "name": subjects.log_stream(site),
-        "subjects": own,
-        **(uplinks if devices else {}),
+        "subjects": [
+            subjects.log_event("*", "*", "*", "*"),
+            subjects.log_mark("*"),
+            subjects.log_holding("*", "*", "*", "*"),
+        ],
         "retention": "limits",
         "discard": "new",
         "storage": "file",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "d8356933a25d"
+CONTRACT = "b585b763b100"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -324,6 +324,21 @@ UPLINK_POSITION = Operation(
     concurrency=64,
     mailbox=1024,
 )
+UPLINK = Operation(
+    name="uplink",
+    owner="hub",
+    callers=("edge",),
+    inboxes=("_R_",),
+    subject="mnemesh.v1.edge.uplink.<site>",
+    served="mnemesh.v1.edge.uplink.<site>",
+    request=messages.OwnEvents,
+    reply=messages.Uplinked,
+    budget_ms=5000,
+    max_bytes=8388608,
+    idempotent="by_id",
+    concurrency=64,
+    mailbox=256,
+)
 OPEN_FEED = Operation(
     name="open_feed",
     owner="hub",
@@ -557,6 +572,7 @@ OPERATIONS: dict[str, AnyOperation] = {
     "shard_erased": SHARD_ERASED,
     "shard_forgotten": SHARD_FORGOTTEN,
     "uplink_position": UPLINK_POSITION,
+    "uplink": UPLINK,
     "open_feed": OPEN_FEED,
     "next_feed": NEXT_FEED,
     "hub_get_context": HUB_GET_CONTEXT,
@@ -591,7 +607,7 @@ def log_stream(site: str) -> str:
     return f"MEMORY_{site}"
 
 
-UPLINK, LOG = "mnemesh.v1.uplink.>", "mnemesh.v1.log.>"
+LOG = "mnemesh.v1.log.>"
 
 
 def log_event(origin: str, tenant: str, partition: int | str, entity: str) -> str:
@@ -607,16 +623,6 @@ def log_mark(origin: str) -> str:
 def log_holding(origin: str, tenant: str, partition: int | str, entity: str) -> str:
     """Subject of holdings in the log."""
     return f"mnemesh.v1.log.{origin}.holding.{tenant}.{partition}.{entity}"
-
-
-def uplink_event(origin: str, tenant: str, partition: int | str, entity: str) -> str:
-    """Where a device sends its events."""
-    return f"mnemesh.v1.uplink.{origin}.{tenant}.{partition}.{entity}"
-
-
-def uplink_mark(origin: str) -> str:
-    """Where a device sends its marks."""
-    return f"mnemesh.v1.uplink.{origin}.mark"
 
 
 def agent_inbox(tenant: str, agent: str) -> str:
@@ -792,6 +798,11 @@ def shard_forgotten(site: str, shard: str) -> str:
 def uplink_position(site: str) -> str:
     """Up to where the hub has a device's log."""
     return f"mnemesh.v1.edge.position.{site}"
+
+
+def uplink(site: str) -> str:
+    """A device's own events, in their order, for its hub's log."""
+    return f"mnemesh.v1.edge.uplink.{site}"
 
 
 def open_feed(site: str) -> str:

@@ -54,6 +54,46 @@ class Position(Reply, frozen=True, kw_only=True):
     policy: str = ""
 
 
+class OwnEvent(msgspec.Struct, frozen=True, array_like=True):
+    """An event of a device: its sequence in the device's log, and its bytes as they may leave.
+
+    One that is to be put `aside` was stamped while the device's clock was ahead.
+    """
+
+    sequence: Sequence
+    payload: bytes
+    aside: bool = False
+
+
+class OwnEvents(Request, frozen=True, kw_only=True):
+    """Request of `uplink`: the next `events` of a device, for a hub that has its last mark at `place` of its log.
+
+    Of the log of this `incarnation` the hub then has all that may leave up to `sequence`; `last` is a hash of the
+    message there, and `hlc` the newest stamp up to it that is not ahead.
+    """
+
+    events: Annotated[list[OwnEvent], Meta(max_length=999)] = []
+    place: Annotated[int, Meta(ge=0)]
+    incarnation: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:+-]{1,64}$")]
+    sequence: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    last: Annotated[str, Meta(max_length=64)] = ""
+    hlc: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+
+
+class Refused(Reply, frozen=True, kw_only=True):
+    """An event that the hub does not take, and never will."""
+
+    sequence: int
+    reason: str
+
+
+class Uplinked(Reply, frozen=True, kw_only=True):
+    """Reply of `uplink`: the device's mark is at `place` of the hub's log now."""
+
+    place: int
+    refused: list[Refused] = []
+
+
 class Want(Request, frozen=True, kw_only=True):
     """Entities of one tenant that a device is to hold: those of all that is named here.
 
@@ -188,7 +228,8 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
     the rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` up to where
     it has the hub's log, of what it wants, `downlink_waiting` how many messages of that log are beyond, and
     `downlink_lag_s` how old the first of them is; up to `erased` it has erased what was forgotten. It holds so much of
-    the hub's. Of no `tenants`: it may have the memory of all.
+    the hub's. Of no `tenants`: it may have the memory of all. So many of its events the hub has `refused` since that
+    started.
     """
 
     site: str
@@ -205,6 +246,7 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
     held: int | None = None
     held_bytes: int | None = None
     quarantined: int = 0
+    refused: int = 0
     waiting: int | None = None
     lag_s: float | None = None
     clock_offset_ms: int | None = None

@@ -1,0 +1,130 @@
+"""The uplinks of a hub: what its devices send is looked at, and appended to the log under their names.
+
+    a batch: the next events of a device, and up to where that is → check each event → events and mark in one commit
+
+The mark is stored only if the mark before it is the one that the device knows: so what is sent twice is stored once. An
+event that comes alone is stored without a batch, which would cost the disk several times as much: first itself, stored
+only if the mark is the one that the device knows, and then the mark. Where that did not come, the hub looks for it.
+
+A device says nothing of subjects and headers: all that it sends is a payload. Looks at `documents`,
+`memory_shards.merge` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Collection
+from itertools import pairwise
+
+from memory_shards.merge import patch_of
+from mnemesh import subjects
+from mnemesh.atomic_batch import Outgoing, publish_all
+from mnemesh.connection import Link
+from mnemesh.errors import BadRequest, Denied, MnemeshError, TooLarge
+from mnemesh.event import LARGEST, Event, decode_event
+from mnemesh.ids import check_name, partition_of_tokens, to_token
+from mnemesh.inbox import Inbox
+from mnemesh.log_writer import COMPARED, EXPECTED
+from mnemesh.messages import OwnEvent, OwnEvents, Refused, Uplinked
+from mnemesh.origin import ASIDE, BORN, FORGETS, Mark, born
+from mnemesh.stats import Gauge
+from services.documents import check_plain
+
+logger = logging.getLogger("mnemesh.uplinks")
+
+COMMIT_S = 5.0
+A_SLICE = 64
+"""Events of a batch that are looked at before other requests get their turn: about 2 ms."""
+LONGEST_ID = 300
+"""Characters of an event's id: names of tenant and agent, the caller's name for the write, its place in a request."""
+
+
+class Uplinks:
+    """Takes what devices send. `refused` are the events of each device that were not taken since the start."""
+
+    def __init__(self, link: Link, inbox: Inbox) -> None:
+        self._link = link
+        self._inbox = inbox
+        self.refused: Counter[str] = Counter()
+
+    def gauges(self) -> list[Gauge]:
+        return [
+            Gauge(
+                "uplink_refused_events",
+                "Events of a device that its hub does not take",
+                lambda count=count: count,  # type: ignore[misc]
+                {"site": device},
+            )
+            for device, count in self.refused.items()
+        ]
+
+    async def take(self, device: str, batch: OwnEvents, tenants: Collection[str]) -> Uplinked:
+        """Append a device's next events, those that are in order. It may have these `tenants`, or all if empty.
+
+        Raises `Conflict` where its mark is not at the place that it knows, and what `publish_all` does.
+        """
+        places = [0, *(event.sequence for event in batch.events), batch.sequence + 1]
+        if any(before >= after for before, after in pairwise(places)):
+            raise BadRequest("the sequences of a device's events grow, up to that of the mark")
+        events: list[Outgoing] = []
+        refused: list[Refused] = []
+        for index, own in enumerate(batch.events):
+            if index % A_SLICE == A_SLICE - 1:
+                await asyncio.sleep(0)
+            try:
+                events.append(_message(own, checked(own.payload, device, tenants), batch.incarnation))
+            except (MnemeshError, ValueError, OverflowError, RecursionError) as error:
+                logger.error("event %d of %s is not taken: %s", own.sequence, device, error)
+                refused.append(Refused(sequence=own.sequence, reason=str(error)[:300]))
+        after = {EXPECTED: str(batch.place), COMPARED: subjects.log_mark(device)}
+        said = Mark(incarnation=batch.incarnation, sequence=batch.sequence, last=batch.last, hlc=batch.hlc)
+        mark = Outgoing(subjects.log_mark(device), said.encode(), after)
+        if len(events) == 1:
+            (alone,) = events
+            await self._publish([alone._replace(headers={**alone.headers, **after})])
+            place = await self._publish([mark])
+        else:
+            place = await self._publish([*events, mark])
+        self.refused[device] += len(refused)
+        return Uplinked(place=place, refused=refused)
+
+    async def _publish(self, messages: list[Outgoing]) -> int:
+        return await publish_all(self._link, self._inbox, messages, budget_s=COMMIT_S)
+
+
+def checked(payload: bytes, device: str, tenants: Collection[str]) -> Event:
+    """An event that a device may bring, and every store can hold. Raises `BadRequest`, `Denied`, `TooLarge`."""
+    if len(payload) > LARGEST:
+        raise TooLarge(f"it has {len(payload)} bytes; an event has at most {LARGEST}")
+    event = decode_event(payload)
+    check_name("tenant", event.tenant)
+    check_name("agent", event.agent)
+    if event.site != device:
+        raise Denied(f"it was born at {event.site[:64]!r}")
+    if tenants and event.tenant not in tenants:
+        raise Denied(f"{device} was not enrolled for tenant {event.tenant!r}")
+    if event.op not in ("put", "forget"):
+        raise BadRequest(f"a device keeps what it does not say of itself: {event.op}")
+    if not 0 < len(event.id) <= LONGEST_ID:
+        raise BadRequest(f"its id has {len(event.id)} characters; it must have 1 to {LONGEST_ID}")
+    patch = patch_of(event)
+    for entity_id in (event.entity_id, *(edge.target_id for edge in patch.edges)):
+        to_token(entity_id)
+    for space in patch.vectors:
+        check_name("space", space)
+    check_plain({name: part for name, part in event.body.items() if name != "vectors"}, "body")
+    check_plain(event.extra, "the event")
+    return event
+
+
+def _message(own: OwnEvent, event: Event, incarnation: str) -> Outgoing:
+    token = to_token(event.entity_id)
+    place = event.tenant, partition_of_tokens(event.tenant, token), token
+    headers = {BORN: born(own.sequence, incarnation)}
+    if own.aside:
+        headers[ASIDE] = "1"
+    elif event.op == "forget":
+        headers[FORGETS] = "1"
+    return Outgoing(subjects.log_event(event.site, *place), own.payload, headers)
