@@ -257,13 +257,14 @@ async def test_a_leaf_stores_nothing_by_the_reply_subject_of_what_it_may_say(hub
     key = SigningKey(base64.b32decode(seed + "=" * (-len(seed) % 8))[2:34])
     signature = base64.urlsafe_b64encode(key.sign(nonce).signature).rstrip(b"=").decode()
     connect = {"nkey": public_of(seed), "sig": signature, "name": "x", "server_id": "N", "headers": True}
-    writer.write(b"CONNECT " + json.dumps(connect).encode() + b"\r\n")
+    inbox = f"{subjects.edge_inbox('sub7')}.1"
+    writer.write(b"CONNECT " + json.dumps(connect).encode() + f"\r\nLS+ {inbox}\r\n".encode())
     victim = subjects.log_event("hub", TENANT, 5, "victim")
     said = [subjects.uplink("sub7"), subjects.uplink_position("sub7"), subjects.hub_get_context("sub7", TENANT, "x")]
     for subject in said:
         writer.write(f"LMSG {subject} $JS.ACK.a.b.c.d.e.f.g@{victim} 2\r\n{{}}\r\n".encode())
-    writer.write(f"LMSG {said[1]} {subjects.edge_inbox('sub7')}.1 2\r\n{{}}\r\n".encode())
-    while f"LMSG {subjects.edge_inbox('sub7')}.1".encode() not in await reader.readline():
+    writer.write(f"LMSG {said[1]} {inbox} 2\r\n{{}}\r\n".encode())
+    while f"LMSG {inbox} ".encode() not in await reader.readline():
         pass  # so what came before was heard
     writer.close()
     async with asking(hub.options, "test") as operator:
