@@ -14,12 +14,14 @@ from mnemesh.actor import Actor
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.host import Host, link_as
 from mnemesh.inbox import Inbox
+from router.peers import Devices
 from router.router import Router
 from router.shard_map import decode_entry
 from services.gateway import Gateway
 from services.hub import Hub
 from services.observer import observed
 from services.policy import TenantGuard
+from services.site_policy import SitePolicy
 
 logger = logging.getLogger("mnemesh.run")
 
@@ -76,7 +78,7 @@ async def _actor(options: RunOptions, link: Link) -> Actor:
     if options.service == "gateway":
         return Gateway(link, site=options.site, guard=guard)
     if options.service == "router":
-        return Router(link, guard=guard)
+        return Router(link, peers=Devices(SitePolicy(options.site)), guard=guard)
     if options.service == "hub":
         return Hub(link, site=options.site)
     partitions = await _partitions(link, options.shard)

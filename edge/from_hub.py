@@ -1,21 +1,23 @@
 """What a device does not hold, asked of its hub: as long as the hub answers, and with a deadline of its own.
 
-Its shard asks about single entities, its router whatever spans them. Looks at `router.peers`, `services.site_policy`
-and `mnemesh`.
+Its shard asks about single entities, its router whatever spans them. Looks at `router.peers`, `services.disclosure`,
+`services.site_policy` and `mnemesh`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from mnemesh import messages, subjects
 from mnemesh.asker import Asker
 from mnemesh.call import Call
 from mnemesh.contract import Operation, R
-from mnemesh.errors import Timeout, Unavailable
-from router.peers import TO_HUB, Answer, Question, ask_site, unreachable
+from mnemesh.errors import MnemeshError, Timeout, Unavailable
+from mnemesh.messages import Token
+from router.peers import TO_HUB, Answer, Edge, Question, ask_site, unreachable
+from services.disclosure import Disclosure
 from services.site_policy import SitePolicy
 
 HUB = "hub"
@@ -47,15 +49,19 @@ class FromHub:
 
     hold_the_rest = True
 
-    def __init__(self, asker: Asker, policy: SitePolicy, *, site: str, line: HubLine) -> None:
+    def __init__(self, asker: Asker, policy: SitePolicy, disclosure: Disclosure, *, site: str, line: HubLine) -> None:
         self._asker = asker
         self._policy = policy
+        self._disclosure = disclosure
         self._site = site
         self._line = line
         self._rests_until = float("-inf")
 
-    async def follow(self) -> None:
+    async def follow(self, asker: Asker) -> None:
         """There is one hub, and the uplink follows how it is."""
+
+    async def ready(self) -> None:
+        """The device's edge, which follows the policy, starts after its router."""
 
     async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
         if request.scope == "here":
@@ -68,6 +74,16 @@ class FromHub:
         if answer.coverage.state == "unreachable":
             self._rest()
         return [answer]
+
+    async def may_know(self, edges: Sequence[Edge], watermark: Token, call: Call) -> set[Edge]:
+        await self._policy.ready()
+        tenant = call.caller.tenant
+        if not self._disclosure.restricts(tenant):
+            return set(edges)
+        try:
+            return await self._disclosure.edges(tenant, edges, watermark.get(self._site, 0))
+        except MnemeshError:  # what cannot be looked up stays
+            return set()
 
     def keeps_back(self, tenant: str, kind: str | None) -> bool:
         """Whether the device's policy keeps any of what is written here of this type from its hub."""

@@ -75,8 +75,8 @@ class Edge(Actor):
         self._held = (0, 0)
         self._was_away = True  # until it is known better
         self._started_at = float("inf")
-        self.hub = FromHub(self.asker, self._policy, site=site, line=self._uplink)
         self._disclosure = Disclosure(self.asker, inventory, self._policy)
+        self.hub = FromHub(self.asker, self._policy, self._disclosure, site=site, line=self._uplink)
         self._confirming = Confirming(self.asker, self._disclosure, site=site)
 
     def bindings(self, operation: AnyOperation) -> list[Mapping[str, str]]:

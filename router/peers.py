@@ -7,7 +7,7 @@ asked, and the answer says so. What sites answer with is what their policies let
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from msgspec.structs import replace
@@ -18,7 +18,8 @@ from mnemesh.call import Call
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import Denied, MnemeshError, NotFound
-from mnemesh.messages import DeviceSeen, SiteCoverage
+from mnemesh.inbox import Inbox
+from mnemesh.messages import DeviceSeen, Node, SiteCoverage, Token
 
 PATIENCE_S = 0.25
 """How long another site may take, at most; it never gets more than half of what is left of the budget."""
@@ -29,6 +30,9 @@ LOOK_S = 2.0
 Question: TypeAlias = Literal["search", "search_text", "traverse"]
 Subject: TypeAlias = Callable[[str, str, str], str]
 """From (site, tenant, agent)."""
+
+Edge: TypeAlias = tuple[str, str, str]
+"""(near, relation, far) as it is walked, whichever of them holds it."""
 
 TO_DEVICE: dict[Question, tuple[AnyOperation, Subject]] = {
     "search": (subjects.DEVICE_SEARCH, subjects.device_search),
@@ -57,47 +61,91 @@ class Peers(Protocol):
 
     hold_the_rest: bool
 
-    async def follow(self) -> None:
+    async def follow(self, asker: Asker) -> None:
         """Keep current which they are, for ever."""
+
+    async def ready(self) -> None:
+        """Return once it is known which they are, and what they may know."""
+
+    async def may_know(self, edges: Sequence[Edge], watermark: Token, call: Call) -> set[Edge]:
+        """Those of these edges, of a walk that is at this watermark, which any of them may know of. Never raises."""
 
     async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
         """Ask all that are in reach at once; an answer for each, in the order of their names. Never raises."""
 
 
+class Rules(Protocol):
+    """What an operator says of a site's devices, and of what may leave."""
+
+    @property
+    def sites(self) -> set[str]:
+        """The devices that may connect."""
+
+    def deals_with(self, site: str, tenant: str) -> bool:
+        """Whether a device that may connect may have the memory of a tenant."""
+
+    def restricts(self, tenant: str) -> bool:
+        """Whether anything of a tenant may be kept back here."""
+
+    async def follow(self, link: Link, inbox: Inbox) -> None:
+        """Keep them current, for ever."""
+
+    async def ready(self) -> None:
+        """Return once they are known."""
+
+
 class Devices:
-    """The devices of the site whose router this is, as far as they deal with the asker's tenant."""
+    """The devices of the site whose router this is, as far as they deal with the asker's tenant.
+
+    What may leave depends on types, which a router may not look up. So where the site's policy keeps anything of a
+    tenant back, devices may know of no edge: what there is about entities beyond they have sent, but for what has yet
+    to come.
+    """
 
     hold_the_rest = False
 
-    def __init__(self, link: Link, asker: Asker) -> None:
-        self._link = link
-        self._asker = asker
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
         self._seen: dict[str, DeviceSeen] = {}
         self._askers: dict[str, Asker] = {}
 
-    async def follow(self) -> None:
+    async def follow(self, asker: Asker) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._rules.follow(asker.link, asker.inbox))
+            tasks.create_task(self._look(asker))
+
+    async def ready(self) -> None:
+        await self._rules.ready()
+
+    async def may_know(self, edges: Sequence[Edge], watermark: Token, call: Call) -> set[Edge]:
+        closed = self._meant(call.caller.tenant) and self._rules.restricts(call.caller.tenant)
+        return set() if closed else set(edges)
+
+    async def _look(self, asker: Asker) -> None:
         while True:
             try:
-                told = await self._asker.ask(subjects.DEVICES, subjects.devices(), messages.AskDevices())
+                told = await asker.ask(subjects.DEVICES, subjects.devices(), messages.AskDevices())
             except MnemeshError:
                 self._seen = {name: replace(device, linked=False) for name, device in self._seen.items()}
             else:
                 for device in told.devices:
                     if device.linked and device.site not in self._askers:
-                        await self._open(device.site)
+                        await self._open(asker.link, device.site)
                 self._seen = {device.site: device for device in told.devices}
             await asyncio.sleep(LOOK_S)
 
-    async def _open(self, site: str) -> None:
+    async def _open(self, link: Link, site: str) -> None:
         """An inbox for this device alone, so that it cannot answer in the place of others."""
-        self._askers[site] = await Asker(self._link, inbox=f"{self._link.options.inbox_prefix}.{site}").open()
+        self._askers[site] = await Asker(link, inbox=f"{link.options.inbox_prefix}.{site}").open()
 
     async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
         if not self._seen or request.scope == "here":
             return []
-        tenant = call.caller.tenant
-        meant = [device for device in self._seen.values() if not device.tenants or tenant in device.tenants]
+        meant = self._meant(call.caller.tenant)
         return await asyncio.gather(*(self._one(device, question, request, call) for device in meant))
+
+    def _meant(self, tenant: str) -> list[DeviceSeen]:
+        return [device for device in self._seen.values() if self._rules.deals_with(device.site, tenant)]
 
     async def _one(self, device: DeviceSeen, question: Question, request: Any, call: Call) -> Answer:
         asker = self._askers.get(device.site)
@@ -136,3 +184,8 @@ async def ask_site(
 
 def unreachable(site: str, silent_s: float) -> Answer:
     return Answer(SiteCoverage(site=site, state="unreachable", silent_s=silent_s))
+
+
+def edge_to(node: Node) -> Edge | None:
+    """The edge by which a walk came to a node; `None` where it began."""
+    return None if node.via is None or node.relation is None else (node.via, node.relation, node.entity_id)

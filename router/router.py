@@ -23,7 +23,7 @@ from mnemesh.errors import BadRequest, MnemeshError, NotFound, Unavailable
 from mnemesh.guard import Guard
 from mnemesh.ids import to_token
 from mnemesh.wire import as_vector
-from router.peers import Answer, Devices, Peers
+from router.peers import Answer, Peers
 from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
 from router.traversal import Walk
@@ -34,20 +34,21 @@ class Router(Actor):
 
     role = "router"
 
-    def __init__(self, link: Link, *, guard: Guard | None = None, peers: Peers | None = None) -> None:
+    def __init__(self, link: Link, *, peers: Peers, guard: Guard | None = None) -> None:
         super().__init__(link, guard=guard)
-        self._peers: Peers = peers or Devices(link, self.asker)
+        self._peers = peers
         self._map = ShardMap()
         self._scatter = Scatter(self.asker)
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         return {
             "shard_map": partial(self._map.follow, self.link, self.asker.inbox),
-            "peers": self._peers.follow,
+            "peers": partial(self._peers.follow, self.asker),
         }
 
     async def ready(self) -> None:
         await self._map.ready.wait()
+        await self._peers.ready()
 
     @handles(subjects.SEARCH_EMBEDDING)
     async def search_embedding(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:

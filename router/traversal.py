@@ -4,12 +4,14 @@ An edge lives in the partition of the entity that holds it. So outward hops ask 
 that it has, and inward hops ask every shard, since the holders may be anywhere. Asked for an outward hop, a shard walks
 on among its own entities and sends those edges too: a later hop takes from them what it needs, and asks only for the
 rest. A node is expanded once, so cycles end.
+
+Other sites are asked about what the caller named, and about what was reached over edges that they may know of. Where
+that was not all, the walk is `restricted`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 from msgspec.structs import replace
 
@@ -17,11 +19,9 @@ from mnemesh import messages, subjects
 from mnemesh.call import Call
 from mnemesh.errors import MnemeshError
 from mnemesh.messages import Node, Token, Traverse
-from router.peers import Answer, Peers
+from router.peers import Answer, Edge, Peers, edge_to
 from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
-
-Edge: TypeAlias = tuple[str, str, str]
 
 MOST_IN_EXPAND = 2000
 MOST_BYTES_IN_EXPAND = 500_000
@@ -45,6 +45,9 @@ class Walk:
         self._answers: dict[str, Answer] = {}
         self._lacking: set[str] = set()
         """Entities of which this device's hub may know more."""
+        self._askable: set[str] = set()
+        """Entities that other sites may be asked about."""
+        self._restricted = False
         self._watermark: Token = {}
 
     async def run(self) -> messages.Traversal:
@@ -56,6 +59,7 @@ class Walk:
                 self._nodes[start] = Node(entity_id=start, depth=0)
         self._truncated = not self._nodes.keys() >= set(starts)
         frontier = list(self._nodes)
+        self._askable.update(frontier)
         for depth in range(1, request.depth + 1):
             if not frontier:
                 break
@@ -65,6 +69,7 @@ class Walk:
             truncated=self._truncated,
             watermark=self._watermark,
             coverage=coverage(self._map.shards, self._errors, list(self._answers.values())),
+            restricted=self._restricted,
         )
 
     async def _hop(self, frontier: Sequence[str], depth: int) -> list[str]:
@@ -86,7 +91,10 @@ class Walk:
                     ahead.get(edge[0], edges).append(edge)
                 self._ahead |= ahead
                 self._lacking.update(reply.lacking)
-        edges += await self._elsewhere(frontier)
+        told = await self._elsewhere(frontier)
+        if depth < self._request.depth:
+            await self._note_askable(edges, told)
+        edges += told
         for near, relation, far in sorted(edges):
             if far not in self._nodes and far not in reached:
                 reached[far] = Node(entity_id=far, depth=depth, via=near, relation=relation)
@@ -100,12 +108,16 @@ class Walk:
     async def _elsewhere(self, frontier: Sequence[str]) -> list[Edge]:
         """The edges of these ids that other sites know. A hub is asked for what is not held here, a device for all."""
         request = self._request
-        asked = replace(request, start=list(frontier), depth=1)
+        if request.scope == "here":
+            return []
+        wanted = frontier
         if self._peers.hold_the_rest and request.direction == "out":
-            lacking = [entity_id for entity_id in frontier if entity_id in self._lacking]
-            if not lacking:
-                return []
-            asked = replace(asked, start=lacking)
+            wanted = [entity_id for entity_id in frontier if entity_id in self._lacking]
+        starts = [entity_id for entity_id in wanted if entity_id in self._askable]
+        self._restricted |= len(starts) < len(wanted)
+        if not starts:
+            return []
+        asked = replace(request, start=starts, depth=1)
         edges: list[Edge] = []
         for answer in await self._peers.ask("traverse", asked, self._call):
             before = self._answers.get(answer.coverage.site)
@@ -113,12 +125,24 @@ class Walk:
                 self._answers[answer.coverage.site] = answer
             if answer.reply is not None:
                 self._truncated |= answer.reply.truncated
-                edges += [
-                    (node.via, node.relation, node.entity_id)
-                    for node in answer.reply.nodes
-                    if node.via is not None and node.relation is not None
-                ]
+                edges += [edge for node in answer.reply.nodes if (edge := edge_to(node)) is not None]
         return edges
+
+    async def _note_askable(self, here: Sequence[Edge], told: Sequence[Edge]) -> None:
+        """Note which entities that a hop reaches others may be asked about, by the edges `here` and those `told` there.
+
+        A hub knows what it told; of a device's edges other devices are to know no more than of those here.
+        """
+        if self._request.scope == "here":
+            return
+        if self._peers.hold_the_rest:
+            self._askable.update(far for _, _, far in told)
+        else:
+            here = [*here, *told]
+        onward = [edge for edge in here if edge[0] in self._askable and edge[2] not in self._askable]
+        if onward:
+            known = await self._peers.may_know(onward, self._watermark, self._call)
+            self._askable.update(far for _, _, far in known)
 
     async def _expand(self, ids: Sequence[str], ahead: int) -> Gathered:
         """The edges of these ids, from the shards that may have them, and of what lies up to `ahead` hops beyond."""

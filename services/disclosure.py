@@ -2,12 +2,12 @@
 
 A device answers its hub so, and a hub its devices. Types decide, so they are looked up for whatever was found. Errors
 are told by their code alone, for their words may quote what is kept back. Looks at `site_policy`, `sovereignty`,
-`router.inventory` and `mnemesh`.
+`router` and `mnemesh`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from operator import and_
 from typing import Any
@@ -21,6 +21,7 @@ from mnemesh.contract import Operation, R
 from mnemesh.errors import BY_CODE, Denied, MnemeshError
 from mnemesh.messages import Context, Description, Hit, Hits, SearchEmbedding, SearchText, Traversal, Traverse
 from router.inventory import Inventory
+from router.peers import Edge, edge_to
 from services.site_policy import SitePolicy
 from services.sovereignty import ALL, Leaves, allows_search, reduced_context, reduced_hit
 
@@ -51,16 +52,25 @@ class Disclosure:
         walked = await self._ask(subjects.TRAVERSE, subjects.traverse, replace(request, scope="here"), call)
         if not self.restricts(tenant):
             return walked
-        ids = [node.entity_id for node in walked.nodes]
-        leaves = await self.leaves(tenant, ids, walked.watermark.get(self._policy.site, 0))
-        kept: set[str | None] = {None}
+        edges = [edge for node in walked.nodes if (edge := edge_to(node)) is not None]
+        told = await self.edges(tenant, edges, walked.watermark.get(self._policy.site, 0))
+        kept: set[str] = set()
         nodes = []
         for node in walked.nodes:  # nearest first, so who reached a node comes before it
-            ends = (node.via, node.entity_id) if node.via is not None else ()
-            if node.via in kept and all(leaves[end].tells_edges(node.relation or "") for end in ends):
+            if node.via is None or (node.via in kept and edge_to(node) in told):
                 kept.add(node.entity_id)
                 nodes.append(node)
         return replace(walked, nodes=nodes, restricted=True)
+
+    async def edges(self, tenant: str, edges: Sequence[Edge], upto: int) -> set[Edge]:
+        """Those of some edges that may leave."""
+        ends = {end for near, _, far in edges for end in (near, far)}
+        leaves = await self.leaves(tenant, ends, upto)
+        return {
+            (near, relation, far)
+            for near, relation, far in edges
+            if leaves[near].tells_edges(relation) and leaves[far].tells_edges(relation)
+        }
 
     async def context(self, context: Context, call: Call) -> Context:
         """A context that was read here, as it may leave. Raises `Denied` if it may not."""
@@ -75,7 +85,7 @@ class Disclosure:
 
     def restricts(self, tenant: str) -> bool:
         """Whether anything of a tenant may be kept back here."""
-        return any(self._policy.policy.restricts(tenant, region) for region in self._policy.regions)
+        return self._policy.restricts(tenant)
 
     async def leaves(self, tenant: str, entity_ids: Iterable[str], upto: int) -> dict[str, Leaves]:
         """What may leave of each entity, wherever it was written."""

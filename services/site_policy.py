@@ -86,6 +86,10 @@ class SitePolicy:
     def leaves(self, tenant: str, kind: str | None, region: str) -> Leaves:
         return self.policy.leaves(tenant, kind, region)
 
+    def restricts(self, tenant: str) -> bool:
+        """Whether anything of a tenant may be kept back here."""
+        return any(self.policy.restricts(tenant, region) for region in self.regions)
+
     def region_of(self, site: str) -> str:
         return self.entry(site).region
 
@@ -102,6 +106,11 @@ class SitePolicy:
     def regions(self) -> set[str]:
         """The regions of all sites that are known, and of those that are not."""
         return {self.entry(site).region for site in self._sites.entries} | {""}
+
+    def deals_with(self, site: str, tenant: str) -> bool:
+        """Whether a device that may connect may have the memory of a tenant."""
+        tenants = self.entry(site).tenants
+        return not tenants or tenant in tenants
 
     def entry(self, site: str) -> SiteEntry:
         """What is said of a site; nothing of a stranger."""

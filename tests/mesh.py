@@ -27,9 +27,11 @@ from mnemesh.actor import Actor
 from mnemesh.call import ERROR_CODE
 from mnemesh.connection import Link
 from mnemesh.host import Host, hosted
+from router.peers import Devices
 from router.router import Router
 from services.gateway import Gateway
 from services.policy import TenantGuard
+from services.site_policy import SitePolicy
 
 SHARDS = ("s0", "s1")
 STRONG = Consistency(level="strong")
@@ -91,7 +93,7 @@ class Mesh:
     async def _actor(self, name: str) -> Actor:
         makers: dict[str, Callable[[Link], Actor]] = {
             "gateway": lambda link: Gateway(link, site=self.site, guard=TenantGuard()),
-            "router": lambda link: Router(link, guard=TenantGuard()),
+            "router": lambda link: Router(link, peers=Devices(SitePolicy(self.site)), guard=TenantGuard()),
         }
         if name in makers:
             return makers[name](await self.link(name))

@@ -24,10 +24,12 @@ from mnemesh.asker import Asker
 from mnemesh.connection import Link
 from mnemesh.host import hosted
 from mnemesh.ids import PARTITIONS
+from router import peers
 from router.router import Router
 from services.gateway import Gateway
 from services.hub import Hub
 from services.policy import TenantGuard
+from services.site_policy import SitePolicy
 
 TENANT = "acme"
 AGENT = (TENANT, "alice")
@@ -51,7 +53,7 @@ class HubSite:
             await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1), devices=True)
             actors: list[Actor] = [
                 Gateway(await self.link("gateway"), site="hub", guard=TenantGuard()),
-                Router(await self.link("router"), guard=TenantGuard()),
+                Router(await self.link("router"), peers=peers.Devices(SitePolicy("hub")), guard=TenantGuard()),
                 Hub(await self.link("hub"), site="hub"),
                 Shard(
                     await self.link("shard"),

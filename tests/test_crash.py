@@ -35,8 +35,10 @@ from mnemesh.errors import MnemeshError, Timeout, Unavailable
 from mnemesh.host import Host, hosted
 from mnemesh.ids import PARTITIONS
 from mnemesh.jetstream import check, stream_state
+from router.peers import Devices
 from router.router import Router
 from services.gateway import Gateway
+from services.site_policy import SitePolicy
 
 HOUR_MS = 3_600_000
 ENTITIES = 50
@@ -268,7 +270,7 @@ async def test_two_gateways_and_two_routers_share_the_load_and_each_entity_keeps
         return Gateway(await open_link("gateway", own_mesh_server), site=SITE, clock=clock)
 
     gateways = [await gateway(HOUR_MS), await gateway(-HOUR_MS)]
-    routers = [Router(await open_link("router", own_mesh_server)) for _ in range(2)]
+    routers = [Router(await open_link("router", own_mesh_server), peers=Devices(SitePolicy(SITE))) for _ in range(2)]
     shards = [
         Shard(
             await open_link("shard", own_mesh_server),

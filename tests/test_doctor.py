@@ -29,10 +29,12 @@ from mnemesh.connection import Link
 from mnemesh.host import hosted
 from mnemesh.jetstream import api, log_config
 from mnemesh.messages import Status
+from router.peers import Devices
 from router.router import Router
 from router.shard_map import ShardEntry
 from services.gateway import Gateway
 from services.policy import TenantGuard
+from services.site_policy import SitePolicy
 
 OpenLink = Callable[..., Awaitable[Link]]
 
@@ -65,7 +67,7 @@ async def services(
     """What `mnemesh up` runs, but in this process: all actors except one."""
     actors: dict[str, Callable[[Link], Actor]] = {
         "gateway": lambda link: Gateway(link, site=SITE, guard=TenantGuard()),
-        "router": lambda link: Router(link, guard=TenantGuard()),
+        "router": lambda link: Router(link, peers=Devices(SitePolicy(SITE)), guard=TenantGuard()),
     }
     for entry in even_shards(2):
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nats.errors
 import numpy as np
@@ -154,6 +154,48 @@ async def test_what_is_kept_from_the_hub_is_read_on_the_device_while_the_line_is
         for name, written in of_each.items():
             found = await here.get_context(name, consistency=since(written))
             assert (found.attributes, found.complete) == ({"kv": 1, SECRET: 2}, name == "bus:1")
+
+
+async def test_what_a_walk_reaches_over_protected_edges_is_not_asked_elsewhere(hub: HubSite, tmp_path: Path) -> None:
+    sent = bytearray()
+    cable = Cable(hub.options.leaf_port, tap=sent)
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "d", line=f"nats://127.0.0.1:{port}", policy=POLICY) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await there.set_context("bus:1", type="bus", edges=[{"relation": "feeds", "target_id": "bus:2"}])
+        await there.set_context("bus:2", type="bus", edges=[{"relation": "feeds", "target_id": "bus:3"}])
+        await here.set_context(f"customer:{SECRET}", type="meter", edges=[{"relation": "at", "target_id": "home:1"}])
+        serves = [{"relation": "serves", "target_id": f"customer:{SECRET}"}]
+        written = await here.set_context("meter:1", type="meter", edges=serves)
+        await here.set_context("open:1", edges=[{"relation": "at", "target_id": "bus:1"}])
+        await current(node)
+        while "bus:3" not in (found := await walked(here, "open:1")).reached:
+            pass
+        assert not found.restricted
+        sent.clear()
+        for direction in ("out", "in", "both"):
+            found = await walked(here, "meter:1", direction=direction, consistency=since(written))
+            while found.site != "answered":
+                found = await walked(here, "meter:1", direction=direction, consistency=since(written))
+            assert found.restricted == (direction != "in")
+        assert b"meter:1" in sent  # the agent named it
+        for protected in (SECRET, "home:1"):
+            assert protected.encode() not in sent
+
+
+class Walked(NamedTuple):
+    reached: list[str]
+    site: str
+    restricted: bool
+
+
+async def walked(memory: Memory, start: str, **how: Any) -> Walked:
+    found = await memory.traverse(start, depth=4, **how)
+    (site,) = found.coverage.sites or [None]
+    return Walked([node.entity_id for node in found.nodes], site.state if site else "", found.restricted)
 
 
 async def test_what_waits_for_a_device_does_not_leave_once_the_policy_keeps_it_back(

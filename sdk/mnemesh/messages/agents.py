@@ -268,7 +268,11 @@ class Node(Reply, frozen=True, kw_only=True):
 
 
 class Traversal(Reply, frozen=True, kw_only=True):
-    """Reply of `traverse`, nearest first; the start nodes have depth 0."""
+    """Reply of `traverse`, nearest first; the start nodes have depth 0.
+
+    It is `restricted` where other sites were not asked about all that was reached, for this site's policy may keep some
+    of it from them. To another site it says so, if the policy may have kept something back.
+    """
 
     nodes: list[Node]
     truncated: bool
