@@ -16,6 +16,7 @@ from mnemesh.call import Call
 from mnemesh.contract import Operation, R
 from mnemesh.errors import MnemeshError, Timeout, Unavailable
 from mnemesh.messages import Token
+from router import peers
 from router.peers import TO_HUB, Answer, Edge, Question, ask_site, unreachable
 from services.disclosure import Disclosure
 from services.site_policy import SitePolicy
@@ -27,7 +28,7 @@ PATIENCE_S = 0.5
 """How long an answer of the hub is waited for, at most; over half of what is left is never waited."""
 
 REST_S = 1.0
-"""For how long the hub is not asked after it did not answer in time."""
+"""For how long the hub is not asked after it did not answer."""
 
 
 class HubLine(Protocol):
@@ -70,9 +71,9 @@ class FromHub:
         if not self._is_in_reach():
             return [unreachable(name, self._line.silent_s)]
         operation, subject = TO_HUB[question]
+        in_full = call.remaining_s() / 2 >= peers.PATIENCE_S
         answer = await ask_site(self._asker, name, operation, subject, self._site, request, call)
-        if answer.coverage.state == "unreachable":
-            self._rest()
+        self._note(answer.error, in_full=in_full)
         return [answer]
 
     async def may_know(self, edges: Sequence[Edge], watermark: Token, call: Call) -> set[Edge]:
@@ -102,17 +103,23 @@ class FromHub:
         if not self._is_in_reach():
             raise Unavailable("the hub is out of reach")
         budget_s = min(PATIENCE_S, call.remaining_s() / 2)
+        in_full = budget_s == PATIENCE_S
         caller = call.caller
         try:
             return await self._asker.ask(
                 operation, subject(self._site, caller.tenant, caller.agent), request, budget_s=budget_s
             )
-        except Timeout:
-            self._rest()
+        except MnemeshError as error:
+            self._note(error, in_full=in_full)
             raise
 
     def _is_in_reach(self) -> bool:
         return self._line.linked and asyncio.get_running_loop().time() >= self._rests_until
 
-    def _rest(self) -> None:
-        self._rests_until = asyncio.get_running_loop().time() + REST_S
+    def _note(self, error: MnemeshError | None, *, in_full: bool) -> None:
+        """Let the hub rest where nobody serves, or no answer came though it was waited for `in_full`.
+
+        Not for what one agent can bring about: a short budget, or a question that is answered with an error.
+        """
+        if isinstance(error, Unavailable) or (isinstance(error, Timeout) and in_full):
+            self._rests_until = asyncio.get_running_loop().time() + REST_S

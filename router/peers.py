@@ -17,7 +17,7 @@ from mnemesh.asker import Asker
 from mnemesh.call import Call
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
-from mnemesh.errors import Denied, MnemeshError, NotFound
+from mnemesh.errors import Denied, MnemeshError, NotFound, Timeout, Unavailable
 from mnemesh.inbox import Inbox
 from mnemesh.messages import DeviceSeen, Node, SiteCoverage, Token
 
@@ -47,10 +47,11 @@ TO_HUB: dict[Question, tuple[AnyOperation, Subject]] = {
 
 
 class Answer(NamedTuple):
-    """What a site said, if it said something, and what that is worth."""
+    """What a site said, if it said something, and what that is worth. `error` is why it could not be reached."""
 
     coverage: SiteCoverage
     reply: Any = None
+    error: MnemeshError | None = None
 
 
 class Peers(Protocol):
@@ -170,8 +171,10 @@ async def ask_site(
         return Answer(SiteCoverage(site=named, state="answered"))
     except Denied:
         return Answer(SiteCoverage(site=named, state="refused"))
-    except MnemeshError:
-        return unreachable(named, 0.0)
+    except (Timeout, Unavailable) as error:
+        return unreachable(named, 0.0, error)
+    except MnemeshError as error:
+        return Answer(SiteCoverage(site=named, state="answered", complete=False, code=error.code))
     told = SiteCoverage(
         site=named,
         state="answered",
@@ -182,8 +185,8 @@ async def ask_site(
     return Answer(told, reply)
 
 
-def unreachable(site: str, silent_s: float) -> Answer:
-    return Answer(SiteCoverage(site=site, state="unreachable", silent_s=silent_s))
+def unreachable(site: str, silent_s: float | None, error: MnemeshError | None = None) -> Answer:
+    return Answer(SiteCoverage(site=site, state="unreachable", silent_s=silent_s), error=error)
 
 
 def edge_to(node: Node) -> Edge | None:

@@ -134,10 +134,13 @@ class Router(Actor):
 def _without_absent(gathered: Gathered, answers: Sequence[Answer]) -> Gathered:
     """A shard that has no vector of a space has answered, with nothing; unless nobody at all knows the space.
 
-    A site that did not answer may know it.
+    A site that did not answer may know it, and one that answers with an error does.
     """
     absent = {name: error for name, error in gathered.errors.items() if isinstance(error, NotFound)}
-    maybe = any(answer.reply is not None or answer.coverage.state != "answered" for answer in answers)
+    sites = [answer.coverage for answer in answers]
+    maybe = any(answer.reply is not None for answer in answers) or any(
+        site.state != "answered" or site.code for site in sites
+    )
     if len(absent) == len(gathered.errors) and not gathered.replies and not maybe:
         return gathered
     empty: MnemeshError | messages.Hits = messages.Hits(hits=[], watermark={})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from sites import TENANT, HubSite, alice_at, current, device, since, status_of
 
 from bench.cable import Cable
 from mnemesh import Memory, messages
+from mnemesh.errors import Timeout
 from mnemesh.messages import Hits, Interest, SiteCoverage, Traversal, Want
 
 KEEPS_ALL = "version: 1\notherwise: nothing\n"
@@ -89,6 +91,35 @@ async def test_a_device_that_is_cut_off_is_named_with_since_when(hub: HubSite, t
         walked = await here.traverse("own", depth=2)
         assert [node.entity_id for node in walked.nodes] == ["own", "x"]
         assert not walked.coverage.complete
+
+
+async def test_a_question_that_its_hub_cannot_answer_takes_the_hub_from_no_other_agent_of_a_device(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with (
+        device(hub, tmp_path / "d") as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await there.set_context("v:1", vectors={"v": [1.0, 0.0]})
+        await current(node)
+        await asked(here, "answered")
+        while True:
+            wrong = (await here.search_embedding([1.0], space="v")).coverage
+            right = (await here.search_embedding([1.0, 0.0], space="v")).coverage
+            assert wrong is not None
+            assert right is not None
+            if wrong.sites[0].state == right.sites[0].state == "answered":
+                break
+        assert (wrong.sites[0].code, wrong.complete) == ("bad_request", False)
+        assert (right.sites[0].code, right.complete) == ("", True)
+        while True:
+            with contextlib.suppress(Timeout):
+                await here.search_embedding([1.0, 0.0], space="v", budget_ms=1)
+            right = (await here.search_embedding([1.0, 0.0], space="v")).coverage
+            assert right is not None
+            if right.sites[0].state == "answered":
+                break
 
 
 async def test_a_device_finds_what_its_hub_has_and_walks_on_there(hub: HubSite, tmp_path: Path) -> None:

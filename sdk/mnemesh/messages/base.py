@@ -104,7 +104,8 @@ class Missing(Reply, frozen=True, kw_only=True):
 class SiteCoverage(Reply, frozen=True, kw_only=True):
     """Whether another site speaks in a federated reply: it `answered`, as of its `watermark`; it has been `unreachable`
     for `silent_s`; or its policy `refused`. One that is `restricted` told only what its policy lets out, which it says
-    by its rules, whether or not there was more. `complete`: all of its own partitions answered.
+    by its rules, whether or not there was more. `complete`: all of its own partitions answered. `code` is the error
+    that it answered with, if it did.
     """
 
     site: str
@@ -113,6 +114,7 @@ class SiteCoverage(Reply, frozen=True, kw_only=True):
     silent_s: float | None = None
     restricted: bool = False
     complete: bool = True
+    code: str = ""
 
 
 class Coverage(Reply, frozen=True, kw_only=True):
