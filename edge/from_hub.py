@@ -7,7 +7,7 @@ Its shard asks about single entities, its router whatever spans them. Looks at `
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, Protocol
 
 from mnemesh import messages, subjects
@@ -64,10 +64,12 @@ class FromHub:
     async def ready(self) -> None:
         """The device's edge, which follows the policy, starts after its router."""
 
-    async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
-        if request.scope == "here":
-            return []
+    async def ask(
+        self, question: Question, request: Any, call: Call, *, without: Set[str] = frozenset()
+    ) -> list[Answer]:
         name = self._line.hub or HUB
+        if request.scope == "here" or name in without:
+            return []
         if not self._is_in_reach():
             return [unreachable(name, self._line.silent_s)]
         operation, subject = TO_HUB[question]

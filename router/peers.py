@@ -7,7 +7,7 @@ asked, and the answer says so. What sites answer with is what their policies let
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from msgspec.structs import replace
@@ -71,8 +71,13 @@ class Peers(Protocol):
     async def may_know(self, edges: Sequence[Edge], watermark: Token, call: Call) -> set[Edge]:
         """Those of these edges, of a walk that is at this watermark, which any of them may know of. Never raises."""
 
-    async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
-        """Ask all that are in reach at once; an answer for each, in the order of their names. Never raises."""
+    async def ask(
+        self, question: Question, request: Any, call: Call, *, without: Set[str] = frozenset()
+    ) -> list[Answer]:
+        """Ask all at once that are in reach, but those named; an answer for each, in the order of their names.
+
+        Never raises.
+        """
 
 
 class Rules(Protocol):
@@ -96,7 +101,7 @@ class Rules(Protocol):
 
 
 class Devices:
-    """The devices of the site whose router this is, as far as they deal with the asker's tenant.
+    """The devices that may connect to the site whose router this is, as far as they deal with the asker's tenant.
 
     What may leave depends on types, which a router may not look up. So where the site's policy keeps anything of a
     tenant back, devices may know of no edge: what there is about entities beyond they have sent, but for what has yet
@@ -108,6 +113,8 @@ class Devices:
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._seen: dict[str, DeviceSeen] = {}
+        """What the hub said of them last."""
+        self._seen_at = 0.0
         self._askers: dict[str, Asker] = {}
 
     async def follow(self, asker: Asker) -> None:
@@ -133,30 +140,35 @@ class Devices:
                     if device.linked and device.site not in self._askers:
                         await self._open(asker.link, device.site)
                 self._seen = {device.site: device for device in told.devices}
+                self._seen_at = asyncio.get_running_loop().time()
             await asyncio.sleep(LOOK_S)
 
     async def _open(self, link: Link, site: str) -> None:
         """An inbox for this device alone, so that it cannot answer in the place of others."""
         self._askers[site] = await Asker(link, inbox=f"{link.options.inbox_prefix}.{site}").open()
 
-    async def ask(self, question: Question, request: Any, call: Call) -> list[Answer]:
-        if not self._seen or request.scope == "here":
+    async def ask(
+        self, question: Question, request: Any, call: Call, *, without: Set[str] = frozenset()
+    ) -> list[Answer]:
+        if request.scope == "here":
             return []
-        meant = self._meant(call.caller.tenant)
-        return await asyncio.gather(*(self._one(device, question, request, call) for device in meant))
+        meant = [site for site in self._meant(call.caller.tenant) if site not in without]
+        return await asyncio.gather(*(self._one(site, question, request, call) for site in meant))
 
-    def _meant(self, tenant: str) -> list[DeviceSeen]:
-        return [device for device in self._seen.values() if self._rules.deals_with(device.site, tenant)]
+    def _meant(self, tenant: str) -> list[str]:
+        return sorted(site for site in self._rules.sites if self._rules.deals_with(site, tenant))
 
-    async def _one(self, device: DeviceSeen, question: Question, request: Any, call: Call) -> Answer:
-        asker = self._askers.get(device.site)
-        if not device.linked or asker is None:
-            return unreachable(device.site, device.silent_s)
+    async def _one(self, site: str, question: Question, request: Any, call: Call) -> Answer:
+        seen, asker = self._seen.get(site), self._askers.get(site)
+        if seen is None:
+            return unreachable(site, None)
+        if not seen.linked or asker is None:
+            return unreachable(site, seen.silent_s + asyncio.get_running_loop().time() - self._seen_at)
         operation, subject = TO_DEVICE[question]
         asked = request
         if request.consistency is not None:
-            asked = replace(request, consistency=request.consistency.of_site(device.site))
-        return await ask_site(asker, device.site, operation, subject, device.site, asked, call)
+            asked = replace(request, consistency=request.consistency.of_site(site))
+        return await ask_site(asker, site, operation, subject, site, asked, call)
 
 
 async def ask_site(

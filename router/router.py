@@ -127,7 +127,7 @@ class Router(Actor):
         return messages.Hits(
             hits=list(best.values())[:k],
             watermark=lowest(gathered.replies),
-            coverage=coverage(self._map.shards, gathered.errors, answers),
+            coverage=coverage(self._map.shards, gathered.errors, [answer.coverage for answer in answers]),
         )
 
 

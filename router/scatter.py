@@ -17,8 +17,7 @@ from mnemesh.call import Call
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import BadRequest, Denied, MnemeshError, NotFound, TooLarge, Unavailable
 from mnemesh.ids import PARTITIONS
-from mnemesh.messages import Coverage, Missing, Token
-from router.peers import Answer
+from mnemesh.messages import Coverage, Missing, SiteCoverage, Token
 from router.shard_map import ShardEntry
 
 ABOUT_THE_REQUEST = (BadRequest, Denied, TooLarge)
@@ -132,7 +131,7 @@ class Latencies:
 
 
 def coverage(
-    shards: Mapping[str, ShardEntry], errors: Mapping[str, MnemeshError], answers: Sequence[Answer] = ()
+    shards: Mapping[str, ShardEntry], errors: Mapping[str, MnemeshError], sites: Sequence[SiteCoverage] = ()
 ) -> Coverage:
     """Which share of all partitions is answered for, when `errors` holds the shards that are not, and which sites."""
     missing = [
@@ -155,7 +154,7 @@ def coverage(
         answered=PARTITIONS - sum(part.partitions for part in missing),
         total=PARTITIONS,
         missing=missing,
-        sites=[answer.coverage for answer in answers],
+        sites=list(sites),
     )
 
 

@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from mnemesh import messages, subjects
 from mnemesh.call import Call
 from mnemesh.errors import MnemeshError
-from mnemesh.messages import Node, Token, Traverse
-from router.peers import Answer, Edge, Peers, edge_to
+from mnemesh.messages import Node, SiteCoverage, Token, Traverse
+from router.peers import Edge, Peers, edge_to
 from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
 
@@ -42,7 +42,8 @@ class Walk:
         """The edges of entities that a shard has walked ahead to."""
         self._truncated = False
         self._errors: dict[str, MnemeshError] = {}
-        self._answers: dict[str, Answer] = {}
+        self._sites: dict[str, SiteCoverage] = {}
+        """What other sites said of their part. Whoever did not answer is not asked again."""
         self._lacking: set[str] = set()
         """Entities of which this device's hub may know more."""
         self._askable: set[str] = set()
@@ -68,7 +69,7 @@ class Walk:
             nodes=list(self._nodes.values()),
             truncated=self._truncated,
             watermark=self._watermark,
-            coverage=coverage(self._map.shards, self._errors, list(self._answers.values())),
+            coverage=coverage(self._map.shards, self._errors, list(self._sites.values())),
             restricted=self._restricted,
         )
 
@@ -119,10 +120,11 @@ class Walk:
             return []
         asked = replace(request, start=starts, depth=1)
         edges: list[Edge] = []
-        for answer in await self._peers.ask("traverse", asked, self._call):
-            before = self._answers.get(answer.coverage.site)
-            if before is None or before.coverage.state == "answered":
-                self._answers[answer.coverage.site] = answer
+        lost = {site for site, said in self._sites.items() if said.state != "answered"}
+        for answer in await self._peers.ask("traverse", asked, self._call, without=lost):
+            said = answer.coverage
+            before = self._sites.get(said.site)
+            self._sites[said.site] = said if before is None else _of_both(before, said)
             if answer.reply is not None:
                 self._truncated |= answer.reply.truncated
                 edges += [edge for node in answer.reply.nodes if (edge := edge_to(node)) is not None]
@@ -176,6 +178,19 @@ class Walk:
             shards,
             self._call,
         )
+
+
+def _of_both(before: SiteCoverage, after: SiteCoverage) -> SiteCoverage:
+    """What a site covers that answered a hop and was asked about a later one."""
+    if after.state != "answered":
+        return after
+    return replace(
+        after,
+        watermark=lowest({"before": before, "after": after}),
+        restricted=before.restricted or after.restricted,
+        complete=before.complete and after.complete,
+        code=before.code or after.code,
+    )
 
 
 def _rounds(frontier: Sequence[str]) -> Iterator[Sequence[str]]:

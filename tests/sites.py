@@ -54,7 +54,6 @@ class HubSite:
             actors: list[Actor] = [
                 Gateway(await self.link("gateway"), site="hub", guard=TenantGuard()),
                 Router(await self.link("router"), peers=peers.Devices(SitePolicy("hub")), guard=TenantGuard()),
-                Hub(await self.link("hub"), site="hub"),
                 Shard(
                     await self.link("shard"),
                     name="s0",
@@ -64,7 +63,7 @@ class HubSite:
                     guard=TenantGuard(),
                 ),
             ]
-            async with hosted(*actors):
+            async with hosted(*actors), hosted(Hub(await self.link("hub"), site="hub")) as self.for_devices:
                 yield self
 
     async def link(self, role: str) -> Link:
@@ -74,6 +73,10 @@ class HubSite:
         """Let the device whose data folder this is connect as `name`."""
         Devices(self.options.data).enrol(name, public_of(seed_of(data)), region=region, tenants=tenants)
         await self.server.reload()
+        await self.say_sites()
+
+    async def say_sites(self) -> None:
+        """Tell the services which devices may connect."""
         operator = self.server.credentials.load("operator").link_options()
         await put_sites(operator, sites_of(self.options))
 

@@ -10,6 +10,7 @@ from typing import Any
 from sites import TENANT, HubSite, alice_at, current, device, since, status_of
 
 from bench.cable import Cable
+from cli.devices import Devices
 from mnemesh import Memory, messages
 from mnemesh.errors import Timeout
 from mnemesh.messages import Hits, Interest, SiteCoverage, Traversal, Want
@@ -120,6 +121,50 @@ async def test_a_question_that_its_hub_cannot_answer_takes_the_hub_from_no_other
             assert right is not None
             if right.sites[0].state == "answered":
                 break
+
+
+async def test_a_hub_names_every_device_that_may_connect_and_none_that_may_not(hub: HubSite, tmp_path: Path) -> None:
+    await hub.enrol("never", tmp_path / "never")
+    async with (
+        device(hub, tmp_path / "d") as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        written = await here.set_context("v:1", vectors={"v": [1.0, 0.0]})
+        await there.get_context("v:1", consistency=since(written), budget_ms=LONG_MS)
+        while sites_of(found := await there.search_text("x")) != {"never": "unreachable", "sub7": "answered"}:
+            pass
+        assert found.coverage is not None
+        assert found.coverage.sites[0].silent_s is None
+        Devices(hub.options.data).revoke("sub7")  # its mark stays in the hub's log
+        await hub.say_sites()
+        while sites_of(await there.search_text("x")) != {"never": "unreachable"}:
+            pass
+
+
+async def test_how_long_a_device_is_silent_is_told_also_while_nobody_listens_to_it(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with device(hub, tmp_path / "d"), alice_at(hub.server) as there:
+        while sites_of(await there.search_text("x")) != {"sub7": "answered"}:
+            pass
+        hub.for_devices.stop()
+        await hub.for_devices.ended.wait()
+        while sites_of(found := await there.search_text("x")) != {"sub7": "unreachable"}:
+            pass
+        while silent_s(await there.search_text("x")) <= silent_s(found):
+            pass
+
+
+def silent_s(found: Hits) -> float:
+    assert found.coverage is not None
+    assert found.coverage.sites[0].silent_s is not None
+    return found.coverage.sites[0].silent_s
+
+
+def sites_of(found: Hits) -> dict[str, str]:
+    assert found.coverage is not None
+    return {site.site: site.state for site in found.coverage.sites}
 
 
 async def test_a_device_finds_what_its_hub_has_and_walks_on_there(hub: HubSite, tmp_path: Path) -> None:
