@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
+from math import isfinite
 from typing import Any
 
 from mnemesh import messages, subjects
@@ -116,19 +117,24 @@ class Router(Actor):
     def _merged(self, gathered: Gathered, answers: Sequence[Answer], k: int) -> messages.Hits:
         """The k best of all; equal scores in the order of their ids, so that the answer is stable.
 
-        Of an entity that several sites have, the best score counts.
+        What was found here counts as it is here. Of an entity that other sites have alone, the best score counts.
         """
         raise_if_nothing(gathered)
-        replies = [*gathered.replies.values(), *(answer.reply for answer in answers if answer.reply is not None)]
-        found = sorted((hit for reply in replies for hit in reply.hits), key=lambda hit: (-hit.score, hit.entity_id))
+        here = gathered.replies.values()
+        elsewhere = [answer.reply for answer in answers if answer.reply is not None]
         best: dict[str, messages.Hit] = {}
-        for hit in found:
-            best.setdefault(hit.entity_id, hit)
+        for replies in (here, elsewhere):
+            for hit in sorted((hit for reply in replies for hit in reply.hits if isfinite(hit.score)), key=_by_score):
+                best.setdefault(hit.entity_id, hit)
         return messages.Hits(
-            hits=list(best.values())[:k],
+            hits=sorted(best.values(), key=_by_score)[:k],
             watermark=lowest(gathered.replies),
             coverage=coverage(self._map.shards, gathered.errors, [answer.coverage for answer in answers]),
         )
+
+
+def _by_score(hit: messages.Hit) -> tuple[float, str]:
+    return -hit.score, hit.entity_id
 
 
 def _without_absent(gathered: Gathered, answers: Sequence[Answer]) -> Gathered:
