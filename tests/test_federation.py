@@ -189,6 +189,18 @@ async def test_a_device_finds_what_its_hub_has_and_walks_on_there(hub: HubSite, 
         assert (await here.search_text("far", scope="here")).hits == []
 
 
+async def test_a_device_that_lets_nothing_out_walks_on_where_its_hub_led_it(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        device(hub, tmp_path / "d", policy=KEEPS_ALL) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        for near, far in ("ab", "bc"):
+            await there.set_context(near, edges=[{"relation": "feeds", "target_id": far}])
+        await current(node)
+        assert not (await reached(here, "c")).restricted
+
+
 async def reached(memory: Memory, entity_id: str) -> Traversal:
     while True:
         walked = await memory.traverse("a", depth=3)
