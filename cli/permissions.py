@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,11 @@ class Permissions:
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The subjects of questions among those that may be said."""
+        return tuple(subject for subject in self.publish if not subject.startswith(SERVICE_REPLY))
 
     @property
     def answered(self) -> tuple[str, ...]:
@@ -76,12 +81,10 @@ def allowed(contract: Contract, role: str) -> Permissions:
     return Permissions(tuple(publish), tuple(subscribe))
 
 
-def _of_site(subject: str, tenants: Sequence[str]) -> list[str]:
-    """All that is asked under a device's name of each of these tenants, or of all if there are none."""
+def _of_site(subject: str) -> str:
+    """All that is asked under a device's name."""
     before, _, after = subject.partition("<site>")
-    if after.startswith(".<tenant>") and tenants:
-        return [f"{before}<site>.{tenant}.>" for tenant in tenants]
-    return [f"{before}<site>.>" if after else f"{before}<site>"]
+    return f"{before}<site>.>" if after else f"{before}<site>"
 
 
 def crosses(contract: Contract, operation: Operation) -> bool:
@@ -91,11 +94,11 @@ def crosses(contract: Contract, operation: Operation) -> bool:
     return EDGE in operation["callers"] and contract["roles"][operation["owner"]].get("at") == "hub"
 
 
-def across(contract: Contract, tenants: Sequence[str] = ()) -> Permissions:
+def across(contract: Contract) -> Permissions:
     """What a hub takes from a device's server and gives to it: what the device's edge says and hears, and nothing else.
 
-    So whoever holds a device's key can speak only for that device, and of `tenants`, or of all if there are none. As
-    services these subjects are what the account of the devices and that of the mesh have for each other.
+    So whoever holds a device's key can speak only for that device. As services these subjects are what the account of
+    the devices and that of the mesh have for each other.
     """
     root = contract["root"]
     publish: list[str] = []
@@ -103,8 +106,8 @@ def across(contract: Contract, tenants: Sequence[str] = ()) -> Permissions:
     for operation in contract["operations"].values():
         if crosses(contract, operation):
             side = subscribe if operation["owner"] == EDGE else publish
-            side += _of_site(f"{root}.{operation['subject']}", tenants)
-    return Permissions(tuple(publish), tuple(subscribe))
+            side.append(_of_site(f"{root}.{operation['subject']}"))
+    return Permissions((*publish, f"{SERVICE_REPLY}.>"), tuple(subscribe))
 
 
 def roles_at(contract: Contract, kind: str) -> list[str]:
@@ -179,10 +182,10 @@ def services_conf(contract: Contract) -> str:
     """`deploy/nats/services.conf`: what a hub's accounts `MESH` and `DEVICES` have for each other."""
     crossing = across(contract)
     entries = {
-        "mesh_exports": exported(crossing.publish),
+        "mesh_exports": exported(crossing.asked),
         "mesh_imports": imported(crossing.answered, "DEVICES"),
         "devices_exports": exported(crossing.answered),
-        "devices_imports": imported(crossing.publish, "MESH"),
+        "devices_imports": imported(crossing.asked, "MESH"),
     }
     lines = [
         "# Generated from subjects.yaml; do not edit.",

@@ -82,11 +82,11 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
             tokens = {"site": options.site, "tenant": user.tenant, "agent": user.agent}
             block = user_block(allowed(contract, user.role), **tokens)
             members.append(f"      {{ {login}, permissions: {block} }}")
+    crossing = across(contract)
     devices = [
-        f"      {{ nkey: {device.key}, permissions: {user_block(across(contract, device.tenants), site=device.name)} }}"
+        f"      {{ nkey: {device.key}, permissions: {user_block(crossing, site=device.name)} }}"
         for device in Devices(data).list()
     ]
-    crossing = across(contract)
     routes = [
         f"      {_quoted(source)}: {_quoted(fill(target, site=options.site))}"
         for source, target in mappings(contract).items()
@@ -126,7 +126,7 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         "    mappings {",
         *routes,
         "    }",
-        f"    exports: [ {', '.join(exported(crossing.publish))} ]",
+        f"    exports: [ {', '.join(exported(crossing.asked))} ]",
         f"    imports: [ {', '.join(imported(crossing.answered, 'DEVICES'))} ]",
         "    users: [",
         *members,
@@ -134,7 +134,7 @@ def render_config(options: ServerOptions, users: Iterable[Credential], contract:
         "  }",
         "  DEVICES {",
         f"    exports: [ {', '.join(exported(crossing.answered))} ]",
-        f"    imports: [ {', '.join(imported(crossing.publish, 'MESH'))} ]",
+        f"    imports: [ {', '.join(imported(crossing.asked, 'MESH'))} ]",
         "    users: [",
         *devices,
         "    ]",
