@@ -13,6 +13,7 @@ from pathlib import Path
 from cli.credentials import Credential
 from cli.devices import Devices, public_of, seed_of
 from cli.mesh import Mesh, MeshOptions
+from cli.provision import put_sites, sites_of
 from cli.server import free_port, running_pid
 from cli.server_config import ServerOptions
 from mnemesh import Consistency, Memory, connect
@@ -62,7 +63,9 @@ class Device:
 
     async def enrol(self, mesh: Mesh) -> None:
         """Let it connect to this hub."""
-        Devices(mesh.options.server.data).enrol(DEVICE, self._key)
+        hub = mesh.options.server
+        Devices(hub.data).enrol(DEVICE, self._key)
+        await put_sites(mesh.server.credentials.load("operator").link_options(), sites_of(hub))
         await mesh.server.reload()
 
     @contextlib.asynccontextmanager

@@ -120,8 +120,8 @@ async def _devices(
     folders = {station.site: hub.data / "substations" / station.site for station, _ in wanted}
     for site, folder in folders.items():
         Devices(hub.data).enrol(site, public_of(seed_of(folder)))
-    await mesh.server.reload()
     await put_sites(mesh.server.credentials.load("operator").link_options(), sites_of(hub))
+    await mesh.server.reload()
     async with contextlib.AsyncExitStack() as stack:
         try:
             async with asyncio.TaskGroup() as group:

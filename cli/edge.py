@@ -107,8 +107,8 @@ def run(flags: argparse.Namespace) -> int:
         _tell_sites(options)
     else:
         _enrol(devices, options, flags)
+        _tell_sites(options)  # before it may connect
         asyncio.run(reload_running(flags.data))
-        _tell_sites(options)
     return 0
 
 

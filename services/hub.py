@@ -136,6 +136,7 @@ class Hub(Actor):
     @handles(subjects.UPLINK_POSITION)
     async def uplink_position(self, request: messages.AskPosition, call: Call) -> messages.Position:
         device = call.tokens["site"]
+        self._check_enrolled(device)
         self._presence.hear(device, request)
         policy = self._policy.text if self._policy.policy.version > request.policy else ""
         place, mark = await self._last_mark(device)
@@ -176,6 +177,7 @@ class Hub(Actor):
     @handles(subjects.OPEN_FEED)
     async def open_feed(self, request: messages.OpenFeed, call: Call) -> messages.FeedOpened:
         device = call.tokens["site"]
+        self._check_enrolled(device)
         opening = self._openings.get(device)
         if opening is None or opening.session != request.session:
             opening = self._openings[device] = _Opening(request.session)
@@ -325,7 +327,13 @@ class Hub(Actor):
             raise BadRequest("a device names the entity that it asks for")
         return entity_id
 
+    def _check_enrolled(self, device: str) -> None:
+        """Nothing is said of a device that is not, so also not whose memory it may have."""
+        if device not in self._policy.sites:
+            raise Denied(f"{device} is not enrolled here")
+
     def _check_tenant(self, device: str, tenant: str) -> None:
+        self._check_enrolled(device)
         allowed = self._policy.entry(device).tenants
         if allowed and tenant not in allowed:
             raise Denied(f"{device} was not enrolled for tenant {tenant!r}")
@@ -334,6 +342,7 @@ class Hub(Actor):
 
     @handles(subjects.CONFIRM_ERASED)
     async def confirm_erased(self, request: messages.ConfirmErased, call: Call) -> messages.Confirmed:
+        self._check_enrolled(call.tokens["site"])
         await self._receipts.take(call.tokens["site"], request.receipts)
         return messages.Confirmed()
 

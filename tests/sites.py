@@ -50,7 +50,8 @@ class HubSite:
         """The hub runs within the block, on what its folder holds."""
         async with self.server:
             operator = self.server.credentials.load("operator").link_options()
-            await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1), devices=True)
+            sites = sites_of(self.options)
+            await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1), sites=sites, devices=True)
             actors: list[Actor] = [
                 Gateway(await self.link("gateway"), site="hub", guard=TenantGuard()),
                 Router(await self.link("router"), peers=peers.Devices(SitePolicy("hub")), guard=TenantGuard()),
@@ -72,8 +73,8 @@ class HubSite:
     async def enrol(self, name: str, data: Path, *, region: str = "", tenants: Sequence[str] = ()) -> None:
         """Let the device whose data folder this is connect as `name`."""
         Devices(self.options.data).enrol(name, public_of(seed_of(data)), region=region, tenants=tenants)
-        await self.server.reload()
         await self.say_sites()
+        await self.server.reload()
 
     async def say_sites(self) -> None:
         """Tell the services which devices may connect."""

@@ -9,13 +9,19 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from sites import TENANT, HubSite, alice_at, device_options, since
 
+from cli import edge
+from cli.devices import new_seed, public_of
 from cli.edge_node import EdgeOptions
 from cli.main import main
-from cli.server import NatsServer
+from cli.operator import asking
+from cli.server import NatsServer, NatsServerFailed
+from mnemesh import kv, subjects
 from mnemesh.errors import MnemeshError
+from services.site_policy import SiteEntry
 
 
 async def mnemesh(*arguments: str) -> str:
@@ -88,6 +94,25 @@ async def test_a_killed_device_comes_back_and_sends_every_acknowledged_write_onc
             assert "linked" in listed
         await mnemesh("edge", "revoke", "sub7", "--data", str(tmp_path / "hub"))
         assert "revoked" in await mnemesh("edge", "ls", "--data", str(tmp_path / "hub"))
+
+
+async def entry_of(hub: HubSite, device: str) -> SiteEntry | None:
+    """What the hub's services know of a device."""
+    async with asking(hub.options, "test") as operator:
+        held = await kv.get(operator.inbox, subjects.SITES.name, device)
+    return None if held is None else msgspec.json.decode(held, type=SiteEntry)
+
+
+async def test_the_hub_knows_whose_memory_a_device_may_have_before_it_may_connect(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(data: Path) -> bool:
+        raise NatsServerFailed("it does not answer", [])
+
+    monkeypatch.setattr(edge, "reload_running", fails)
+    flags = ["--key", public_of(new_seed()), "--tenant", TENANT, "--data", str(tmp_path / "hub")]
+    assert await asyncio.to_thread(main, ["edge", "enrol", "sub7", *flags]) == 1
+    assert await entry_of(hub, "sub7") == SiteEntry(tenants=[TENANT])
 
 
 async def test_a_hub_does_not_send_its_devices_round_the_url_that_they_were_given(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from sites import TENANT, HubSite, device, status_of
 
 from cli.operator import asking
 from edge.downlink import Downlink
-from mnemesh import subjects
+from mnemesh import kv, subjects
 from mnemesh.asker import Asker
-from mnemesh.errors import Conflict
-from mnemesh.messages import FeedBatch, FeedOpened, Interest, NextFeed, OpenFeed, Want
+from mnemesh.errors import Conflict, Denied
+from mnemesh.messages import AskPosition, ConfirmErased, FeedBatch, FeedOpened, Interest, NextFeed, OpenFeed, Want
 from services.feed import Feed
 
 INTEREST = Interest(wants=[Want(tenant=TENANT)])
@@ -82,3 +82,23 @@ async def test_a_feed_whose_opening_is_repeated_is_opened_once(
         assert one == other == await open_feed(asker, "s")
         assert (await first_of(asker, "s")).turn == 1
     assert len(opening) == 1
+
+
+async def test_a_device_that_the_hub_has_no_entry_of_is_told_nothing(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server knows it already, and what is said of it has not come."""
+    async with sub7(hub, tmp_path / "d", monkeypatch) as asker:
+        async with asking(hub.options, "test") as operator:
+            await kv.delete(operator.inbox, subjects.SITES.name, "sub7")
+
+        async def ask_on() -> None:  # until the hub knows that
+            while True:
+                await asker.ask(subjects.UPLINK_POSITION, subjects.uplink_position("sub7"), AskPosition())
+
+        with pytest.raises(Denied, match="not enrolled"):
+            await ask_on()
+        with pytest.raises(Denied, match="not enrolled"):
+            await open_feed(asker, "s")
+        with pytest.raises(Denied, match="not enrolled"):
+            await asker.ask(subjects.CONFIRM_ERASED, subjects.confirm_erased("sub7"), ConfirmErased(receipts=[]))
