@@ -28,7 +28,7 @@ from cli.server_config import ServerOptions, saved_options
 from edge.restamping import Restamping
 from mnemesh import subjects
 from mnemesh.connection import Link
-from mnemesh.errors import BadRequest, Unavailable
+from mnemesh.errors import BadRequest, NotFound, Unavailable
 from mnemesh.host import run as run_process
 from mnemesh.host import until_stopped
 from mnemesh.ids import check_name
@@ -102,14 +102,28 @@ def run(flags: argparse.Namespace) -> int:
         asyncio.run(_list(devices, options))
         return 0
     if flags.verb == "revoke":
-        devices.revoke(flags.name)
-        asyncio.run(shut_out(options))
-        _tell_sites(options)
+        _revoke(devices, options, flags.name)
     else:
         _enrol(devices, options, flags)
         _tell_sites(options)  # before it may connect
         asyncio.run(reload_running(flags.data))
     return 0
+
+
+def _revoke(devices: Devices, options: ServerOptions, name: str) -> None:
+    """Shut a device out; also one that is not enrolled any more, for what comes after that may have failed."""
+    try:
+        devices.revoke(name)
+    except NotFound as error:
+        missing = error
+    else:
+        missing = None
+    _tell_sites(options)
+    asyncio.run(shut_out(options))
+    if missing is not None:
+        raise NotFound(
+            f"no device {name} is enrolled; whoever is not, and was still connected, is out now"
+        ) from missing
 
 
 def _tell_sites(options: ServerOptions) -> None:
@@ -248,21 +262,34 @@ async def shut_out(options: ServerOptions) -> None:
     """Have a running server forget whom the files do not name any more.
 
     A reload leaves its leaves connected, and they name themselves. So all are disconnected; the others are back in a
-    second.
+    second. Raises `Unavailable` where one may still be connected.
     """
     if not await reload_running(options.data):
         return
-    leaves = (await monitoring(options, "/leafz")).get("leafs") or ()
+    leaves = await _leaves(options)
+    stayed: set[int] = set()
     link = await Link.open(options.credentials().load(SYSTEM).link_options("revoke"))
     try:
         inbox = Inbox(link)
         await inbox.open()
-        server = (await monitoring(options, "/varz"))["server_id"]
+        server = (await monitoring(options, "/varz")).get("server_id")
         for leaf in leaves:
-            kick = json.dumps({"cid": leaf["id"]}).encode()
-            await inbox.request(f"$SYS.REQ.SERVER.{server}.KICK", kick, budget_s=KICK_S)
+            kick = json.dumps({"cid": leaf}).encode()
+            told = await inbox.request(f"$SYS.REQ.SERVER.{server}.KICK", kick, budget_s=KICK_S)
+            if "error" in json.loads(told.data):
+                stayed.add(leaf)
     finally:
         await link.close()
+    if stayed and stayed & await _leaves(options):  # others went by themselves
+        raise Unavailable("the server did not disconnect every device; revoke it again")
+
+
+async def _leaves(options: ServerOptions) -> set[int]:
+    """The connections of devices. Raises `Unavailable` where the server does not say which there are."""
+    told = await monitoring(options, "/leafz")
+    if "leafs" not in told:
+        raise Unavailable("the server does not say which devices are connected; revoke it again")
+    return {leaf["id"] for leaf in told["leafs"] or ()}
 
 
 def _enrol(devices: Devices, options: ServerOptions, flags: argparse.Namespace) -> None:

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sites import TENANT, HubSite, alice_at, device_options, since
+from sites import TENANT, HubSite, alice_at, device_options, since, stolen
 
 from cli import edge
 from cli.devices import new_seed, public_of
 from cli.edge_node import EdgeOptions
 from cli.main import main
 from cli.operator import asking
-from cli.server import NatsServer, NatsServerFailed
+from cli.server import NatsServer, NatsServerFailed, monitoring
+from cli.server_config import ServerOptions
 from mnemesh import kv, subjects
-from mnemesh.errors import MnemeshError
+from mnemesh.errors import MnemeshError, Unavailable
 from services.site_policy import SiteEntry
 
 
@@ -113,6 +114,44 @@ async def test_the_hub_knows_whose_memory_a_device_may_have_before_it_may_connec
     flags = ["--key", public_of(new_seed()), "--tenant", TENANT, "--data", str(tmp_path / "hub")]
     assert await asyncio.to_thread(main, ["edge", "enrol", "sub7", *flags]) == 1
     assert await entry_of(hub, "sub7") == SiteEntry(tenants=[TENANT])
+
+
+async def test_a_revocation_that_failed_halfway_is_repeated(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await hub.enrol("sub7", tmp_path / "d")
+    revoke = ["edge", "revoke", "sub7", "--data", str(tmp_path / "hub")]
+
+    async def fails(data: Path) -> bool:
+        raise NatsServerFailed("it does not answer", [])
+
+    async with stolen(hub, tmp_path / "d"):
+        while not await leaves_of(hub):
+            pass
+        with monkeypatch.context() as patched:
+            patched.setattr(edge, "reload_running", fails)
+            assert await asyncio.to_thread(main, revoke) == 1
+        assert await leaves_of(hub)
+        assert await asyncio.to_thread(main, revoke) == 1
+        assert "no device sub7 is enrolled; " in capsys.readouterr().err
+        assert not await leaves_of(hub)
+
+
+@pytest.mark.parametrize("page", [{}, {"leafs": [{"id": 1 << 40}]}], ids=["not told", "not disconnected"])
+async def test_a_device_that_may_still_be_connected_is_not_said_to_be_out(
+    hub: HubSite, page: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def told(options: ServerOptions, name: str) -> dict[str, object]:
+        return page if name == "/leafz" else await monitoring(options, name)
+
+    monkeypatch.setattr(edge, "monitoring", told)
+    with pytest.raises(Unavailable, match="revoke it again"):
+        await edge.shut_out(hub.options)
+
+
+async def leaves_of(hub: HubSite) -> list[object]:
+    """The devices that are connected to a hub."""
+    return (await monitoring(hub.options, "/leafz"))["leafs"] or []
 
 
 async def test_a_hub_does_not_send_its_devices_round_the_url_that_they_were_given(tmp_path: Path) -> None:
