@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
     )
     verb.add_argument("--until-stdin-closes", action="store_true", help="also drain when standard input ends")
     verb.add_argument("--interest", type=Path, metavar="FILE", help="what it is to hold of what was written elsewhere")
-    verb.add_argument("--region", default="", help="where it is, for policies on its own data")
+    verb.add_argument("--region", default="", help="where it is, for policies, beside what its hub says")
     verb.add_argument(
         "--policy", type=Path, metavar="FILE", help="what of its own data may leave, whatever its hub says"
     )
@@ -112,18 +112,15 @@ def run(flags: argparse.Namespace) -> int:
 
 def _revoke(devices: Devices, options: ServerOptions, name: str) -> None:
     """Shut a device out; also one that is not enrolled any more, for what comes after that may have failed."""
+    missing: NotFound | None = None
     try:
         devices.revoke(name)
     except NotFound as error:
         missing = error
-    else:
-        missing = None
     _tell_sites(options)
     asyncio.run(shut_out(options))
     if missing is not None:
-        raise NotFound(
-            f"no device {name} is enrolled; whoever is not, and was still connected, is out now"
-        ) from missing
+        raise NotFound(f"no device {name} is enrolled; if it was still connected, it is out now") from missing
 
 
 def _tell_sites(options: ServerOptions) -> None:

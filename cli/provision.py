@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from cli.devices import Devices
 from cli.server_config import ServerOptions
@@ -59,7 +60,7 @@ def sites_of(options: ServerOptions) -> dict[str, SiteEntry]:
 
 
 async def put_sites(options: LinkOptions, sites: Mapping[str, SiteEntry]) -> None:
-    """Make these the sites that are known, as the operator."""
+    """Make these the sites that are known, as the operator; what others wrote is still of their regions."""
     async with _as_operator(options) as inbox:
         await _put_sites(inbox, sites)
 
@@ -68,7 +69,9 @@ async def _put_sites(inbox: Inbox, sites: Mapping[str, SiteEntry]) -> None:
     for name, entry in sites.items():
         await kv.put(inbox, subjects.SITES.name, name, msgspec.json.encode(entry))
     for name in set(await kv.keys(inbox, subjects.SITES.name)) - sites.keys():
-        await kv.delete(inbox, subjects.SITES.name, name)
+        if (held := await kv.get(inbox, subjects.SITES.name, name)) is not None:
+            entry = replace(msgspec.json.decode(held, type=SiteEntry), revoked=True)
+            await kv.put(inbox, subjects.SITES.name, name, msgspec.json.encode(entry))
 
 
 async def provision(

@@ -90,7 +90,7 @@ class FromHub:
 
     def keeps_back(self, tenant: str, kind: str | None) -> bool:
         """Whether the device's policy keeps any of what is written here of this type from its hub."""
-        return not self._policy.leaves(tenant, kind, self._policy.region).is_all
+        return not self._policy.leaves_of(tenant, kind, [self._site]).is_all
 
     async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
         return await self._ask(subjects.HUB_GET_CONTEXT, subjects.hub_get_context, request, call)

@@ -7,7 +7,8 @@ was lost is refused when it is sent again, and a hub that was restored from a ba
 kept on the device. A batch may still be on its way when we ask up to where the hub is, or be stored but for its mark:
 so we set the mark anew before we ask, and what comes after that is refused.
 
-What the policy keeps back is left out before anything is sent; the mark passes over it. The type that decides is the
+What the policy keeps back is left out before anything is sent, and so is what is of tenants that the device was not
+enrolled for; the mark passes over it. The type that decides is the
 entity's own, and where an event brings another, both.
 
 Looks at `aside`, `services.site_policy`, `router.inventory` and `mnemesh`.
@@ -19,8 +20,10 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing
+from functools import reduce
+from operator import and_
 from typing import NamedTuple
 
 import msgspec
@@ -37,7 +40,7 @@ from mnemesh.jetstream import Stored, StreamState, message_at, next_of, stream_s
 from mnemesh.messages import AskPosition, Description, OwnEvent, OwnEvents, Position
 from mnemesh.origin import Mark, hash_of, is_born_here, place_of
 from router.inventory import Inventory
-from services.site_policy import SitePolicy
+from services.site_policy import SiteEntry, SitePolicy
 from services.sovereignty import Policy, reduced_event
 
 logger = logging.getLogger("mnemesh.uplink")
@@ -254,8 +257,9 @@ class Uplink:
         self.clock_offset_ms = (told.clock_ms + self._heard_at_ms) // 2 - position.clock_ms
         if is_ahead(position.hlc, self._hub_ms()):  # of a mark that was set while our clock was wrong
             position = replace(position, hlc=0)
-        if position.policy:  # before anything is sent that it may keep back
-            await self._policy.take(self._asker.inbox, position.policy)
+        # Before anything is sent that it may keep back.
+        entry = SiteEntry(position.region, position.tenants)
+        await self._policy.take(self._asker.inbox, position.policy, entry)
         return position
 
     async def _send_from(self, position: Position) -> None:
@@ -298,22 +302,26 @@ class Uplink:
 
     async def _leaving(self, own: Sequence[Stored]) -> list[_Leaving]:
         """What may leave of each event."""
-        policy, region = self._policy.policy, self._policy.region
+        policy, regions = self._policy.policy, self._policy.regions_of(self._site)
         tenants = {place_of(stored.message.subject).tenant for stored in own}
-        restricted = {tenant for tenant in tenants if policy.restricts(tenant, region)}
-        if not restricted:
+        told = {tenant for tenant in tenants if self._policy.tells_hub_of(tenant)}
+        restricted = {tenant for tenant in told if any(policy.restricts(tenant, region) for region in regions)}
+        if told == tenants and not restricted:
             return [_Leaving(stored, stored.message.data) for stored in own]
         events = [_event_in(stored) for stored in own]
         known = {tenant: await self._described(tenant, events, own[-1].sequence) for tenant in restricted}
         leaving = []
         for stored, event in zip(own, events, strict=True):
             payload: bytes | None = stored.message.data
-            if place_of(stored.message.subject).tenant not in restricted:
+            tenant = place_of(stored.message.subject).tenant
+            if tenant not in told:
+                payload = None  # the hub's server would refuse it
+            elif tenant not in restricted:
                 pass
             elif event is None:
                 payload = None  # nobody can say what of it may leave
             else:
-                payload = _reduced(stored, event, known[event.tenant][event.entity_id], policy, region)
+                payload = _reduced(stored, event, known[event.tenant][event.entity_id], policy, regions)
             leaving.append(_Leaving(stored, payload))
         return leaving
 
@@ -409,14 +417,17 @@ def _stamp_of(stored: Stored) -> int:
         return 0
 
 
-def _reduced(stored: Stored, event: Event, entity: Description, policy: Policy, region: str) -> bytes | None:
+def _reduced(
+    stored: Stored, event: Event, entity: Description, policy: Policy, regions: Collection[str]
+) -> bytes | None:
     """The bytes of an event as they may leave."""
     if entity.is_gone and event.op == "put":
         return None  # a forget that comes after it erases it, and nobody can say any more what may leave of it
-    leaves = policy.leaves(event.tenant, entity.type, region)
+    kinds = {entity.type}
     if isinstance(told := event.body.get("type"), str):
-        leaves &= policy.leaves(event.tenant, told, region)
-    reduced = reduced_event(event, leaves)
+        kinds.add(told)
+    leaves = (policy.leaves(event.tenant, kind, region) for kind in kinds for region in regions)
+    reduced = reduced_event(event, reduce(and_, leaves))
     if reduced is None:
         return None
     return stored.message.data if reduced is event else reduced.encode()

@@ -8,8 +8,6 @@ are told by their code alone, for their words may quote what is kept back. Looks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
-from operator import and_
 from typing import Any
 
 from msgspec.structs import replace
@@ -23,7 +21,7 @@ from mnemesh.messages import Context, Description, Hit, Hits, SearchEmbedding, S
 from router.inventory import Inventory
 from router.peers import Edge, edge_to
 from services.site_policy import SitePolicy
-from services.sovereignty import ALL, Leaves, allows_search, reduced_context, reduced_hit
+from services.sovereignty import Leaves, allows_search, reduced_context, reduced_hit
 
 MOST_HITS = 1000
 WIDENED = 4
@@ -93,14 +91,14 @@ class Disclosure:
         return {entity_id: self._leaves(tenant, told) for entity_id, told in described.items()}
 
     def _leaves(self, tenant: str, entity: Description) -> Leaves:
-        regions = {self._policy.region_of(site) for site in (*entity.sites, self._policy.site)}
-        return reduce(and_, (self._policy.leaves(tenant, entity.type, region) for region in regions), ALL)
+        return self._policy.leaves_of(tenant, entity.type, (*entity.sites, self._policy.site))
 
     def _admitted(self, call: Call) -> str:
         """The caller's tenant. Raises `Denied` where nothing at all of it may leave."""
         tenant = call.caller.tenant
-        if self._policy.policy.refuses(tenant, self._policy.region):
-            raise Denied(f"the policy of {self._policy.site} keeps this back")
+        site = self._policy.site
+        if any(self._policy.policy.refuses(tenant, region) for region in self._policy.regions_of(site)):
+            raise Denied(f"the policy of {site} keeps this back")
         return tenant
 
     async def _search(

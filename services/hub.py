@@ -139,6 +139,7 @@ class Hub(Actor):
         self._check_enrolled(device)
         self._presence.hear(device, request)
         policy = self._policy.text if self._policy.policy.version > request.policy else ""
+        entry = self._policy.entry(device)
         place, mark = await self._last_mark(device)
         if request.log:
             mark = await self._unmarked(device, request.log, mark) or mark
@@ -152,6 +153,8 @@ class Hub(Actor):
             clock_ms=wall_ms(),
             contract=subjects.CONTRACT,
             policy=policy,
+            region=entry.region,
+            tenants=entry.tenants,
         )
 
     async def _last_mark(self, device: str) -> tuple[int, Mark]:
@@ -329,13 +332,12 @@ class Hub(Actor):
 
     def _check_enrolled(self, device: str) -> None:
         """Nothing is said of a device that is not, so also not whose memory it may have."""
-        if device not in self._policy.sites:
+        if not self._policy.may_connect(device):
             raise Denied(f"{device} is not enrolled here")
 
     def _check_tenant(self, device: str, tenant: str) -> None:
         self._check_enrolled(device)
-        allowed = self._policy.entry(device).tenants
-        if allowed and tenant not in allowed:
+        if not self._policy.deals_with(device, tenant):
             raise Denied(f"{device} was not enrolled for tenant {tenant!r}")
 
     # ── what was forgotten ──────────────────────────────────────────────────────────────────────────────────

@@ -65,9 +65,7 @@ class Receipts:
     def _erasure(self, own: Receipt, receipts: Sequence[Receipt]) -> Erasure:
         confirmed = {receipt.site for receipt in receipts}
         concerned = [
-            site
-            for site in sorted(self._policy.sites - confirmed)
-            if not (tenants := self._policy.entry(site).tenants) or own.tenant in tenants
+            site for site in sorted(self._policy.sites - confirmed) if self._policy.deals_with(site, own.tenant)
         ]
         nothing = [site for site in concerned if self._presence.has_erased(site, own.sequence)]
         return Erasure(

@@ -1,6 +1,7 @@
 """A site's policy on what may leave it, and the regions of sites: kept in KV buckets, current everywhere in the site.
 
-A policy is handed from a hub to its devices. For its own data a site's own copy wins, whatever the other's version.
+A policy is handed from a hub to its devices, and beside it what was said of the device as it was enrolled. For its own
+data a site's own copy wins, whatever the other's version.
 Looks at `sovereignty` and `mnemesh`.
 """
 
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
+from functools import reduce
+from operator import and_
 from typing import Literal
 
 import msgspec
@@ -17,7 +21,7 @@ from mnemesh.connection import Link
 from mnemesh.errors import MnemeshError
 from mnemesh.inbox import Inbox
 from mnemesh.kv import BucketView
-from services.sovereignty import NOTHING, OPEN, Leaves, Policy
+from services.sovereignty import ALL, NOTHING, OPEN, Leaves, Policy
 from services.sovereignty_text import parse
 
 logger = logging.getLogger("mnemesh.policy")
@@ -29,10 +33,14 @@ CLOSED = Policy(version=0, otherwise=NOTHING)
 
 
 class SiteEntry(msgspec.Struct, frozen=True):
-    """What an operator says of a site. A device of no `tenants` deals with all of them."""
+    """What an operator says of a site. A device of no `tenants` deals with all of them.
+
+    One that was `revoked` may not connect any more; what it wrote is still of its region.
+    """
 
     region: str = ""
     tenants: list[str] = []
+    revoked: bool = False
 
 
 class SitePolicy:
@@ -67,9 +75,9 @@ class SitePolicy:
         return (entries.get("own") or entries.get("handed") or b"").decode()
 
     @property
-    def rules(self) -> tuple[str, str]:
+    def rules(self) -> object:
         """What decides what may leave of the site's own data: it does not, where this has changed."""
-        return self.text, self.region
+        return self.text, self.entry(self.site), self.enrolled
 
     @property
     def handed(self) -> Policy:
@@ -77,10 +85,23 @@ class SitePolicy:
         text = self._texts.entries.get("handed")
         return OPEN if text is None else self._read(text)
 
-    async def take(self, inbox: Inbox, text: str) -> None:
-        """Keep what the hub hands; returns once it holds here. Raises `BadRequest` if it is no policy."""
-        parse(text)
-        revision = await kv.put(inbox, subjects.POLICIES.name, "handed", text.encode())
+    @property
+    def enrolled(self) -> SiteEntry:
+        """What its hub says of this device; nothing as long as it has not."""
+        held = self._texts.entries.get("enrolled")
+        return SiteEntry() if held is None else msgspec.json.decode(held, type=SiteEntry)
+
+    async def take(self, inbox: Inbox, text: str, entry: SiteEntry) -> None:
+        """Keep what the hub hands, if it does, and says of this device; returns once it holds here.
+
+        Raises `BadRequest` if it is no policy.
+        """
+        revision = 0
+        if text:
+            parse(text)
+            revision = await kv.put(inbox, subjects.POLICIES.name, "handed", text.encode())
+        if entry != self.enrolled:
+            revision = await kv.put(inbox, subjects.POLICIES.name, "enrolled", msgspec.json.encode(entry))
         await self._texts.reached(revision)
 
     def leaves(self, tenant: str, kind: str | None, region: str) -> Leaves:
@@ -90,27 +111,41 @@ class SitePolicy:
         """Whether anything of a tenant may be kept back here."""
         return any(self.policy.restricts(tenant, region) for region in self.regions)
 
+    def leaves_of(self, tenant: str, kind: str | None, sites: Iterable[str]) -> Leaves:
+        """What may leave of data of this type that was written at these sites."""
+        regions = {region for site in sites for region in self.regions_of(site)}
+        return reduce(and_, (self.leaves(tenant, kind, region) for region in regions), ALL)
+
     def region_of(self, site: str) -> str:
         return self.entry(site).region
 
-    @property
-    def region(self) -> str:
-        return self.region_of(self.site)
+    def regions_of(self, site: str) -> set[str]:
+        """The region of a site; where a device and its hub say different ones, the device is in both."""
+        regions = {self.region_of(site)} | ({self.enrolled.region} if site == self.site else set())
+        return regions - {""} or {""}
 
     @property
     def sites(self) -> set[str]:
         """The devices that may connect here."""
-        return set(self._sites.entries) - {self.site}
+        return {site for site in self._sites.entries if self.may_connect(site)}
+
+    def may_connect(self, site: str) -> bool:
+        """Whether this is a device that was enrolled here and not revoked."""
+        return site != self.site and site in self._sites.entries and not self.entry(site).revoked
 
     @property
     def regions(self) -> set[str]:
         """The regions of all sites that are known, and of those that are not."""
-        return {self.entry(site).region for site in self._sites.entries} | {""}
+        return {region for site in self._sites.entries for region in self.regions_of(site)} | {""}
 
     def deals_with(self, site: str, tenant: str) -> bool:
-        """Whether a device that may connect may have the memory of a tenant."""
+        """Whether a device may connect here, and have the memory of a tenant."""
         tenants = self.entry(site).tenants
-        return not tenants or tenant in tenants
+        return self.may_connect(site) and (not tenants or tenant in tenants)
+
+    def tells_hub_of(self, tenant: str) -> bool:
+        """Whether this device was enrolled for a tenant, as far as its hub said."""
+        return not self.enrolled.tenants or tenant in self.enrolled.tenants
 
     def entry(self, site: str) -> SiteEntry:
         """What is said of a site; nothing of a stranger."""

@@ -82,12 +82,11 @@ class HubSite:
         await put_sites(operator, sites_of(self.options))
 
 
-def device_options(name: str, data: Path, hub: str, **options: Any) -> EdgeOptions:
+def device_options(name: str, data: Path, hub: str, *, region: str = "", **options: Any) -> EdgeOptions:
     """`options` are those of `EdgeOptions`."""
-    server = ServerOptions(
-        data=data, site=name, port=free_port(), monitoring_port=free_port(), durability="interval", hub=hub
-    )
-    return EdgeOptions(server=server, tenants=[TENANT], agents=[AGENT], **options)
+    ports = {"port": free_port(), "monitoring_port": free_port()}
+    server = ServerOptions(data=data, site=name, region=region, durability="interval", hub=hub, **ports)
+    return EdgeOptions(**{"server": server, "tenants": [TENANT], "agents": [AGENT], **options})
 
 
 @contextlib.asynccontextmanager

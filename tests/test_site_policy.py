@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -12,17 +13,21 @@ import nats.errors
 import numpy as np
 import pytest
 import pytest_asyncio
-from sites import TENANT, HubSite, alice_at, current, device, device_options, since, status_of, stolen
+from sites import AGENT, TENANT, HubSite, alice_at, current, device, device_options, since, status_of, stolen
 
+import mnemesh
 from bench.cable import Cable
 from cli.edge_node import EdgeNode
 from cli.main import main
 from cli.operator import asking
+from cli.server_config import ServerOptions
 from mnemesh import Memory, kv, subjects, wire
 from mnemesh.call import ERROR_CODE, error_from
 from mnemesh.contract import Operation, R
 from mnemesh.errors import Conflict, MnemeshError, NotFound
+from mnemesh.jetstream import counts_of
 from mnemesh.messages import Carried, Interest, NextFeed, OpenFeed, Want
+from services.site_policy import SiteEntry, SitePolicy
 
 LONG_MS = 30_000
 PUBLIC, SECRET = "PUBLIC-BYTES", "PROTECTED-BYTES"
@@ -300,6 +305,88 @@ async def test_what_a_hub_keeps_back_its_devices_do_not_get(hub: HubSite, tmp_pa
     assert on_disk(tmp_path / "d", PUBLIC.encode())
     assert not on_disk(tmp_path / "d" / "shard", SECRET.encode())
     assert not on_disk(tmp_path / "d" / "jetstream", SECRET.encode())
+
+
+NORTH_STAYS = "version: 1\nrules: [{region: north, type: meter, leaves: nothing}]\n"
+
+
+async def set_policy(site: ServerOptions, text: str) -> None:
+    async with asking(site, "test") as operator:
+        await kv.put(operator.inbox, subjects.POLICIES.name, "own", text.encode())
+
+
+async def test_what_a_region_keeps_back_it_keeps_back_of_a_device_that_was_revoked(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    await set_policy(hub.options, NORTH_STAYS)
+    await hub.enrol("sub7", tmp_path / "d", region="north")
+    open_copy = "version: 1\notherwise: all\n"
+    async with alice_at(hub.server) as there:
+        async with device(hub, tmp_path / "d", policy=open_copy) as node, alice_at(node.server) as here:
+            written = await here.set_context("meter:1", type="meter", attributes={SECRET: 1})
+            await there.get_context("meter:1", consistency=since(written), budget_ms=LONG_MS)
+        assert await asyncio.to_thread(main, ["edge", "revoke", "sub7", "--data", str(tmp_path / "hub")]) == 0
+        everything = Interest(wants=[Want(tenant=TENANT)])
+        async with device(hub, tmp_path / "o", name="o", interest=everything) as node, alice_at(node.server) as here:
+            await there.set_context("bus:1", attributes={"note": PUBLIC})
+            await until_public(here)
+            await current(node)
+            with pytest.raises(MnemeshError):
+                await here.get_context("meter:1")
+    assert on_disk(tmp_path / "o", PUBLIC.encode())
+    assert not on_disk(tmp_path / "o", SECRET.encode())
+
+
+@pytest.mark.parametrize(("said_here", "said_at_hub"), [("", "north"), ("south", "north"), ("north", "south")])
+async def test_a_device_judges_by_the_region_that_its_hub_says_and_by_its_own(
+    hub: HubSite, tmp_path: Path, said_here: str, said_at_hub: str
+) -> None:
+    await set_policy(hub.options, NORTH_STAYS)
+    await hub.enrol("sub7", tmp_path / "d", region=said_at_hub)
+    async with (
+        device(hub, tmp_path / "d", region=said_here) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await here.set_context("meter:1", type="meter", attributes={"n": 1})
+        written = await here.set_context("bus:1", attributes={"n": 1})
+        await there.get_context("bus:1", consistency=since(written), budget_ms=LONG_MS)
+        with pytest.raises(NotFound):
+            await there.get_context("meter:1")
+
+
+async def test_a_device_knows_while_it_is_cut_off_what_its_hub_said_of_it(hub: HubSite, tmp_path: Path) -> None:
+    await hub.enrol("sub7", tmp_path / "d", region="north", tenants=[TENANT])
+    async with device(hub, tmp_path / "d") as node:
+        while not (await status_of(node)).linked:
+            pass
+    apart = device_options("sub7", tmp_path / "d", "nats://127.0.0.1:1")
+    async with EdgeNode(apart), asking(apart.server, "test", role="edge") as asker:
+        policy = SitePolicy("sub7")
+        following = asyncio.create_task(policy.follow(asker.link, asker.inbox))
+        await policy.ready()
+        assert policy.regions_of("sub7") == {"north"}
+        assert policy.enrolled == SiteEntry("north", [TENANT])
+        following.cancel()
+
+
+async def test_what_a_device_has_of_tenants_that_it_was_not_enrolled_for_stays_there(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    await hub.enrol("sub7", tmp_path / "d", tenants=[TENANT])
+    own = {"tenants": [TENANT, "zeta"], "agents": [AGENT, ("zeta", "alice")]}
+    async with device(hub, tmp_path / "d", **own) as node, alice_at(hub.server) as there:
+        async with mnemesh.connect(credentials=node.server.credentials.load("zeta.alice").path) as other:
+            await other.set_context("e1", attributes={SECRET: 1})
+            await other.set_context("e2", attributes={SECRET: 1})
+            await other.forget("e2")
+        async with alice_at(node.server) as here:
+            written = await here.set_context("bus:1", attributes={"note": PUBLIC})
+        found = await there.get_context("bus:1", consistency=since(written), budget_ms=LONG_MS)
+        assert found.attributes == {"note": PUBLIC}
+        async with asking(hub.options, "test") as operator:
+            log = subjects.log_stream("hub")
+            assert not await counts_of(operator.inbox, log, subjects.log_event("*", "zeta", "*", "*"))
 
 
 async def until_public(memory: Memory) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "b585b763b100"
+CONTRACT = "356d4b12f23f"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -592,8 +592,8 @@ OPERATIONS: dict[str, AnyOperation] = {
 TENANTS = Bucket(name="mnemesh_tenants", about="the tenants that exist")
 SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves which partitions")
 SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
-POLICIES = Bucket(name="mnemesh_policies", about="what may leave this site, as set here or handed by its hub")
-SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of the devices that may connect")
+POLICIES = Bucket(name="mnemesh_policies", about="what may leave, as set here or handed by the hub; its enrolment")
+SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of its devices, revoked or not")
 RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site and, at a hub, at its devices")
 
 BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, RECEIPTS)

@@ -40,7 +40,8 @@ class Position(Reply, frozen=True, kw_only=True):
 
     `incarnation` tells the device's log from another of the same name made later; `last` is a hash of the last message,
     empty where it is not known, and `hlc` the newest stamp that came. `clock_ms` is the hub's time, in ms since
-    1970. `policy` is there where the device has an older one.
+    1970. `policy` is there where the device has an older one. The device was enrolled with this `region` and these
+    `tenants`; none: all.
     """
 
     hub: str
@@ -52,6 +53,8 @@ class Position(Reply, frozen=True, kw_only=True):
     clock_ms: int = 0
     contract: str = ""
     policy: str = ""
+    region: str = ""
+    tenants: list[str] = []
 
 
 class OwnEvent(msgspec.Struct, frozen=True, array_like=True):
@@ -129,7 +132,6 @@ class OpenFeed(Request, frozen=True, kw_only=True):
 
     session: Annotated[str, Meta(min_length=1, max_length=64)]
     interest: Interest
-    region: str = ""
     held: list[tuple[str, str, int, HeldState]] = []
     more: bool = False
     incarnation: str = ""
