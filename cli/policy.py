@@ -21,7 +21,11 @@ OWN = "own"
 
 def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for verb, about in (("set", "what may leave, from a file"), ("show", "what holds"), ("rm", "all may leave again")):
+    for verb, about in (
+        ("set", "what may leave, from a file"),
+        ("show", "what holds"),
+        ("rm", "all may leave again, or what the hub hands"),
+    ):
         command = verbs.add_parser(verb, help=about)
         command.add_argument("--data", type=Path, default=data, help="folder of the site (default: %(default)s)")
     verbs.choices["set"].add_argument("file", type=Path, help="YAML or JSON")
@@ -53,7 +57,10 @@ async def _run(verb: str, options: ServerOptions, text: str) -> None:
             if own and parse(text).version <= parse(own.decode()).version and text.encode() != own:
                 raise BadRequest(f"version {parse(text).version} is not newer than the one that holds")
             await kv.put(inbox, bucket, OWN, text.encode())
-        elif verb == "rm":
+        elif verb == "rm" and options.hub:
             await kv.delete(inbox, bucket, OWN)
+        elif verb == "rm":  # to devices, too; that there is no policy is not handed to them
+            version = parse(own.decode()).version + 1 if own else 1
+            await kv.put(inbox, bucket, OWN, f"version: {version}\notherwise: all\n".encode())
         else:
             print((own or await kv.get(inbox, bucket, "handed") or b"# all may leave\n").decode(), end="")

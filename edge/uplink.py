@@ -245,7 +245,7 @@ class Uplink:
                 clock_ms=wall_ms(),
                 log_bytes=self._log_bytes,
                 contract=subjects.CONTRACT,
-                policy=self._policy.handed.version,
+                policy=self._policy.handed,
                 log=log,
             )
         )

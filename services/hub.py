@@ -39,7 +39,7 @@ from services.presence import Presence, since_s
 from services.receipts import Receipts
 from services.roster import Key
 from services.selection import Selection
-from services.site_policy import SitePolicy
+from services.site_policy import SitePolicy, policy_hash
 from services.uplinks import Uplinks
 
 NO_MARK = Mark(incarnation="", sequence=0)
@@ -138,7 +138,7 @@ class Hub(Actor):
         device = call.tokens["site"]
         self._check_enrolled(device)
         self._presence.hear(device, request)
-        policy = self._policy.text if self._policy.policy.version > request.policy else ""
+        policy = self._policy.text if policy_hash(self._policy.text) != request.policy else ""
         entry = self._policy.entry(device)
         place, mark = await self._last_mark(device)
         if request.log:

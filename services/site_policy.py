@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from functools import reduce
+from hashlib import blake2b
 from operator import and_
 from typing import Literal
 
@@ -41,6 +42,11 @@ class SiteEntry(msgspec.Struct, frozen=True):
     region: str = ""
     tenants: list[str] = []
     revoked: bool = False
+
+
+def policy_hash(text: str) -> str:
+    """A hash of a policy's text; empty where there is none."""
+    return blake2b(text.encode(), digest_size=16).hexdigest() if text else ""
 
 
 class SitePolicy:
@@ -80,10 +86,9 @@ class SitePolicy:
         return self.text, self.entry(self.site), self.enrolled
 
     @property
-    def handed(self) -> Policy:
-        """What the hub handed here last."""
-        text = self._texts.entries.get("handed")
-        return OPEN if text is None else self._read(text)
+    def handed(self) -> str:
+        """A hash of the text that the hub handed here last; empty where it has not."""
+        return policy_hash(self._texts.entries.get("handed", b"").decode())
 
     @property
     def enrolled(self) -> SiteEntry:

@@ -135,6 +135,9 @@ async def test_a_revocation_that_failed_halfway_is_repeated(
         assert await asyncio.to_thread(main, revoke) == 1
         assert "no device sub7 is enrolled; " in capsys.readouterr().err
         assert not await leaves_of(hub)
+    assert await entry_of(hub, "sub7") == SiteEntry(revoked=True)
+    await hub.enrol("sub7", tmp_path / "d")
+    assert await entry_of(hub, "sub7") == SiteEntry()
 
 
 @pytest.mark.parametrize("page", [{}, {"leafs": [{"id": 1 << 40}]}], ids=["not told", "not disconnected"])

@@ -283,6 +283,46 @@ async def test_a_hub_hands_its_policy_to_devices_before_they_send_and_their_own_
             await there.get_context("e3", consistency=since(written), budget_ms=LONG_MS)
 
 
+async def test_devices_take_what_their_hub_hands_whatever_version_they_had(hub: HubSite, tmp_path: Path) -> None:
+    async def policy(*verb: str) -> None:
+        assert await asyncio.to_thread(main, ["policy", *verb, "--data", str(tmp_path / "hub")]) == 0
+
+    async def handed(text: str) -> None:
+        while await kv.get(asker.inbox, subjects.POLICIES.name, "handed") != text.encode():
+            pass
+
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text("version: 5\n")
+    new.write_text("version: 1\notherwise: nothing\n")
+    await policy("set", str(old))
+    async with device(hub, tmp_path / "d") as node, asking(node.options.server, "test") as asker:
+        await handed(old.read_text())
+        await policy("rm")
+        await handed("version: 6\notherwise: all\n")
+        async with asking(hub.options, "test") as operator:  # as in a hub that was made anew
+            await kv.delete(operator.inbox, subjects.POLICIES.name, "own")
+        await policy("set", str(new))
+        await handed(new.read_text())
+
+
+async def test_a_device_keeps_the_policy_that_it_was_handed_where_its_hub_has_none_any_more(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    await set_policy(hub.options, POLICY)
+    async with alice_at(hub.server) as there:
+        async with device(hub, tmp_path / "d") as node, asking(node.options.server, "test") as asker:
+            while not await kv.get(asker.inbox, subjects.POLICIES.name, "handed"):
+                pass
+        async with asking(hub.options, "test") as operator:  # as in a hub that was made anew
+            await kv.delete(operator.inbox, subjects.POLICIES.name, "own")
+        async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here:
+            await here.set_context("meter:1", type="meter", attributes={"n": 1})
+            written = await here.set_context("bus:1", attributes={"n": 1})
+            await there.get_context("bus:1", consistency=since(written), budget_ms=LONG_MS)
+            with pytest.raises(NotFound):
+                await there.get_context("meter:1")
+
+
 async def test_what_a_hub_keeps_back_its_devices_do_not_get(hub: HubSite, tmp_path: Path) -> None:
     async with asking(hub.options, "test") as asker:
         await kv.put(asker.inbox, subjects.POLICIES.name, "own", POLICY.encode())

@@ -17,8 +17,8 @@ class AskPosition(Request, frozen=True, kw_only=True):
 
     `waiting` events are still to be sent, the oldest for `lag_s`; it has the hub's log up to `downlinked`, of what it
     wants, and has erased what was forgotten there up to `erased`. `clock_ms` is the device's time, in milliseconds
-    since 1970, and `log_bytes` the size of its log. It holds so many entities and bytes of the hub's. `policy` is the
-    version of the policy that it was handed. One that names the incarnation of its `log` asks for an event beyond its
+    since 1970, and `log_bytes` the size of its log. It holds so many entities and bytes of the hub's. `policy` is a
+    hash of the policy that it was handed. One that names the incarnation of its `log` asks for an event beyond its
     mark, too.
     """
 
@@ -31,7 +31,7 @@ class AskPosition(Request, frozen=True, kw_only=True):
     contract: str = ""
     clock_ms: int = 0
     log_bytes: Annotated[int, Meta(ge=0)] = 0
-    policy: int = 0
+    policy: Annotated[str, Meta(max_length=64)] = ""
     log: Annotated[str, Meta(max_length=255)] = ""
 
 
@@ -40,7 +40,7 @@ class Position(Reply, frozen=True, kw_only=True):
 
     `incarnation` tells the device's log from another of the same name made later; `last` is a hash of the last message,
     empty where it is not known, and `hlc` the newest stamp that came. `clock_ms` is the hub's time, in ms since
-    1970. `policy` is there where the device has an older one. The device was enrolled with this `region` and these
+    1970. `policy` is there where the device has another one. The device was enrolled with this `region` and these
     `tenants`; none: all.
     """
 
