@@ -1,7 +1,8 @@
 """Telling the hub what was erased here: each receipt once it is kept, until the hub has it.
 
-Of an entity that the policy keeps back also the receipt stays here, unless the hub forgot it and so knows of it. Looks
-at `services.disclosure` and `mnemesh`.
+Of an entity that the policy keeps back also the receipt stays here, unless the hub forgot it and so knows of it; and so
+does that of a tenant that the device was not enrolled for. Looks at `services.disclosure`, `services.site_policy` and
+`mnemesh`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -21,6 +22,7 @@ from mnemesh.follower import Follower
 from mnemesh.jetstream import stream_state
 from mnemesh.messages import ConfirmErased, Receipt
 from services.disclosure import Disclosure
+from services.site_policy import SitePolicy
 
 logger = logging.getLogger("mnemesh.confirming")
 
@@ -32,12 +34,25 @@ TOLD = "told"
 
 
 class Confirming:
-    """Sends the receipts of one device. `run` for ever."""
+    """Sends the receipts of one device. `run` for ever.
 
-    def __init__(self, asker: Asker, disclosure: Disclosure, *, site: str) -> None:
+    `hub` returns once that is in reach, and what it says of the device is kept.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        disclosure: Disclosure,
+        policy: SitePolicy,
+        *,
+        site: str,
+        hub: Callable[[], Awaitable[str]],
+    ) -> None:
         self._asker = asker
         self._disclosure = disclosure
+        self._policy = policy
         self._site = site
+        self._reaches = hub
 
     async def run(self) -> None:
         """Follow the receipts' bucket, from up to where the hub has been told."""
@@ -56,25 +71,26 @@ class Confirming:
                     if stored.message.data and stored.message.subject.endswith(f".{self._site}")
                 ]
                 for some in _parts(own):
-                    receipts = [msgspec.json.decode(data, type=Receipt) for data in some]
-                    await self._tell([receipt for receipt in receipts if await self._may_leave(receipt)])
+                    await self._tell([msgspec.json.decode(data, type=Receipt) for data in some])
                 if own:
                     await kv.put(inbox, bucket, TOLD, str(batch[-1].sequence).encode())
 
     async def _may_leave(self, receipt: Receipt) -> bool:
+        if not self._policy.tells_hub_of(receipt.tenant):
+            return False
         if receipt.forget.rsplit("-", 2)[0] != self._site or not self._disclosure.restricts(receipt.tenant):
             return True
         leaves = await self._disclosure.leaves(receipt.tenant, [receipt.entity_id], receipt.sequence)
         return leaves[receipt.entity_id].tells_fields
 
     async def _tell(self, receipts: list[Receipt]) -> None:
-        """Tell the hub, for as long as it takes."""
-        if not receipts:
-            return
-        asked = ConfirmErased(receipts=receipts)
+        """Tell the hub what may leave, for as long as it takes; what may, may have changed at each try."""
         while True:
+            await self._reaches()
             try:
-                await self._asker.ask(subjects.CONFIRM_ERASED, subjects.confirm_erased(self._site), asked)
+                if leaving := [receipt for receipt in receipts if await self._may_leave(receipt)]:
+                    asked = ConfirmErased(receipts=leaving)
+                    await self._asker.ask(subjects.CONFIRM_ERASED, subjects.confirm_erased(self._site), asked)
             except (Unavailable, Timeout) as error:
                 logger.debug("the hub cannot be told what was erased: %s", error)
             except MnemeshError as error:

@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
 import nats.nuid
@@ -59,10 +59,22 @@ NO_FEED = _Kept("", 0)
 
 
 class Downlink:
-    """Keeps what one device wants. `run` for ever; the other attributes say how far it is."""
+    """Keeps what one device wants. `run` for ever; the other attributes say how far it is.
 
-    def __init__(self, asker: Asker, inventory: Inventory, *, site: str, interest: Interest) -> None:
+    `hub` returns the hub's name once that is in reach.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        inventory: Inventory,
+        *,
+        site: str,
+        interest: Interest,
+        hub: Callable[[], Awaitable[str]],
+    ) -> None:
         self._asker = asker
+        self._reaches = hub
         self._inventory = inventory
         self._site = site
         self._interest = interest
@@ -108,10 +120,7 @@ class Downlink:
             await asyncio.sleep(random.uniform(pause_s / 2, pause_s))
 
     async def _keep_on(self) -> None:
-        position = await self._asker.ask(
-            subjects.UPLINK_POSITION, subjects.uplink_position(self._site), {}, budget_s=RETRY_S * 4
-        )
-        self._hub = position.hub
+        self._hub = await self._reaches()
         mark = await self._mark()
         if self._purged != self._place:
             await self._purge_again()

@@ -62,7 +62,6 @@ class Edge(Actor):
         self._policy = SitePolicy(site)
         self._shards = ShardMap()
         self._inventory = inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
-        self._downlink = Downlink(self.asker, inventory, site=site, interest=interest or Interest())
         self._uplink = Uplink(
             self.asker,
             inventory,
@@ -71,13 +70,16 @@ class Edge(Actor):
             bytes_per_s=uplink_bytes_per_s,
             says=self._says,
         )
+        self._downlink = Downlink(
+            self.asker, inventory, site=site, interest=interest or Interest(), hub=self._uplink.reaches
+        )
         self._eraser = Eraser(self.asker, inventory, site=site)
         self._held = (0, 0)
         self._was_away = True  # until it is known better
         self._started_at = float("inf")
         self._disclosure = Disclosure(self.asker, inventory, self._policy)
         self.hub = FromHub(self.asker, self._policy, self._disclosure, site=site, line=self._uplink)
-        self._confirming = Confirming(self.asker, self._disclosure, site=site)
+        self._confirming = Confirming(self.asker, self._disclosure, self._policy, site=site, hub=self._uplink.reaches)
 
     def bindings(self, operation: AnyOperation) -> list[Mapping[str, str]]:
         return [{"site": self.site}]
@@ -195,7 +197,7 @@ class Edge(Actor):
         uplink, downlink = self._uplink, self._downlink
         return messages.EdgeStatus(
             site=self.site,
-            hub=uplink.position.hub,
+            hub=uplink.hub,
             linked=uplink.linked,
             silent_s=uplink.silent_s,
             uplinked=uplink.position.sequence,

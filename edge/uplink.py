@@ -99,7 +99,9 @@ class Uplink:
         self._waiting_since_ms: int | None = None
         self._log_bytes = 0
         self._heard_at, self._heard_at_ms = 0.0, 0
-        self.linked = False
+        self._linked = asyncio.Event()
+        self.hub = ""
+        """The hub's name; empty until it was heard of."""
         self.hub_contract = ""
         self.clock_offset_ms = 0
         """How far our clock is ahead of the hub's, as far as the way there and back lets us know."""
@@ -120,9 +122,14 @@ class Uplink:
         return len(self._aside)
 
     @property
-    def hub(self) -> str:
-        """The hub's name; empty until it was heard of."""
-        return self.position.hub
+    def linked(self) -> bool:
+        """Whether the hub answers, and what it says of this device is kept here."""
+        return self._linked.is_set()
+
+    async def reaches(self) -> str:
+        """The hub's name, once we are linked."""
+        await self._linked.wait()
+        return self.hub
 
     @property
     def lag_s(self) -> float:
@@ -150,7 +157,7 @@ class Uplink:
             except MnemeshError as error:
                 if self.linked:
                     logger.warning("the uplink is interrupted: %s", error)
-                self.linked = False
+                self._linked.clear()
                 await asyncio.sleep(random.uniform(RETRY_S / 2, RETRY_S))
 
     async def _send_on(self) -> None:
@@ -179,7 +186,7 @@ class Uplink:
         await self._aside.load()
         state = await stream_state(self._asker.inbox, self._log)
         position = await self._asked()
-        self.linked = True
+        self._linked.set()
         await self._check_is_ours(position, state)
         # What is on its way there since before expects the mark of then: set it anew, and that is refused.
         self._incarnation = state.incarnation
@@ -253,7 +260,7 @@ class Uplink:
             subjects.UPLINK_POSITION, subjects.uplink_position(self._site), told, budget_s=ASK_S
         )
         self._heard_at, self._heard_at_ms = asyncio.get_running_loop().time(), wall_ms()
-        self.hub_contract = position.contract
+        self.hub, self.hub_contract = position.hub, position.contract
         self.clock_offset_ms = (told.clock_ms + self._heard_at_ms) // 2 - position.clock_ms
         if is_ahead(position.hlc, self._hub_ms()):  # of a mark that was set while our clock was wrong
             position = replace(position, hlc=0)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from sites import TENANT, HubSite, device, status_of
+from sites import TENANT, HubSite, current, device, status_of
 
 from cli.operator import asking
 from edge.downlink import Downlink
@@ -17,6 +17,7 @@ from mnemesh.asker import Asker
 from mnemesh.errors import Conflict, Denied
 from mnemesh.messages import AskPosition, ConfirmErased, FeedBatch, FeedOpened, Interest, NextFeed, OpenFeed, Want
 from services.feed import Feed
+from services.presence import Presence
 
 INTEREST = Interest(wants=[Want(tenant=TENANT)])
 
@@ -82,6 +83,22 @@ async def test_a_feed_whose_opening_is_repeated_is_opened_once(
         assert one == other == await open_feed(asker, "s")
         assert (await first_of(asker, "s")).turn == 1
     assert len(opening) == 1
+
+
+async def test_a_device_always_says_what_there_is_to_say_of_it(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[AskPosition] = []
+    hear = Presence.hear
+
+    def noted(self: Presence, device: str, said: AskPosition) -> None:
+        heard.append(said)
+        hear(self, device, said)
+
+    monkeypatch.setattr(Presence, "hear", noted)
+    async with device(hub, tmp_path / "d", interest=INTEREST) as node:
+        await current(node)
+    assert {said.contract for said in heard} == {subjects.CONTRACT}
 
 
 async def test_a_device_that_the_hub_has_no_entry_of_is_told_nothing(

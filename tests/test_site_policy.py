@@ -21,12 +21,13 @@ from cli.edge_node import EdgeNode
 from cli.main import main
 from cli.operator import asking
 from cli.server_config import ServerOptions
+from edge.confirming import TOLD, Confirming
 from mnemesh import Memory, kv, subjects, wire
 from mnemesh.call import ERROR_CODE, error_from
 from mnemesh.contract import Operation, R
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.jetstream import counts_of
-from mnemesh.messages import Carried, Interest, NextFeed, OpenFeed, Want
+from mnemesh.messages import Carried, Interest, NextFeed, OpenFeed, Receipt, Want
 from services.site_policy import SiteEntry, SitePolicy
 
 LONG_MS = 30_000
@@ -427,6 +428,62 @@ async def test_what_a_device_has_of_tenants_that_it_was_not_enrolled_for_stays_t
         async with asking(hub.options, "test") as operator:
             log = subjects.log_stream("hub")
             assert not await counts_of(operator.inbox, log, subjects.log_event("*", "zeta", "*", "*"))
+
+
+async def forget_a_meter(memory: Memory) -> None:
+    await memory.set_context("meter:1", type="meter", attributes={"n": 1})
+    await memory.forget("meter:1")
+
+
+async def assert_not_confirmed(hub: HubSite, node: EdgeNode) -> None:
+    """The device has gone through its receipts, and of none of them its hub has heard."""
+    bucket = subjects.RECEIPTS.name
+    async with asking(node.options.server, "test") as asker:
+        while not await kv.get(asker.inbox, bucket, TOLD):
+            pass
+        (receipt,) = [key for key in await kv.keys(asker.inbox, bucket) if key.endswith(".sub7")]
+    async with asking(hub.options, "test") as operator:
+        assert receipt not in await kv.keys(operator.inbox, bucket)
+
+
+async def test_a_receipt_that_waits_does_not_leave_once_the_policy_keeps_it_back(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell, waits = Confirming._tell, asyncio.Event()
+
+    async def noted(self: Confirming, receipts: list[Receipt]) -> None:
+        waits.set()
+        await tell(self, receipts)
+
+    monkeypatch.setattr(Confirming, "_tell", noted)
+    cable = Cable(hub.options.leaf_port)
+    async with (
+        cable.laid() as port,
+        device(hub, tmp_path / "d", line=f"nats://127.0.0.1:{port}") as node,
+        alice_at(node.server) as here,
+    ):
+        while not (await status_of(node)).linked:
+            pass
+        cable.cut()
+        await forget_a_meter(here)
+        await waits.wait()
+        await set_policy(node.options.server, POLICY)
+        cable.heal()
+        await assert_not_confirmed(hub, node)
+
+
+async def test_no_receipt_leaves_before_the_hub_has_handed_its_policy(hub: HubSite, tmp_path: Path) -> None:
+    async with (
+        EdgeNode(device_options("sub7", tmp_path / "d", "nats://127.0.0.1:1")) as node,
+        alice_at(node.server) as here,
+        asking(node.options.server, "test") as asker,
+    ):
+        await forget_a_meter(here)
+        while not [key for key in await kv.keys(asker.inbox, subjects.RECEIPTS.name) if key.endswith(".sub7")]:
+            pass
+    await set_policy(hub.options, POLICY)
+    async with device(hub, tmp_path / "d") as node:
+        await assert_not_confirmed(hub, node)
 
 
 async def until_public(memory: Memory) -> None:
