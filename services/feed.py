@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
-from collections.abc import AsyncGenerator, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
 
 import msgspec
 
@@ -54,8 +54,9 @@ PROGRESS_S = 1.0
 class Feed:
     """What one device is sent of a hub's log. `open` it first; `close` gives back what it has.
 
-    `selection` is this feed's alone. `has` is what the device noted, `own_log` the incarnation of its log; of the hub's
-    `log` it has all up to `after`, where `last` was. The hub's `tail` of that is what it follows.
+    `selection` is this feed's alone; the device `may_have` the memory of a tenant or not. `has` is what it noted,
+    `own_log` the incarnation of its log; of the hub's `log` it has all up to `after`, where `last` was. The hub's `tail`
+    of that is what it follows.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Feed:
         *,
         site: str,
         device: str,
+        may_have: Callable[[str], bool],
         has: Mapping[Key, Holding],
         after: int,
         last: str,
@@ -79,6 +81,7 @@ class Feed:
         self._roster = selection.roster
         self._site = site
         self._device = device
+        self._may_have = may_have
         self._has = has
         self._debts = debts
         self._log = subjects.log_stream(site)
@@ -134,6 +137,7 @@ class Feed:
                 self._to_hold.append((max(changed, candidate.first), key))
             self._evict(self._roster.admit(key, want, sizes.get(key, 0)))
         self._evict([key for key in self._has if key not in self._roster])
+        self._let_go = {key for key in self._let_go if self._may_have(key[0])}  # it may just say that it has others
         heapq.heapify(self._to_hold)
         begin = await self._bring([key for key in lacks if key in self._roster], after)
         self._settle(begin)

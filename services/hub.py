@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from msgspec.structs import replace
@@ -19,13 +19,13 @@ from mnemesh.actor import Actor, handles
 from mnemesh.call import Call
 from mnemesh.clock import wall_ms
 from mnemesh.connection import Link
-from mnemesh.errors import BadRequest, Conflict, Denied, NotFound
+from mnemesh.errors import BadRequest, Conflict, Denied, NotFound, TooLarge
 from mnemesh.event import Event
 from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
 from mnemesh.ids import to_token
 from mnemesh.jetstream import Stored, StreamState, last_of, last_of_each, message_at, stream_state
-from mnemesh.messages import DeviceSeen, Holding
+from mnemesh.messages import DeviceSeen, HeldState, Holding
 from mnemesh.origin import Mark, birth_of, hash_of, mark_in, place_of
 from mnemesh.stats import Gauge
 from router.inventory import Inventory
@@ -45,6 +45,11 @@ from services.uplinks import Uplinks
 NO_MARK = Mark(incarnation="", sequence=0)
 """What counts where a device's mark cannot be read: the device sends its log from the beginning."""
 
+MOST_HELD_BYTES = 256 * 1024 * 1024
+"""What the names of all that a device holds may take in memory: a million of them."""
+NAME_BYTES = 200
+"""What one takes beside its characters."""
+
 FEED_WAIT_S = 4.0
 FEED_MARGIN_S = 1.0
 FORGOTTEN_S = 600.0
@@ -58,7 +63,17 @@ class _Opening:
         self.session = session
         self.turn = asyncio.Lock()
         self.has: dict[Key, Holding] = {}
+        self._bytes = 0
         self.opened: messages.FeedOpened | None = None
+
+    def add(self, held: Sequence[tuple[str, str, int, HeldState]]) -> None:
+        """Keep what the device has, too. Raises `TooLarge` where that is more than a hub keeps."""
+        has = {(one[0], one[1]): Holding(*one) for one in held}
+        self._bytes += sum(NAME_BYTES + sum(map(len, key)) for key in has.keys() - self.has.keys())
+        if self._bytes > MOST_HELD_BYTES:
+            self.has = {}
+            raise TooLarge("this device holds more than its hub can keep the names of; let it want less")
+        self.has |= has
 
 
 class _Feeding:
@@ -187,7 +202,7 @@ class Hub(Actor):
         async with opening.turn:
             if opening.opened is not None:  # the request is repeated
                 return opening.opened
-            opening.has |= {(held[0], held[1]): Holding(*held) for held in request.held}
+            opening.add(request.held)
             state = await stream_state(self.asker.inbox, self._log)
             opened = messages.FeedOpened(hub=self.site, incarnation=state.incarnation)
             if request.more:
@@ -226,6 +241,7 @@ class Hub(Actor):
             selection,
             site=self.site,
             device=device,
+            may_have=partial(self._policy.deals_with, device),
             has=has,
             after=after,
             last=last,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,22 @@ from cli.operator import asking
 from edge.downlink import Downlink
 from mnemesh import kv, subjects
 from mnemesh.asker import Asker
-from mnemesh.errors import Conflict, Denied
-from mnemesh.messages import AskPosition, ConfirmErased, FeedBatch, FeedOpened, Interest, NextFeed, OpenFeed, Want
+from mnemesh.errors import Conflict, Denied, TooLarge
+from mnemesh.event import Event
+from mnemesh.ids import partition_of_tokens
+from mnemesh.messages import (
+    AskPosition,
+    ConfirmErased,
+    FeedBatch,
+    FeedOpened,
+    HeldState,
+    Holding,
+    Interest,
+    NextFeed,
+    OpenFeed,
+    Want,
+)
+from mnemesh.origin import FORGETS
 from services.feed import Feed
 from services.presence import Presence
 
@@ -83,6 +99,52 @@ async def test_a_feed_whose_opening_is_repeated_is_opened_once(
         assert one == other == await open_feed(asker, "s")
         assert (await first_of(asker, "s")).turn == 1
     assert len(opening) == 1
+
+
+async def forget_in_zeta(hub: HubSite) -> int:
+    """A forget of a tenant that the device was not enrolled for; returns its place in the hub's log."""
+    forgotten = Event(id="f", tenant="zeta", entity_id="e", op="forget", agent="x", site="hub", hlc=1)
+    subject = subjects.log_event("hub", "zeta", partition_of_tokens("zeta", "e"), "e")
+    async with asking(hub.options, "test", role="gateway") as gateway:
+        headers = {FORGETS: "1"}
+        stored = await gateway.inbox.request(subject, forgotten.encode(), budget_s=5.0, headers=headers)
+    place: int = json.loads(stored.data)["seq"]
+    return place
+
+
+@pytest.mark.parametrize("state", ["some", "whole"])
+async def test_a_device_that_says_it_holds_what_it_may_not_is_told_to_drop_it_and_no_more(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: HeldState
+) -> None:
+    await hub.enrol("sub7", tmp_path / "d", tenants=[TENANT])
+    async with sub7(hub, tmp_path / "d", monkeypatch) as asker:
+        opening = OpenFeed(session="s", interest=INTEREST, held=[("zeta", "e", 1, state)])
+        await asker.ask(subjects.OPEN_FEED, subjects.open_feed("sub7"), opening)
+        place = await forget_in_zeta(hub)
+        batches = [await first_of(asker, "s")]
+        while batches[-1].place < place:
+            asked = NextFeed(session="s", turn=batches[-1].turn + 1)
+            batches.append(await asker.ask(subjects.NEXT_FEED, subjects.next_feed("sub7"), asked))
+        (item,) = [item for batch in batches for item in batch.items]
+        assert isinstance(item, Holding)
+        assert (item.tenant, item.entity_id, item.bytes) == ("zeta", "e", None)
+
+
+async def test_a_device_cannot_make_its_hub_keep_any_number_of_names(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.hub.MOST_HELD_BYTES", 10_000)
+    async with sub7(hub, tmp_path / "d", monkeypatch) as asker:
+
+        async def say_on() -> None:
+            for n in count():
+                held: list[tuple[str, str, int, HeldState]] = [(TENANT, f"e{n}", 1, "whole")]
+                opening = OpenFeed(session="s", interest=INTEREST, held=held, more=True)
+                await asker.ask(subjects.OPEN_FEED, subjects.open_feed("sub7"), opening)
+
+        with pytest.raises(TooLarge):
+            await say_on()
+        assert (await open_feed(asker, "other")).hub == "hub"
 
 
 async def test_a_device_always_says_what_there_is_to_say_of_it(
