@@ -55,8 +55,8 @@ class Feed:
     """What one device is sent of a hub's log. `open` it first; `close` gives back what it has.
 
     `selection` is this feed's alone; the device `may_have` the memory of a tenant or not. `has` is what it noted,
-    `own_log` the incarnation of its log; of the hub's `log` it has all up to `after`, where `last` was. The hub's `tail`
-    of that is what it follows.
+    `own_log` the incarnation of its log; of the hub's `log` it has all up to `after`, where `last` was. The hub's
+    `tail` of that is what it follows.
     """
 
     def __init__(
@@ -241,10 +241,10 @@ class Feed:
             self._out.send(stored, place, event, self._types.get(key), wrote=key in self._wrote)
 
     def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
-        """Pass a mark on; the stamp in it is not, where it is of a clock that is wrong."""
+        """Pass a mark on, without the hash in it, and without its stamp where that is of a clock that is wrong."""
         if place.origin != self._device and (mark := mark_in(stored.message)) is not None:
             hlc = 0 if is_too_far_ahead(mark.hlc, stored.recorded_at) else mark.hlc
-            marks[place.origin] = msgspec.structs.replace(mark, by=self._site, hlc=hlc).encode()
+            marks[place.origin] = msgspec.structs.replace(mark, by=self._site, last="", hlc=hlc).encode()
 
     async def _pay(self) -> None:
         """Send the forgets that the device is owed. It has what was sent once it asks for more."""

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from sites import TENANT, HubSite, current, device, status_of
+from sites import TENANT, HubSite, alice_at, current, device, status_of
 
 from cli.operator import asking
 from edge.downlink import Downlink
@@ -31,7 +31,7 @@ from mnemesh.messages import (
     OpenFeed,
     Want,
 )
-from mnemesh.origin import FORGETS
+from mnemesh.origin import FORGETS, decode_mark
 from services.feed import Feed
 from services.presence import Presence
 
@@ -128,6 +128,24 @@ async def test_a_device_that_says_it_holds_what_it_may_not_is_told_to_drop_it_an
         (item,) = [item for batch in batches for item in batch.items]
         assert isinstance(item, Holding)
         assert (item.tenant, item.entity_id, item.bytes) == ("zeta", "e", None)
+
+
+async def test_no_device_gets_a_hash_of_what_others_wrote(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could confirm by it what it guesses, of whatever tenant that is."""
+    async with (
+        sub7(hub, tmp_path / "d", monkeypatch) as asker,
+        device(hub, tmp_path / "o", name="other") as other,
+        alice_at(other.server) as there,
+    ):
+        written = await there.set_context("e", attributes={"n": 1})
+        await open_feed(asker, "s")
+        batch = await first_of(asker, "s")
+        while "other" not in batch.marks or decode_mark(batch.marks["other"]).sequence < written.token["other"]:
+            asked = NextFeed(session="s", turn=batch.turn + 1)
+            batch = await asker.ask(subjects.NEXT_FEED, subjects.next_feed("sub7"), asked)
+        assert decode_mark(batch.marks["other"]).last == ""
 
 
 async def test_a_device_cannot_make_its_hub_keep_any_number_of_names(
