@@ -137,7 +137,14 @@ class Selection:
         return frozenset(map(self._region_of, sites))
 
     def reduced(self, event: Event, origin: str, kind: str | None) -> Event | None:
-        """What of an event of an entity of this type may go to the device; the same where all of it may."""
+        """What of an event of an entity of this type may go to the device; the same where all of it may.
+
+        A forget goes whatever the type: who is sent it has something of the entity, and is to erase that.
+        """
         region = self._region_of(origin)
-        kinds = {kind, event.body.get("type")}
-        return reduced_event(event, reduce(and_, (self._leaves(event.tenant, each, region) for each in kinds)))
+        told = event.body.get("type")
+        kinds = {kind, told} if isinstance(told, str) else {kind}
+        leaves = reduce(and_, (self._leaves(event.tenant, each, region) for each in kinds))
+        if event.op == "forget" and not leaves.tells_fields:
+            leaves = Leaves()
+        return reduced_event(event, leaves)

@@ -486,6 +486,27 @@ async def test_no_receipt_leaves_before_the_hub_has_handed_its_policy(hub: HubSi
         await assert_not_confirmed(hub, node)
 
 
+async def test_patches_and_forgets_that_name_no_type_reach_devices_where_all_but_one_type_stays(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with asking(hub.options, "test") as asker:
+        text = b"version: 1\nrules: [{type: bus, leaves: all}]\notherwise: nothing\n"
+        await kv.put(asker.inbox, subjects.POLICIES.name, "own", text)
+    async with (
+        device(hub, tmp_path / "d", interest=Interest(wants=[Want(tenant=TENANT)])) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await there.set_context("bus:1", type="bus", attributes={"note": "old"})
+        await current(node)
+        written = await there.set_context("bus:1", attributes={"note": PUBLIC})
+        found = await here.get_context("bus:1", consistency=since(written), budget_ms=LONG_MS)
+        assert found.attributes == {"note": PUBLIC}
+        forgotten = await there.forget("bus:1")
+        with pytest.raises(NotFound):
+            await here.get_context("bus:1", consistency=since(forgotten), budget_ms=LONG_MS)
+
+
 async def until_public(memory: Memory) -> None:
     while True:
         with contextlib.suppress(MnemeshError):

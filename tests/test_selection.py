@@ -1,0 +1,43 @@
+"""What of an event may go to a device, by the policy of its hub and the types of the entity."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from test_merge import forget, put
+
+from mnemesh.messages import Interest
+from services.selection import Selection
+from services.sovereignty_text import parse
+
+
+def selection(policy: str) -> Selection:
+    return Selection(
+        cast(Any, None),  # no shard is asked
+        Interest(),
+        site="hub",
+        device="sub7",
+        leaves=parse(policy).leaves,
+        region_of=lambda site: "",
+    )
+
+
+BUS_ALONE = "{version: 1, rules: [{type: bus, leaves: all}], otherwise: nothing}"
+
+
+def test_a_patch_that_names_no_type_goes_as_its_entity_does() -> None:
+    may = selection(BUS_ALONE)
+    patch = put(attributes={"n": 1})
+    assert may.reduced(patch, "hub", "bus") is patch
+    assert may.reduced(patch, "hub", "meter") is None
+    assert may.reduced(patch, "hub", None) is None
+
+
+def test_a_forget_goes_to_whoever_is_to_erase_whatever_the_type() -> None:
+    may = selection(BUS_ALONE)
+    event = forget()
+    assert may.reduced(event, "hub", "bus") is event
+    for kind in ("meter", None):
+        told = may.reduced(event, "hub", kind)
+        assert told is not None
+        assert (told.op, told.entity_id, told.hlc) == ("forget", "pump", event.hlc)
