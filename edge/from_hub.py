@@ -7,7 +7,7 @@ Its shard asks about single entities, its router whatever spans them. Looks at `
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from typing import Any, Protocol
 
 from mnemesh import messages, subjects
@@ -88,9 +88,9 @@ class FromHub:
         except MnemeshError:  # what cannot be looked up stays
             return set()
 
-    def keeps_back(self, tenant: str, kind: str | None) -> bool:
-        """Whether the device's policy keeps any of what is written here of this type from its hub."""
-        return not self._policy.leaves_of(tenant, kind, [self._site]).is_all
+    def keeps_back(self, tenant: str, types: Collection[str]) -> bool:
+        """Whether the device's policy keeps any of what is written here of an entity of these types from its hub."""
+        return not self._policy.leaves_of(tenant, types, [self._site]).is_all
 
     async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
         return await self._ask(subjects.HUB_GET_CONTEXT, subjects.hub_get_context, request, call)

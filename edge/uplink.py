@@ -8,8 +8,8 @@ kept on the device. A batch may still be on its way when we ask up to where the 
 so we set the mark anew before we ask, and what comes after that is refused.
 
 What the policy keeps back is left out before anything is sent, and so is what is of tenants that the device was not
-enrolled for; the mark passes over it. The type that decides is the
-entity's own, and where an event brings another, both.
+enrolled for; the mark passes over it. What decides is all the types that the entity was given, and that which an event
+brings.
 
 Looks at `aside`, `services.site_policy`, `router.inventory` and `mnemesh`.
 """
@@ -428,12 +428,11 @@ def _reduced(
     stored: Stored, event: Event, entity: Description, policy: Policy, regions: Collection[str]
 ) -> bytes | None:
     """The bytes of an event as they may leave."""
-    if entity.is_gone and event.op == "put":
+    if event.op == "put" and (entity.is_gone or stored.sequence < entity.first):
         return None  # a forget that comes after it erases it, and nobody can say any more what may leave of it
-    kinds = {entity.type}
+    leaves = [policy.leaves_under(event.tenant, entity.types, region) for region in regions]
     if isinstance(told := event.body.get("type"), str):
-        kinds.add(told)
-    leaves = (policy.leaves(event.tenant, kind, region) for kind in kinds for region in regions)
+        leaves += [policy.leaves(event.tenant, told, region) for region in regions]
     reduced = reduced_event(event, reduce(and_, leaves))
     if reduced is None:
         return None

@@ -7,7 +7,7 @@ also while the hub is out of reach, or was not told all of it, and says then tha
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -26,8 +26,8 @@ NOT_HELD_RETRY_MS = 10_000
 class Elsewhere(Protocol):
     """Where a device's shard asks for what it does not hold. Raises `Unavailable` where that is out of reach."""
 
-    def keeps_back(self, tenant: str, kind: str | None) -> bool:
-        """Whether the hub may lack some of what was written here of an entity of this type."""
+    def keeps_back(self, tenant: str, types: Collection[str]) -> bool:
+        """Whether the hub may lack some of what was written here of an entity of these types."""
 
     async def get_context(self, request: GetContext, call: Call) -> Context: ...
 
@@ -40,14 +40,14 @@ async def get_context(
     call: Call,
     *,
     own: tuple[str, int] | None,
-    kind: str | None,
+    types: Collection[str],
     here: Callable[[], Awaitable[Context]],
 ) -> Context:
     """The hub's answer, if it knows what was written here; else that from `here`, if it is anything.
 
-    `own` is the (site, version) of what is here, if something is, and `kind` its type.
+    `own` is the (site, version) of what is here, if something is, and `types` those that it was given.
     """
-    if own is not None and elsewhere.keeps_back(call.caller.tenant, kind):
+    if own is not None and elsewhere.keeps_back(call.caller.tenant, types):
         return replace(await here(), complete=False)
     try:
         asked = request if own is None else replace(request, consistency=_with_own(request.consistency, *own))

@@ -124,7 +124,10 @@ class Ledger(msgspec.Struct, array_like=True):
     attributes: dict[str, Key] = {}
     spaces: dict[str, tuple[bool, Key]] = {}
     gone: str | None = None
-    """The type that it had when it was forgotten, for whoever must know what may be told of it."""
+    """The type that it had when it was forgotten."""
+    types: set[str] = set()
+    """Every type that it was given since nothing was left of it, valid or not, won or not; of one that is gone, those
+    that it had then. For whoever must know what may be told of it: a writer adds to what decides, and takes nothing."""
 
     @property
     def sites(self) -> list[str]:
@@ -156,13 +159,17 @@ class State(msgspec.Struct):
         patch, ledger = change.patch, self.ledger
         assert patch is not None, "a forget is folded, not put"
         key = (change.valid_from, change.stamp, change.site)
+        if not self.alive:
+            ledger.types = set()
         self.alive = True
         if change.valid_to is not None:
             self.exact_from = NEVER
         elif change.since > change.recorded_at:
             self.exact_from = max(self.exact_from, change.since)
-        if patch.type is not None and _wins(key, ledger.type):
-            ledger.type, self.type = key, patch.type
+        if patch.type is not None:
+            ledger.types.add(patch.type)
+            if _wins(key, ledger.type):
+                ledger.type, self.type = key, patch.type
         if patch.text is not None and _wins(key, ledger.text):
             ledger.text, self.text = key, patch.text or None
         keys, values = ledger.attributes, self.attributes

@@ -91,7 +91,7 @@ class Disclosure:
         return {entity_id: self._leaves(tenant, told) for entity_id, told in described.items()}
 
     def _leaves(self, tenant: str, entity: Description) -> Leaves:
-        return self._policy.leaves_of(tenant, entity.type, (*entity.sites, self._policy.site))
+        return self._policy.leaves_of(tenant, entity.types, (*entity.sites, self._policy.site))
 
     def _admitted(self, call: Call) -> str:
         """The caller's tenant. Raises `Denied` where nothing at all of it may leave."""

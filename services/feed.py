@@ -37,7 +37,7 @@ from mnemesh.origin import FORGETS, Place, check_carried, hash_of, is_put_aside,
 from services.debts import Debts
 from services.log_tail import LogTail
 from services.outbox import Outbox
-from services.roster import Key
+from services.roster import Candidate, Key
 from services.selection import Selection
 
 MOST_HISTORIES = 16
@@ -91,7 +91,8 @@ class Feed:
         self._out = Outbox(
             selection, device=device, own_log=own_log, incarnation=log.incarnation, noted=has, begin=begin
         )
-        self._types: dict[Key, str | None] = {}
+        self._known: dict[Key, Candidate] = {}
+        """What the shards said of the entities that the device is to have, and what types those were given since."""
         self._to_hold: list[tuple[int, Key]] = []
         """Heap of what the device has not all of, by where that will have come: the entity's last event of then."""
         self._untold: set[Key] = set()
@@ -128,7 +129,7 @@ class Feed:
         sizes = {key: holding.bytes or 0 for key, holding in self._has.items() if holding.state != "some"}
         for want, changed, candidate, _ in await self._selection.fitting(sizes, after or head, head):
             key = candidate.key
-            self._types[key] = candidate.type
+            self._known[key] = candidate
             if key not in sizes:
                 self._untold.add(key)
                 if candidate.first <= after:
@@ -234,11 +235,21 @@ class Feed:
     def _take_event(self, stored: Stored, place: Place, event: Event) -> None:
         key = event.tenant, event.entity_id
         if key in self._roster:
-            if isinstance(told := event.body.get("type"), str):
-                self._types[key] = told
-            self._evict(self._roster.grow(key, self._out.send(stored, place, event, self._types.get(key))))
+            self._evict(self._roster.grow(key, self._send(key, stored, place, event)))
         elif event.op == "forget" and (key in self._wrote or key in self._let_go):
-            self._out.send(stored, place, event, self._types.get(key), wrote=key in self._wrote)
+            self._out.send(stored, place, event, (), wrote=key in self._wrote)
+
+    def _send(self, key: Key, stored: Stored, place: Place, event: Event) -> int:
+        """Send an event of a member; returns its bytes. What a forget had erased when the shards were asked stays.
+
+        A type that it names adds to those that decide. It takes none away: it may lose to another, or not hold.
+        """
+        known = self._known[key]
+        if stored.sequence < known.first:
+            return 0
+        if isinstance(told := event.body.get("type"), str):
+            known = self._known[key] = msgspec.structs.replace(known, types=known.types | {told})
+        return self._out.send(stored, place, event, known.types)
 
     def _take_mark(self, stored: Stored, place: Place, marks: dict[str, bytes]) -> None:
         """Pass a mark on, without the hash in it, and without its stamp where that is of a clock that is wrong."""
@@ -262,7 +273,7 @@ class Feed:
         for stored in await self._history(key, max(self._position, self._has_upto)):
             place = place_of(stored.message.subject)
             if FORGETS in stored.message.headers and (event := self._event(stored, place)) is not None:
-                self._out.send(stored, place, event, self._types.get(key), erases=False, wrote=True)
+                self._out.send(stored, place, event, (), erases=False, wrote=True)
 
     def _event(self, stored: Stored, place: Place) -> Event | None:
         """The event in a message, where it may concern the device."""
@@ -298,13 +309,13 @@ class Feed:
             want = self._selection.wanted_by(candidate)
             if want is None or key in self._roster or key in self._joined:
                 continue
-            self._types[key] = candidate.type
             history = await self._history(key, upto) if candidate.first < since else []
             size = sum(len(stored.message.data) for stored in history)
             evicted = self._roster.admit(key, want, size)
             self._evict([other for other in evicted if other != key])
             if key in evicted:
                 continue
+            self._known[key] = candidate
             if candidate.first < since:
                 self._send_history(history)
                 self._out.hold(key, size, "whole")
@@ -333,7 +344,7 @@ class Feed:
 
     def _evict(self, keys: Sequence[Key]) -> None:
         for key in keys:
-            self._types.pop(key, None)
+            self._known.pop(key, None)
             self._untold.discard(key)
             self._let_go.add(key)
             self._out.release(key)
@@ -351,5 +362,5 @@ class Feed:
         for stored in history:
             place = place_of(stored.message.subject)
             if (event := self._event(stored, place)) is not None:
-                size += self._out.send(stored, place, event, self._types.get((event.tenant, event.entity_id)))
+                size += self._send((event.tenant, event.entity_id), stored, place, event)
         return size

@@ -8,7 +8,7 @@ Looks at `selection`, `roster` and `mnemesh`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from mnemesh.atomic_batch import MOST_IN_BATCH
@@ -80,12 +80,19 @@ class Outbox:
     # ── filling ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def send(
-        self, stored: Stored, place: Place, event: Event, kind: str | None, *, erases: bool = True, wrote: bool = False
+        self,
+        stored: Stored,
+        place: Place,
+        event: Event,
+        types: Collection[str],
+        *,
+        erases: bool = True,
+        wrote: bool = False,
     ) -> int:
-        """Add an event of an entity of this type, as far as it may leave; returns its bytes."""
+        """Add an event of an entity of these types, as far as it may leave; returns its bytes."""
         if self.has_itself(stored, place):
             return 0
-        may_leave = self._selection.reduced(event, place.origin, kind)
+        may_leave = self._selection.reduced(event, place.origin, types)
         if may_leave is None:
             return 0
         payload = stored.message.data if may_leave is event else may_leave.encode()

@@ -23,7 +23,7 @@ class Candidate(msgspec.Struct, frozen=True):
     """An entity that a device may want: its type, and the regions in which it was written.
 
     One that `is_gone` was forgotten, and its type is that of then. Of one that `is_own` the device wrote some itself.
-    `first` is where in the hub's log its events begin; 0: nobody can say.
+    `first` is where in the hub's log its events begin; 0: nobody can say. `types` decide what may leave of it.
     """
 
     key: Key
@@ -32,6 +32,7 @@ class Candidate(msgspec.Struct, frozen=True):
     is_gone: bool = False
     is_own: bool = False
     first: int = 0
+    types: Set[str] = frozenset()
 
 
 class Roster:

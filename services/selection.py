@@ -5,9 +5,7 @@ Asks the shards of the hub. Looks at `roster`, `sovereignty`, `router.inventory`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from functools import reduce
-from operator import and_
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import NamedTuple, TypeAlias
 
 from mnemesh.event import Event
@@ -16,8 +14,8 @@ from router.inventory import Inventory
 from services.roster import Candidate, Key, Roster
 from services.sovereignty import Leaves, reduced_event
 
-LeavesOf: TypeAlias = Callable[[str, str | None, str], Leaves]
-"""What may leave of (tenant, type, region where it was born)."""
+LeavesOf: TypeAlias = Callable[[str, Collection[str], str], Leaves]
+"""What may leave of (tenant, types, region where it was born)."""
 
 
 class Wanted(NamedTuple):
@@ -80,7 +78,8 @@ class Selection:
             listed = self._inventory.entities(want.tenant, upto=upto, types=want.types, with_sites=bool(want.regions))
             async for entity in listed:
                 key = want.tenant, entity.entity_id
-                candidate = Candidate(key, entity.type, self._regions(entity.sites), first=entity.first)
+                regions, types = self._regions(entity.sites), frozenset(entity.types)
+                candidate = Candidate(key, entity.type, regions, first=entity.first, types=types)
                 found[candidate.key] = entity.version, candidate, entity.bytes
         await self.surround(upto)
         self.newcomers.clear()  # they are among the named
@@ -100,7 +99,7 @@ class Selection:
         """The first want, by its number, that an entity meets of which anything may go to the device."""
         tenant = candidate.key[0]
         regions = candidate.regions or {self._region_of(self._site)}
-        if any(self._leaves(tenant, candidate.type, region).tells_fields for region in regions):
+        if any(self._leaves(tenant, candidate.types, region).tells_fields for region in regions):
             return self.roster.want_of(candidate)
         return None
 
@@ -129,22 +128,22 @@ class Selection:
             described = await self._inventory.describe(tenant, ids, upto=upto)
             for entity_id, told in described.items():
                 key = tenant, entity_id
-                is_own = self._device in told.sites
-                found[key] = Candidate(key, told.type, self._regions(told.sites), told.is_gone, is_own, told.first)
+                regions, is_own, types = self._regions(told.sites), self._device in told.sites, frozenset(told.types)
+                found[key] = Candidate(key, told.type, regions, told.is_gone, is_own, told.first, types)
         return found
 
     def _regions(self, sites: Sequence[str]) -> frozenset[str]:
         return frozenset(map(self._region_of, sites))
 
-    def reduced(self, event: Event, origin: str, kind: str | None) -> Event | None:
-        """What of an event of an entity of this type may go to the device; the same where all of it may.
+    def reduced(self, event: Event, origin: str, types: Collection[str]) -> Event | None:
+        """What of an event of an entity of these types may go to the device; the same where all of it may.
 
-        A forget goes whatever the type: who is sent it has something of the entity, and is to erase that.
+        A forget goes whatever the types: who is sent it has something of the entity, and is to erase that.
         """
         region = self._region_of(origin)
-        told = event.body.get("type")
-        kinds = {kind, told} if isinstance(told, str) else {kind}
-        leaves = reduce(and_, (self._leaves(event.tenant, each, region) for each in kinds))
+        leaves = self._leaves(event.tenant, types, region)
+        if isinstance(told := event.body.get("type"), str):
+            leaves &= self._leaves(event.tenant, {told}, region)
         if event.op == "forget" and not leaves.tells_fields:
             leaves = Leaves()
         return reduced_event(event, leaves)

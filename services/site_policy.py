@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import reduce
 from hashlib import blake2b
 from operator import and_
@@ -109,17 +109,17 @@ class SitePolicy:
             revision = await kv.put(inbox, subjects.POLICIES.name, "enrolled", msgspec.json.encode(entry))
         await self._texts.reached(revision)
 
-    def leaves(self, tenant: str, kind: str | None, region: str) -> Leaves:
-        return self.policy.leaves(tenant, kind, region)
+    def leaves(self, tenant: str, types: Collection[str], region: str) -> Leaves:
+        return self.policy.leaves_under(tenant, types, region)
 
     def restricts(self, tenant: str) -> bool:
         """Whether anything of a tenant may be kept back here."""
         return any(self.policy.restricts(tenant, region) for region in self.regions)
 
-    def leaves_of(self, tenant: str, kind: str | None, sites: Iterable[str]) -> Leaves:
-        """What may leave of data of this type that was written at these sites."""
+    def leaves_of(self, tenant: str, types: Collection[str], sites: Iterable[str]) -> Leaves:
+        """What may leave of an entity that was given these types, and written at these sites."""
         regions = {region for site in sites for region in self.regions_of(site)}
-        return reduce(and_, (self.leaves(tenant, kind, region) for region in regions), ALL)
+        return reduce(and_, (self.leaves(tenant, types, region) for region in regions), ALL)
 
     def region_of(self, site: str) -> str:
         return self.entry(site).region

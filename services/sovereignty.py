@@ -8,7 +8,8 @@
     otherwise: all            # what no rule matches; `all` if left out
 
 `tenant`, `type` and `region` of a rule are a name or a list of names; one that is left out matches any. The region is
-that of the site where the data was born. Data without a type matches only rules that name no type. `leaves` is one of
+that of the site where the data was born. Data without a type matches only rules that name no type. Of an entity that
+was given several types since it was last forgotten, what the rules of all of them let out may leave. `leaves` is one of
 
 * `nothing`;
 * `scores`: a search may tell the entity's id and score, and nothing else;
@@ -22,11 +23,12 @@ type, and asks, is elsewhere. Looks at `mnemesh` and the merge rules only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, reduce
 from hashlib import blake2b
+from operator import and_
 from typing import Any, NamedTuple
 
 import msgspec
@@ -146,8 +148,8 @@ class _Table(NamedTuple):
 class Policy:
     """Rules, of which the first that matches decides.
 
-    An event is a patch and need not say its entity's type, so whoever asks must know that from the entity. While a
-    type changes, ask for the old and the new one, and take what both let out.
+    An event is a patch and need not say its entity's type, so whoever asks must know that from the entity. Of one that
+    was given several types, what all of them let out may leave: else whoever may write it could lift what holds for it.
     """
 
     version: int
@@ -159,6 +161,10 @@ class Policy:
         """What may leave of this tenant's data of this type that was born in this region."""
         table = self._table(tenant, region)
         return table.by_type.get(type, table.others)
+
+    def leaves_under(self, tenant: str, types: Collection[str], region: str) -> Leaves:
+        """What may leave of an entity that was given these types: what all of them let out. No types: it has none."""
+        return reduce(and_, (self.leaves(tenant, type, region) for type in types or (None,)))
 
     def restricts(self, tenant: str, region: str) -> bool:
         """Whether the rules could keep back any of the tenant's data born in this region. Says nothing of the data."""

@@ -52,7 +52,7 @@ def changes(events: list[Event]) -> list[Change]:
 def seen(state: State) -> tuple[object, ...]:
     """All of a state that must not depend on the order in which sites were heard. `exact_from` may: it is local."""
     ledger = state.ledger
-    keys = ledger.tombstone, ledger.type, ledger.text, ledger.attributes, ledger.spaces
+    keys = ledger.tombstone, ledger.type, ledger.types, ledger.text, ledger.attributes, ledger.spaces
     return state.document("pump", 0), state.edges, keys
 
 
@@ -163,6 +163,12 @@ def test_an_event_that_removes_and_adds_one_edge_adds_it() -> None:
     document = merge.fold(changes([put(remove_edges=[edge], edges=[edge])])).document("pump", 1)
     assert document is not None
     assert document.edges == [edge]
+
+
+def test_a_type_that_lost_or_does_not_hold_counts_among_those_that_an_entity_was_given() -> None:
+    log = [put(ms=10, type="meter"), put(ms=20, type="bus", valid_to=20), put(ms=5, type="x"), put(ms=30)]
+    assert merge.fold(changes(log)).ledger.types == {"meter", "bus", "x"}
+    assert merge.fold(changes([*log, forget(ms=40), put(ms=50, type="tank")])).ledger.types == {"tank"}
 
 
 def test_a_forget_erases_what_it_knew_and_spares_what_came_after() -> None:

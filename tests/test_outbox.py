@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ class Everything(Selection):
     def __init__(self) -> None:
         pass
 
-    def reduced(self, event: Event, origin: str, kind: str | None) -> Event:
+    def reduced(self, event: Event, origin: str, types: Collection[str]) -> Event:
         return event
 
 
@@ -39,7 +40,7 @@ def outbox() -> Outbox:
 def send(out: Outbox, number: int) -> None:
     event = Event(id="", tenant="t", entity_id=f"e{number}", op="put", agent="a", site="hub", hlc=number)
     subject = subjects.log_event("hub", "t", "0", event.entity_id)
-    out.send(Stored(number, 0, Message(subject, "", event.encode()), 0), place_of(subject), event, None)
+    out.send(Stored(number, 0, Message(subject, "", event.encode()), 0), place_of(subject), event, ())
 
 
 def test_a_batch_and_all_the_marks_of_a_reading_fit_the_devices_log() -> None:

@@ -17,7 +17,7 @@ def selection(policy: str) -> Selection:
         Interest(),
         site="hub",
         device="sub7",
-        leaves=parse(policy).leaves,
+        leaves=parse(policy).leaves_under,
         region_of=lambda site: "",
     )
 
@@ -28,16 +28,16 @@ BUS_ALONE = "{version: 1, rules: [{type: bus, leaves: all}], otherwise: nothing}
 def test_a_patch_that_names_no_type_goes_as_its_entity_does() -> None:
     may = selection(BUS_ALONE)
     patch = put(attributes={"n": 1})
-    assert may.reduced(patch, "hub", "bus") is patch
-    assert may.reduced(patch, "hub", "meter") is None
-    assert may.reduced(patch, "hub", None) is None
+    assert may.reduced(patch, "hub", {"bus"}) is patch
+    assert may.reduced(patch, "hub", {"meter"}) is None
+    assert may.reduced(patch, "hub", ()) is None
 
 
 def test_a_forget_goes_to_whoever_is_to_erase_whatever_the_type() -> None:
     may = selection(BUS_ALONE)
     event = forget()
-    assert may.reduced(event, "hub", "bus") is event
-    for kind in ("meter", None):
-        told = may.reduced(event, "hub", kind)
+    assert may.reduced(event, "hub", {"bus"}) is event
+    for types in ({"meter"}, set()):
+        told = may.reduced(event, "hub", types)
         assert told is not None
         assert (told.op, told.entity_id, told.hlc) == ("forget", "pump", event.hlc)

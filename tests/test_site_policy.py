@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from sites import AGENT, TENANT, HubSite, alice_at, current, device, device_options, since, status_of, stolen
+from test_hostile_device import event, send
 
 import mnemesh
 from bench.cable import Cable
@@ -24,6 +26,7 @@ from cli.server_config import ServerOptions
 from edge.confirming import TOLD, Confirming
 from mnemesh import Memory, kv, subjects, wire
 from mnemesh.call import ERROR_CODE, error_from
+from mnemesh.clock import COUNTER_BITS, wall_ms
 from mnemesh.contract import Operation, R
 from mnemesh.errors import Conflict, MnemeshError, NotFound
 from mnemesh.jetstream import counts_of
@@ -62,6 +65,8 @@ async def write_all(memory: Memory) -> None:
         await memory.set_context(name, attributes={SECRET: n}, remove_edges=[{"relation": SECRET, "target_id": SECRET}])
         await memory.upsert_embedding(name, SECRET_VECTOR, space="shape", attributes={SECRET: SECRET})
         await memory.ingest([{"entity_id": name, "text": SECRET}] * 2)
+    await memory.set_context(f"{SECRET}:meter", type="bus", valid_to=datetime(2000, 1, 1, tzinfo=UTC))
+    await memory.set_context(f"{SECRET}:meter", attributes={"more": SECRET})
     await memory.set_context(f"{SECRET}:gone", type="meter", attributes={SECRET: SECRET})
     await memory.set_context(f"{SECRET}:gone", attributes={"more": SECRET})
     await memory.forget(f"{SECRET}:gone", message_id=SECRET)
@@ -542,3 +547,33 @@ def test_an_interest_that_cannot_be_is_named(
     file.write_text(json.dumps(interest))
     assert main(["edge", "up", "--site", "a", "--hub", "nats://x", "--interest", str(file)]) == 1
     assert says in capsys.readouterr().err
+
+
+async def test_a_device_does_not_lift_the_policy_of_its_hub_by_another_type(hub: HubSite, tmp_path: Path) -> None:
+    """Be that the newest, or one that loses: what the hub kept back stays, and what is written later."""
+    async with asking(hub.options, "test") as asker:
+        await kv.put(asker.inbox, subjects.POLICIES.name, "own", POLICY.encode())
+    async with (
+        device(hub, tmp_path / "d", interest=Interest(wants=[Want(tenant=TENANT)])) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        for n, kind in enumerate(("meter", "transformer")):
+            name = f"{kind}1"
+            await there.set_context(name, type=kind)
+            await there.set_context(name, attributes={SECRET: n}, message_id=str(n))
+        await current(node)
+        now = wall_ms() << COUNTER_BITS
+        for name, hlc in ("meter1", now), ("transformer1", 1):
+            told = event(name, id=name, hlc=hlc, body={"type": "x"})
+            await send(node, told)
+        for name in ("meter1", "transformer1"):
+            await there.set_context(name, attributes={SECRET: 7, "kv": 20})
+        written = await there.set_context("bus:1", type="bus")
+        await here.get_context("bus:1", consistency=since(written), budget_ms=LONG_MS)
+        await ask_all(here)
+        assert (await here.get_context("transformer1")).attributes == {"kv": 20}
+        with pytest.raises(MnemeshError):
+            await here.get_context("meter1")
+    assert not on_disk(tmp_path / "d" / "shard", SECRET.encode())
+    assert not on_disk(tmp_path / "d" / "jetstream", SECRET.encode())

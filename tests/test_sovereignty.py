@@ -148,6 +148,12 @@ def test_data_without_a_type_matches_only_rules_that_name_no_type() -> None:
     assert policy.leaves("acme", "meter", "north") == NOTHING
 
 
+def test_of_an_entity_that_was_given_several_types_leaves_what_all_of_them_let_out() -> None:
+    policy = parse("{version: 1, rules: [{type: bus, leaves: all}, {type: meter, leaves: scores}], otherwise: nothing}")
+    for types, leaves in ({"bus"}, ALL), ({"bus", "meter"}, SCORES), ({"bus", "x"}, NOTHING), ((), NOTHING):
+        assert policy.leaves_under("acme", types, "north") == leaves
+
+
 def test_without_a_policy_all_may_leave() -> None:
     assert OPEN.leaves("acme", "meter", "north") is ALL
     assert not OPEN.restricts("acme", "north")

@@ -485,7 +485,7 @@ def test_entities_are_described_in_the_order_asked_by_their_type_and_who_wrote_t
     assert store.describe("acme", ["valve", "nobody", "pump"]) == [
         Description(None, ["hub"], first=3),
         Description(),
-        Description("pump", ["hub", "edge-1"], first=1),
+        Description("pump", ["hub", "edge-1"], first=1, types=["pump"]),
     ]
     assert store.describe("rival", ["pump"]) == [Description()]
     assert store.describe("acme", []) == []
@@ -499,7 +499,7 @@ def test_more_entities_than_a_statement_takes_are_described(store: SqliteStore) 
 
 def test_of_what_is_gone_the_type_of_then_is_told(store: SqliteStore) -> None:
     write(store, put("edge-1", 10, type="pump"), forget("hub", 20))
-    gone = Description("pump", ["edge-1", "hub"], True, first=2)
+    gone = Description("pump", ["edge-1", "hub"], True, first=2, types=["pump"])
     assert store.describe("acme", ["pump"]) == [gone]
     write(store, forget("hub", 30))
     later = replace(gone, first=3)
@@ -507,7 +507,24 @@ def test_of_what_is_gone_the_type_of_then_is_told(store: SqliteStore) -> None:
     write(store, put("hub", 40))
     assert store.describe("acme", ["pump"]) == [Description(None, ["edge-1", "hub"], False, 3)]
     write(store, put("hub", 50, type="valve"), forget("hub", 60))
-    assert store.describe("acme", ["pump"]) == [Description("valve", ["edge-1", "hub"], True, 6)]
+    assert store.describe("acme", ["pump"]) == [Description("valve", ["edge-1", "hub"], True, 6, ["valve"])]
+
+
+def test_all_types_that_an_entity_was_given_are_told_also_once_it_is_gone(store: SqliteStore) -> None:
+    write(store, put(ms=10, type="meter"), put("edge-1", 5, type="x"), put(ms=20, type="bus", valid_to=20))
+    types = ["bus", "meter", "x"]
+    assert store.describe("acme", ["pump"]) == [Description("bus", ["hub", "edge-1"], first=1, types=types)]
+    assert store.list_entities("acme", "", 9, held=False, with_sites=False)[0].types == types
+    write(store, forget(ms=30))
+    assert store.describe("acme", ["pump"])[0].types == types
+    write(store, put(ms=40, type="tank"))
+    assert store.describe("acme", ["pump"])[0].types == ["tank"]
+
+
+def test_a_forget_that_something_outlives_takes_no_type_from_it(store: SqliteStore) -> None:
+    write(store, put(ms=10, type="meter"), put(ms=30, attributes={"n": 1}), forget("edge-1", 20))
+    assert store.get("acme", "pump") is not None
+    assert store.describe("acme", ["pump"])[0].types == ["meter"]
 
 
 def test_of_what_was_forgotten_before_it_came_no_type_is_told(store: SqliteStore) -> None:

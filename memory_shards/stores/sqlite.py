@@ -133,8 +133,8 @@ class SqliteStore(SqliteReader):
 def _digested(connection: sqlite3.Connection) -> Iterator[object]:
     """All that replicas agree on, and sites that have heard the same, in an order that owes nothing to how it came.
 
-    Not the stamps of sites nor the versions: a log that was purged of what a forget erased no longer tells them. Nor
-    from when on a state is exact: that depends on when a site heard of it.
+    Not the stamps of sites, the versions nor the types: a log that was purged of what a forget erased no longer tells
+    them. Nor from when on a state is exact: that depends on when a site heard of it.
     """
     entities = "SELECT id, tenant, entity_id, alive, type, text, doc, ledger FROM entity"
     edges = "SELECT relation, target, removed, valid_from, stamp, site, properties FROM edge WHERE source = ?"

@@ -270,6 +270,7 @@ class Batch:
         entity.state = merge.fold([*history(self._connection, entity.id), change])
         ledger = entity.state.ledger
         ledger.stamps, ledger.births, ledger.gone = before.stamps, before.births, kind or before.gone
+        ledger.types |= before.types  # also where something is left: it was written under them
 
     def _flush(self, names: Iterable[tuple[str, str]]) -> None:
         """Write all that was taken of these entities and is not yet written."""

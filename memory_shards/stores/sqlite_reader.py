@@ -164,18 +164,12 @@ class SqliteReader:
         which = "held_state IS NOT NULL" if held else "alive"
         chosen = f" AND type IN ({_places(types)})" if types else ""
         rows = self._connection.execute(_LIST.format(which=which, types=chosen), (tenant, after, *types, limit))
-        return [
-            ListedEntity(
-                entity_id,
-                type,
-                version,
-                size,
-                _ledger_decoder.decode(ledger).sites if with_sites else [],
-                first,
-                state,
-            )
-            for entity_id, type, version, size, ledger, first, state in rows
-        ]
+        listed = []
+        for entity_id, type, version, size, raw, first, state in rows:
+            ledger = _ledger_decoder.decode(raw)
+            sites = ledger.sites if with_sites else []
+            listed.append(ListedEntity(entity_id, type, version, size, sites, first, state, sorted(ledger.types)))
+        return listed
 
     def describe(self, tenant: str, entity_ids: Sequence[str]) -> list[Description]:
         """The types of these entities and who wrote them, in their order."""
@@ -186,7 +180,8 @@ class SqliteReader:
             for entity_id, type, alive, raw, first in rows:
                 ledger = _ledger_decoder.decode(raw)
                 is_gone = not alive and ledger.tombstone is not None
-                found[entity_id] = Description(ledger.gone if is_gone else type, ledger.sites, is_gone, first)
+                kind = ledger.gone if is_gone else type
+                found[entity_id] = Description(kind, ledger.sites, is_gone, first, sorted(ledger.types))
         return [found.get(entity_id, Description()) for entity_id in entity_ids]
 
     def erased(self, tenant: str, entity_id: str, sequences: Sequence[int]) -> tuple[list[int], list[int], list[Left]]:

@@ -26,7 +26,7 @@ from memory_shards.merge import Change, Patch
 from mnemesh import wire
 from mnemesh.event import Event
 
-LAYOUT = 5
+LAYOUT = 6
 """Goes up with every change of the tables or of what is in them; a file of another layout is rebuilt."""
 
 SCHEMA = """

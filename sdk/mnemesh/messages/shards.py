@@ -58,7 +58,7 @@ class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
     """One entity: its type, the log sequence of its last event, and the bytes of its events, vectors left out.
 
     `first` is the log sequence of the first of its events that is left. Of one that is held, `state` says how, and
-    `bytes` are those that the hub had sent then.
+    `bytes` are those that the hub had sent then. `types` are all that it was ever given, as in a description.
     """
 
     entity_id: str
@@ -68,6 +68,7 @@ class ListedEntity(msgspec.Struct, frozen=True, array_like=True):
     sites: list[str] = []
     first: int = 0
     state: HeldState | None = None
+    types: list[str] = []
 
 
 class Entities(Reply, frozen=True, kw_only=True):
@@ -89,13 +90,15 @@ class Description(msgspec.Struct, frozen=True, array_like=True):
     """The type of an entity, and the sites that ever wrote it, forgotten writes too.
 
     One that `is_gone` was forgotten, and its type is that of then. `first` is the log sequence of the first of its
-    events that is left; 0: there is none.
+    events that is left; 0: there is none. `types` are all that it was given since it was last forgotten, also those
+    that lost or do not hold now, or that it had then: together they decide what may leave of it.
     """
 
     type: str | None = None
     sites: list[str] = []
     is_gone: bool = False
     first: int = 0
+    types: list[str] = []
 
 
 class Descriptions(Reply, frozen=True, kw_only=True):
