@@ -15,7 +15,6 @@ from mnemesh.asker import Asker
 from mnemesh.call import Call
 from mnemesh.contract import Operation, R
 from mnemesh.errors import MnemeshError, Timeout, Unavailable
-from mnemesh.messages import Token
 from router import peers
 from router.peers import TO_HUB, Answer, Edge, Question, ask_site, unreachable
 from services.disclosure import Disclosure
@@ -78,13 +77,13 @@ class FromHub:
         self._note(answer.error, in_full=in_full)
         return [answer]
 
-    async def may_know(self, edges: Sequence[Edge], watermark: Token, call: Call) -> set[Edge]:
+    async def may_know(self, edges: Sequence[Edge], upto: int, call: Call) -> set[Edge]:
         await self._policy.ready()
         tenant = call.caller.tenant
         if not self._disclosure.restricts(tenant):
             return set(edges)
         try:
-            return await self._disclosure.edges(tenant, edges, watermark.get(self._site, 0))
+            return await self._disclosure.edges(tenant, edges, upto)
         except MnemeshError:  # what cannot be looked up stays
             return set()
 

@@ -57,17 +57,19 @@ class Freshness:
                 sequence = await self._demanded(consistency)
                 await watermark.reached(sequence)
         except TimeoutError as error:
-            stands = ", ".join(f"{sequence} of {site}" for site, sequence in self._seen(watermark, consistency).items())
+            seen = self.seen(watermark.value, consistency)
+            stands = ", ".join(f"{sequence} of {site}" for site, sequence in seen.items())
             raise Stale(
                 f"this replica stands at {stands}, behind what {consistency.level!r} demands, and did not catch up "
                 "within the budget",
                 retry_after_ms=50,
             ) from error
-        return self._seen(watermark, consistency)
+        return self.seen(watermark.value, consistency)
 
-    def _seen(self, watermark: Watermark, consistency: Consistency) -> Token:
-        """Where a read stands: in this site's log, and in those that its demand names."""
-        return {self._site: watermark.value} | self._origins.at(watermark.value, consistency.token)
+    def seen(self, sequence: int, consistency: Consistency | None) -> Token:
+        """Where a read stands that saw this log up to a sequence: in it, and in those that its demand names."""
+        origins = () if consistency is None else consistency.token
+        return {self._site: sequence} | self._origins.at(sequence, origins)
 
     async def _demanded(self, consistency: Consistency) -> int:
         now = asyncio.get_running_loop().time()

@@ -31,6 +31,7 @@ from memory_shards.origins import Origins
 from memory_shards.projection import Projection
 from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
+from memory_shards.stores.sqlite_reader import SqliteReader
 from memory_shards.stores.sqlite_schema import is_corrupt
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
@@ -45,6 +46,7 @@ from mnemesh.ids import from_token, partition_of, to_token
 from mnemesh.jetstream import last_of_each, stream_state
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
+from mnemesh.wire import Vector
 
 logger = logging.getLogger("mnemesh.shard")
 
@@ -98,7 +100,7 @@ class Shard(Actor):
         )
         self._freshness = Freshness(site, LogHead(self._ask_head), origins)
         self._scanner = ThreadPoolExecutor(1, thread_name_prefix="scan-documents")
-        self._searches: Batcher[VectorQuery, list[messages.Hit]] = Batcher(self._search)
+        self._searches: Batcher[VectorQuery, tuple[list[messages.Hit], int]] = Batcher(self._search)
 
     # ── what the runtime asks ───────────────────────────────────────────────────────────────────────────────
 
@@ -249,10 +251,12 @@ class Shard(Actor):
         )
         if document is None:
             raise NotFound(f"nothing is remembered of {entity_id[:200]!r} (as of {self.site} {seen[self.site]})")
-        vectors = None
+        vectors, latest = None, document.version
         if request.include_vectors:
             await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
-            vectors = await self._vector_projection.on_worker(self._vectors.vectors_of, call.caller.tenant, entity_id)
+            vectors, at = await self._vector_projection.on_worker(self._vectors_of, call.caller.tenant, entity_id)
+            seen = self._freshness.seen(min(at, seen[self.site]), request.consistency)
+            latest = max(latest, at)
         suspects = None
         if request.include_suspects:
             suspects = await self._scan(self._scanned.suspects, call.caller.tenant, entity_id)
@@ -265,9 +269,15 @@ class Shard(Actor):
             text=document.text,
             version=document.version,
             watermark=seen,
+            latest=latest,
             vectors=vectors,
             suspects=suspects,
         )
+
+    def _vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
+        """An entity's vectors, and where the store of vectors stands. On its thread."""
+        at = self._vector_projection.stands_at
+        return self._vectors.vectors_of(tenant, entity_id), at
 
     @handles(subjects.TIMELINE)
     async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
@@ -301,7 +311,7 @@ class Shard(Actor):
 
     @handles(subjects.SHARD_SEARCH)
     async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
-        seen = await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
+        await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
         query = VectorQuery(
             tenant=call.caller.tenant,
             space=request.space,
@@ -312,16 +322,24 @@ class Shard(Actor):
             output_fields=request.output_fields,
             include_vectors=request.include_vectors,
         )
-        return messages.Hits(hits=await self._searches.ask(query), watermark=seen)
+        hits, at = await self._searches.ask(query)
+        return messages.Hits(hits=hits, watermark=self._freshness.seen(at, request.consistency), latest=at)
 
-    async def _search(self, queries: Sequence[VectorQuery]) -> Sequence[list[messages.Hit] | Exception]:
-        return await self._vector_projection.on_worker(self._vectors.search, queries)
+    async def _search(self, queries: Sequence[VectorQuery]) -> Sequence[tuple[list[messages.Hit], int] | Exception]:
+        return await self._vector_projection.on_worker(self._searched, queries)
+
+    def _searched(self, queries: Sequence[VectorQuery]) -> list[tuple[list[messages.Hit], int] | Exception]:
+        """The answers, and where the store of vectors stands: what waited for it may see more than it asked for."""
+        at = self._vector_projection.stands_at
+        answers = self._vectors.search(queries)
+        return [answer if isinstance(answer, Exception) else (answer, at) for answer in answers]
 
     @handles(subjects.SHARD_SEARCH_TEXT)
     async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
         seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        hits = await self._scan(self._scanned.search_text, call.caller.tenant, request.query, request.k, request.type)
-        return messages.Hits(hits=hits, watermark=seen)
+        asked = call.caller.tenant, request.query, request.k, request.type
+        hits, latest = await self._scan(_and_latest, self._scanned, self._scanned.search_text, *asked)
+        return messages.Hits(hits=hits, watermark=seen, latest=latest)
 
     @handles(subjects.SHARD_EXPAND)
     async def expand(self, request: messages.Expand, call: Call) -> messages.Expanded:
@@ -331,12 +349,21 @@ class Shard(Actor):
         if narrow:
             edges, truncated = self._documents.expand(*asked, min(request.limit, MOST_EDGES_ON_LOOP))
         if not narrow or (truncated and request.limit > MOST_EDGES_ON_LOOP):
-            edges, truncated = await self._scan(self._scanned.expand, *asked, request.limit)
+            (edges, truncated), latest = await self._scan(
+                _and_latest, self._scanned, self._scanned.expand, *asked, request.limit
+            )
             lacking = [] if self._elsewhere is None else request.entity_ids
-            return messages.Expanded(edges=edges, truncated=truncated, lacking=lacking, watermark=seen)
+            return messages.Expanded(edges=edges, truncated=truncated, lacking=lacking, watermark=seen, latest=latest)
         ahead = self._walk_ahead(request, call.caller.tenant, edges)
         lacking = self._lacking(call.caller.tenant, [*request.entity_ids, *ahead])
-        return messages.Expanded(edges=edges, truncated=truncated, ahead=ahead, lacking=lacking, watermark=seen)
+        return messages.Expanded(
+            edges=edges,
+            truncated=truncated,
+            ahead=ahead,
+            lacking=lacking,
+            watermark=seen,
+            latest=self._documents.stands_at(),
+        )
 
     def _lacking(self, tenant: str, entity_ids: Sequence[str]) -> list[str]:
         """Those of which a device's hub may know more."""
@@ -440,6 +467,11 @@ class Shard(Actor):
 def _page(events: list[messages.TimelineEvent], limit: int, seen: messages.Token) -> messages.TimelinePage:
     more = len(events) == limit
     return messages.TimelinePage(events=events, next_after=events[-1].sequence if more else None, watermark=seen)
+
+
+def _and_latest(reader: SqliteReader, read: Callable[..., Result], *arguments: object) -> tuple[Result, int]:
+    """What is read, and the last place of the log that any of it may be from: that may be after what was waited for."""
+    return read(*arguments), reader.stands_at()
 
 
 def _told(projection: Projection, count: Callable[[], Count], digest: bool) -> tuple[Count, str, int]:

@@ -19,7 +19,7 @@ from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import Denied, MnemeshError, NotFound, Timeout, Unavailable
 from mnemesh.inbox import Inbox
-from mnemesh.messages import DeviceSeen, Node, SiteCoverage, Token
+from mnemesh.messages import DeviceSeen, Node, SiteCoverage
 
 PATIENCE_S = 0.25
 """How long another site may take, at most; it never gets more than half of what is left of the budget."""
@@ -68,8 +68,8 @@ class Peers(Protocol):
     async def ready(self) -> None:
         """Return once it is known which they are, and what they may know."""
 
-    async def may_know(self, edges: Sequence[Edge], watermark: Token, call: Call) -> set[Edge]:
-        """Those of these edges, of a walk that is at this watermark, which any of them may know of. Never raises."""
+    async def may_know(self, edges: Sequence[Edge], upto: int, call: Call) -> set[Edge]:
+        """Those of these edges, of a walk that saw the log up to a sequence, which any of them may know of. Never raises."""
 
     async def ask(
         self, question: Question, request: Any, call: Call, *, without: Set[str] = frozenset()
@@ -125,7 +125,7 @@ class Devices:
     async def ready(self) -> None:
         await self._rules.ready()
 
-    async def may_know(self, edges: Sequence[Edge], watermark: Token, call: Call) -> set[Edge]:
+    async def may_know(self, edges: Sequence[Edge], upto: int, call: Call) -> set[Edge]:
         closed = self._meant(call.caller.tenant) and self._rules.restricts(call.caller.tenant)
         return set() if closed else set(edges)
 

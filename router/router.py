@@ -129,6 +129,7 @@ class Router(Actor):
         return messages.Hits(
             hits=sorted(best.values(), key=_by_score)[:k],
             watermark=lowest(gathered.replies),
+            latest=max((reply.latest for reply in gathered.replies.values()), default=0),
             coverage=coverage(self._map.shards, gathered.errors, [answer.coverage for answer in answers]),
         )
 

@@ -50,6 +50,7 @@ class Walk:
         """Entities that other sites may be asked about."""
         self._restricted = False
         self._watermark: Token = {}
+        self._latest = 0
 
     async def run(self) -> messages.Traversal:
         """Walk to the depth or to the limit. Raises what the shards said if none of them answered the first hop."""
@@ -69,6 +70,7 @@ class Walk:
             nodes=list(self._nodes.values()),
             truncated=self._truncated,
             watermark=self._watermark,
+            latest=self._latest,
             coverage=coverage(self._map.shards, self._errors, list(self._sites.values())),
             restricted=self._restricted,
         )
@@ -87,6 +89,7 @@ class Walk:
             }
             for reply in gathered.replies.values():
                 self._truncated |= reply.truncated
+                self._latest = max(self._latest, reply.latest)
                 ahead: dict[str, list[Edge]] = {entity_id: [] for entity_id in reply.ahead}
                 for edge in reply.edges:
                     ahead.get(edge[0], edges).append(edge)
@@ -143,7 +146,7 @@ class Walk:
             here = [*here, *told]
         onward = [edge for edge in here if edge[0] in self._askable and edge[2] not in self._askable]
         if onward:
-            known = await self._peers.may_know(onward, self._watermark, self._call)
+            known = await self._peers.may_know(onward, self._latest, self._call)
             self._askable.update(far for _, _, far in known)
 
     async def _expand(self, ids: Sequence[str], ahead: int) -> Gathered:

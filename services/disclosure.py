@@ -21,7 +21,7 @@ from mnemesh.messages import Context, Description, Hit, Hits, SearchEmbedding, S
 from router.inventory import Inventory
 from router.peers import Edge, edge_to
 from services.site_policy import SitePolicy
-from services.sovereignty import Leaves, allows_search, reduced_context, reduced_hit
+from services.sovereignty import NOTHING, Leaves, allows_search, reduced_context, reduced_hit
 
 MOST_HITS = 1000
 WIDENED = 4
@@ -51,7 +51,7 @@ class Disclosure:
         if not self.restricts(tenant):
             return walked
         edges = [edge for node in walked.nodes if (edge := edge_to(node)) is not None]
-        told = await self.edges(tenant, edges, walked.watermark.get(self._policy.site, 0))
+        told = await self.edges(tenant, edges, walked.latest)
         kept: set[str] = set()
         nodes = []
         for node in walked.nodes:  # nearest first, so who reached a node comes before it
@@ -75,7 +75,7 @@ class Disclosure:
         tenant = self._admitted(call)
         if not self.restricts(tenant):
             return context
-        leaves = await self.leaves(tenant, [context.entity_id], context.version)
+        leaves = await self.leaves(tenant, [context.entity_id], context.latest)
         reduced = reduced_context(context, leaves[context.entity_id])
         if reduced is None:
             raise Denied(f"the policy of {self._policy.site} keeps this back")
@@ -89,6 +89,13 @@ class Disclosure:
         """What may leave of each entity, wherever it was written."""
         described = await self._inventory.describe(tenant, list(entity_ids), upto=upto)
         return {entity_id: self._leaves(tenant, told) for entity_id, told in described.items()}
+
+    async def _leaves_of_found(self, tenant: str, entity_ids: Sequence[str], upto: int) -> dict[str, Leaves]:
+        """The same of what a search found; nothing of what is not there any more, for nobody can say what it was."""
+        described = await self._inventory.describe(tenant, entity_ids, upto=upto)
+        return {
+            entity_id: self._leaves(tenant, told) if told.sites else NOTHING for entity_id, told in described.items()
+        }
 
     def _leaves(self, tenant: str, entity: Description) -> Leaves:
         return self._policy.leaves_of(tenant, entity.types, (*entity.sites, self._policy.site))
@@ -118,8 +125,7 @@ class Disclosure:
         while True:
             found = await self._ask(operation, subject, replace(request, scope="here", k=most), call)
             ids = [hit.entity_id for hit in found.hits]
-            upto = found.watermark.get(self._policy.site, 0)
-            leaves = await self.leaves(tenant, ids, upto) if ids else {}
+            leaves = await self._leaves_of_found(tenant, ids, found.latest) if ids else {}
             hits = _kept(found.hits, leaves, request.type, filtered, space)
             if len(hits) >= request.k or len(ids) < most or most == MOST_HITS:
                 return replace(found, hits=hits[: request.k], restricted=True)

@@ -320,7 +320,8 @@ class Hub(Actor):
         subject = subjects.timeline(tenant, call.caller.agent, to_token(entity_id))
         page = await self.asker.ask(subjects.TIMELINE, subject, request)
         if self._disclosure.restricts(tenant):
-            leaves = await self._disclosure.leaves(tenant, [entity_id], page.watermark.get(self.site, 0))
+            upto = max([page.watermark.get(self.site, 0), *(event.sequence for event in page.events)])
+            leaves = await self._disclosure.leaves(tenant, [entity_id], upto)
             if not leaves[entity_id].is_all:
                 raise Denied("the policy of the hub keeps part of this entity back, and so its timeline")
         return page

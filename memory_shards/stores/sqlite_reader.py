@@ -82,6 +82,7 @@ WITH here (site, sequence) AS (
 _LEFT_OF_EACH = _LEFT + "SELECT site, min(sequence), count(*) FROM here GROUP BY site"
 _HAS = _LEFT + "SELECT sequence FROM here WHERE sequence BETWEEN :first AND :last"
 _FORGOTTEN = "SELECT sequence FROM erasure WHERE sequence IN ({sequences}) ORDER BY sequence"
+_STANDS_AT = "SELECT value FROM meta WHERE name = 'watermark'"
 _IDS_A_STATEMENT = 500
 
 _ledger_decoder = msgspec.msgpack.Decoder(merge.Ledger)
@@ -139,6 +140,11 @@ class SqliteReader:
             changes = [change for change in changes if change.recorded_at <= as_of_ms]
             version = max((change.sequence for change in changes), default=0)
         return merge.fold(changes, valid_at_ms=valid_at_ms).document(entity_id, version)
+
+    def stands_at(self) -> int:
+        """Up to where the file has the log: no read before this one saw anything later."""
+        found: tuple[int] | None = self._connection.execute(_STANDS_AT).fetchone()
+        return found[0] if found else 0
 
     def suspects(self, tenant: str, entity_id: str) -> list[Suspect]:
         """What lost to a write that did not know of it."""

@@ -122,8 +122,8 @@ class Suspect(Reply, frozen=True, kw_only=True):
 class Context(Reply, frozen=True, kw_only=True):
     """What is remembered of one entity. `version` is the log sequence of its last event.
 
-    Not `complete`: this device has what it wrote itself, and its hub, out of reach now, may have more. `suspects` are
-    there if asked for.
+    Nothing in it is from after `latest` of the site's log. Not `complete`: this device has what it wrote itself, and
+    its hub, out of reach now, may have more. `suspects` are there if asked for.
     """
 
     entity_id: str
@@ -134,6 +134,7 @@ class Context(Reply, frozen=True, kw_only=True):
     text: str | None = None
     version: int
     watermark: Token
+    latest: int = 0
     vectors: dict[str, Vector] | None = None
     complete: bool = True
     suspects: list[Suspect] | None = None
@@ -234,11 +235,14 @@ class Hit(Reply, frozen=True, kw_only=True):
 class Hits(Reply, frozen=True, kw_only=True):
     """Best first. `coverage` is there on a federated reply.
 
-    To another site it says that it is `restricted`, if its policy may have kept something back.
+    It saw all up to the watermark, and nothing from after `latest` of the site's log: that is later where not all that
+    was asked stood at one place. To another site it says that it is `restricted`, if its policy may have kept something
+    back.
     """
 
     hits: list[Hit]
     watermark: Token
+    latest: int = 0
     coverage: Coverage | None = None
     restricted: bool = False
 
@@ -268,7 +272,7 @@ class Node(Reply, frozen=True, kw_only=True):
 
 
 class Traversal(Reply, frozen=True, kw_only=True):
-    """Reply of `traverse`, nearest first; the start nodes have depth 0.
+    """Reply of `traverse`, nearest first; the start nodes have depth 0. `latest` is as in `Hits`.
 
     It is `restricted` where other sites were not asked about all that was reached, for this site's policy may keep some
     of it from them. To another site it says so, if the policy may have kept something back.
@@ -277,5 +281,6 @@ class Traversal(Reply, frozen=True, kw_only=True):
     nodes: list[Node]
     truncated: bool
     watermark: Token
+    latest: int = 0
     coverage: Coverage
     restricted: bool = False

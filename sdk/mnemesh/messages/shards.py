@@ -29,7 +29,7 @@ class Expanded(Reply, frozen=True, kw_only=True):
     """Edges as (from, relation, to) in the direction walked. `truncated` if there were more than `limit`.
 
     `ahead` are the entities beyond those asked for whose edges are all there too, also where there are none. Of those
-    that are `lacking` a device's hub may know more.
+    that are `lacking` a device's hub may know more. Nothing is from after `latest` of the site's log.
     """
 
     edges: list[tuple[str, str, str]]
@@ -37,6 +37,7 @@ class Expanded(Reply, frozen=True, kw_only=True):
     ahead: list[str] = []
     lacking: list[str] = []
     watermark: Token
+    latest: int = 0
 
 
 class ListEntities(Request, frozen=True, kw_only=True):
