@@ -17,15 +17,18 @@ from mnemesh.asker import Asker
 from mnemesh.call import Call
 from mnemesh.contract import Operation, R
 from mnemesh.errors import BY_CODE, Denied, MnemeshError
-from mnemesh.messages import Context, Description, Hit, Hits, SearchEmbedding, SearchText, Traversal, Traverse
+from mnemesh.messages import Context, Description, Hit, Hits, Node, SearchEmbedding, SearchText, Traversal, Traverse
 from router.inventory import Inventory
 from router.peers import Edge, edge_to
 from services.site_policy import SitePolicy
 from services.sovereignty import NOTHING, Leaves, allows_search, reduced_context, reduced_hit
 
 MOST_HITS = 1000
+MOST_NODES = 20_000
+"""Nodes of a walk that are looked at, unless more are asked for: their reply fits a message with ids of 150 bytes."""
+
 WIDENED = 4
-"""How many times as many hits are asked for where too few of them may leave."""
+"""How many times as many hits or nodes are asked for where too few of them may leave."""
 
 
 class Disclosure:
@@ -45,11 +48,25 @@ class Disclosure:
         return await self._search(subjects.SEARCH_TEXT, subjects.search_text, request, call, [], None)
 
     async def traverse(self, request: Traverse, call: Call) -> Traversal:
-        """An edge leaves where both of its ends let its relation out, for it tells of both."""
+        """An edge leaves where both of its ends let its relation out, for it tells of both.
+
+        As many nodes as asked for of those that may leave, and `truncated` where there are more of them: what is kept
+        back is neither counted nor told by that, but in a walk of more than is looked at.
+        """
         tenant = self._admitted(call)
-        walked = await self._ask(subjects.TRAVERSE, subjects.traverse, replace(request, scope="here"), call)
         if not self.restricts(tenant):
-            return walked
+            return await self._ask(subjects.TRAVERSE, subjects.traverse, replace(request, scope="here"), call)
+        most = max(request.limit, min(MOST_NODES, request.limit * WIDENED))
+        while True:
+            asked = replace(request, scope="here", limit=most)
+            walked = await self._ask(subjects.TRAVERSE, subjects.traverse, asked, call)
+            nodes = await self._kept_nodes(tenant, walked)
+            if len(nodes) > request.limit or not walked.truncated or most >= MOST_NODES:
+                truncated = len(nodes) > request.limit or walked.truncated
+                return replace(walked, nodes=nodes[: request.limit], truncated=truncated, restricted=True)
+            most = min(MOST_NODES, most * WIDENED)
+
+    async def _kept_nodes(self, tenant: str, walked: Traversal) -> list[Node]:
         edges = [edge for node in walked.nodes if (edge := edge_to(node)) is not None]
         told = await self.edges(tenant, edges, walked.latest)
         kept: set[str] = set()
@@ -58,7 +75,7 @@ class Disclosure:
             if node.via is None or (node.via in kept and edge_to(node) in told):
                 kept.add(node.entity_id)
                 nodes.append(node)
-        return replace(walked, nodes=nodes, restricted=True)
+        return nodes
 
     async def edges(self, tenant: str, edges: Sequence[Edge], upto: int) -> set[Edge]:
         """Those of some edges that may leave."""
