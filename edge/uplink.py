@@ -284,10 +284,13 @@ class Uplink:
                     self._waiting_since_ms = own[0].recorded_at
                 while own:
                     rules = self._policy.rules
-                    for some in _batches(await self._leaving(own), self._most_bytes):
+                    for part in _batches(await self._leaving(own), self._most_bytes):
+                        some = [each.stored for each in part]
+                        await self._heed_clocks(some)
+                        leaving = await self._leaving(some)  # as of now: on a slow line those before took long
                         if self._policy.rules != rules:  # what is left must be looked at again
                             break
-                        position = await self._send(some, position)
+                        position = await self._send(leaving, position)
                         own = own[len(some) :]
                         self.waiting = max(len(own), self.waiting - len(some))
                 self._waiting_since_ms = None
@@ -308,7 +311,7 @@ class Uplink:
         return place.is_event and is_born_here(stored.message, place, self._site)
 
     async def _leaving(self, own: Sequence[Stored]) -> list[_Leaving]:
-        """What may leave of each event."""
+        """What may leave of each event, by all that is in our log now."""
         policy, regions = self._policy.policy, self._policy.regions_of(self._site)
         tenants = {place_of(stored.message.subject).tenant for stored in own}
         told = {tenant for tenant in tenants if self._policy.tells_hub_of(tenant)}
@@ -316,7 +319,8 @@ class Uplink:
         if told == tenants and not restricted:
             return [_Leaving(stored, stored.message.data) for stored in own]
         events = [_event_in(stored) for stored in own]
-        known = {tenant: await self._described(tenant, events, own[-1].sequence) for tenant in restricted}
+        end = (await stream_state(self._asker.inbox, self._log)).last_sequence
+        known = {tenant: await self._described(tenant, events, end) for tenant in restricted}
         leaving = []
         for stored, event in zip(own, events, strict=True):
             payload: bytes | None = stored.message.data
@@ -339,12 +343,7 @@ class Uplink:
     async def _send(self, some: Sequence[_Leaving], position: Position) -> Position:
         """One batch: events and the mark after them. Returns where the hub then stands."""
         began = asyncio.get_running_loop().time()
-        sent = [each.stored for each in some]
-        if self._clock_was_set():
-            await self._asked()
-        if is_ahead(max(map(_stamp_of, sent)), self._hub_ms()):
-            await self._put_aside(sent)
-        mark = self._mark_of(sent, position)
+        mark = self._mark_of([each.stored for each in some], position)
         events = [
             OwnEvent(stored.sequence, payload, stored.sequence in self._aside)
             for stored, payload in some
@@ -382,6 +381,13 @@ class Uplink:
         for refused in answer.refused:
             logger.error("the hub does not take event %d of this device: %s", refused.sequence, refused.reason)
         return answer.place
+
+    async def _heed_clocks(self, some: Sequence[Stored]) -> None:
+        """See that the hub quarantines what of these its clock says to. It may hand us another policy by that."""
+        if self._clock_was_set():
+            await self._asked()
+        if is_ahead(max(map(_stamp_of, some)), self._hub_ms()):
+            await self._put_aside(some)
 
     async def _put_aside(self, some: Sequence[Stored]) -> None:
         """Have the hub quarantine those whose stamps are ahead, and know that before it does."""

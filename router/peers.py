@@ -69,7 +69,7 @@ class Peers(Protocol):
         """Return once it is known which they are, and what they may know."""
 
     async def may_know(self, edges: Sequence[Edge], upto: int, call: Call) -> set[Edge]:
-        """Those of these edges, of a walk that saw the log up to a sequence, which any of them may know of. Never raises."""
+        """Those of these edges, seen in the log up to a sequence, which any of them may know of. Never raises."""
 
     async def ask(
         self, question: Question, request: Any, call: Call, *, without: Set[str] = frozenset()
