@@ -1,8 +1,8 @@
 """Telling the hub what was erased here: each receipt once it is kept, until the hub has it.
 
-Of an entity that the policy keeps back also the receipt stays here, unless the hub forgot it and so knows of it; and so
-does that of a tenant that the device was not enrolled for. Looks at `services.disclosure`, `services.site_policy` and
-`mnemesh`.
+Of an entity that the policy keeps back also the receipt stays here, unless the hub forgot it or others wrote it and so it
+knows of it; and so does that of a tenant that the device was not enrolled for. Looks at `services.disclosure`,
+`services.site_policy` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ class Confirming:
             return False
         if receipt.forget.rsplit("-", 2)[0] != self._site or not self._disclosure.restricts(receipt.tenant):
             return True
-        leaves = await self._disclosure.leaves(receipt.tenant, [receipt.entity_id], receipt.sequence)
-        return leaves[receipt.entity_id].tells_fields
+        return await self._disclosure.tells_forgotten(receipt.tenant, receipt.entity_id, receipt.sequence)
 
     async def _tell(self, receipts: list[Receipt]) -> None:
         """Tell the hub what may leave, for as long as it takes; what may, may have changed at each try."""

@@ -41,7 +41,7 @@ from mnemesh.messages import AskPosition, Description, OwnEvent, OwnEvents, Posi
 from mnemesh.origin import Mark, hash_of, is_born_here, place_of
 from router.inventory import Inventory
 from services.site_policy import SiteEntry, SitePolicy
-from services.sovereignty import Policy, reduced_event
+from services.sovereignty import Leaves, Policy, reduced_event
 
 logger = logging.getLogger("mnemesh.uplink")
 
@@ -439,7 +439,10 @@ def _reduced(
     leaves = [policy.leaves_under(event.tenant, entity.types, region) for region in regions]
     if isinstance(told := event.body.get("type"), str):
         leaves += [policy.leaves(event.tenant, told, region) for region in regions]
-    reduced = reduced_event(event, reduce(and_, leaves))
+    may = reduce(and_, leaves)
+    if event.op == "forget" and not may.tells_fields and any(site != event.site for site in entity.sites):
+        may = Leaves()  # what others wrote came by the hub, so it knows the id and is to erase that
+    reduced = reduced_event(event, may)
     if reduced is None:
         return None
     return stored.message.data if reduced is event else reduced.encode()

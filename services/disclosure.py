@@ -107,6 +107,11 @@ class Disclosure:
         described = await self._inventory.describe(tenant, list(entity_ids), upto=upto)
         return {entity_id: self._leaves(tenant, told) for entity_id, told in described.items()}
 
+    async def tells_forgotten(self, tenant: str, entity_id: str, upto: int) -> bool:
+        """Whether others may hear that an entity was forgotten here: if they wrote it too, they know of it."""
+        told = (await self._inventory.describe(tenant, [entity_id], upto=upto))[entity_id]
+        return self._leaves(tenant, told).tells_fields or any(site != self._policy.site for site in told.sites)
+
     async def _leaves_of_found(self, tenant: str, entity_ids: Sequence[str], upto: int) -> dict[str, Leaves]:
         """The same of what a search found; nothing of what is not there any more, for nobody can say what it was."""
         described = await self._inventory.describe(tenant, entity_ids, upto=upto)
