@@ -1,7 +1,7 @@
 """Telling the hub what was erased here: each receipt once it is kept, until the hub has it.
 
-Of an entity that the policy keeps back also the receipt stays here, unless the hub forgot it or others wrote it and so it
-knows of it; and so does that of a tenant that the device was not enrolled for. Looks at `services.disclosure`,
+Of an entity that the policy keeps back also the receipt stays here, unless the hub forgot it or others wrote it, and so
+it knows of it; and so does that of a tenant that the device was not enrolled for. Looks at `services.disclosure`,
 `services.site_policy` and `mnemesh`.
 """
 

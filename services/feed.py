@@ -108,6 +108,8 @@ class Feed:
         """Up to where the log was read."""
         self._wrote: Set[Key] = frozenset()
         """Entities of the batch at hand that the device wrote itself."""
+        self._forgotten: Mapping[Key, Candidate] = {}
+        """The members that the batch at hand forgets, as the shards had them then: what comes after has other types."""
         self._paying: set[Key] = set()
         """Entities whose owed forgets are among what is to be sent, or are sent and not confirmed."""
         self._batches: AsyncGenerator[list[Stored], None] | None = None
@@ -235,7 +237,11 @@ class Feed:
     def _take_event(self, stored: Stored, place: Place, event: Event) -> None:
         key = event.tenant, event.entity_id
         if key in self._roster:
-            self._evict(self._roster.grow(key, self._send(key, stored, place, event)))
+            size = self._send(key, stored, place, event)
+            if event.op == "forget" and key in self._forgotten:
+                now = self._forgotten[key]
+                self._known[key] = msgspec.structs.replace(now, types=frozenset()) if now.is_gone else now
+            self._evict(self._roster.grow(key, size))
         elif event.op == "forget" and (key in self._wrote or key in self._let_go):
             self._out.send(stored, place, event, (), wrote=key in self._wrote)
 
@@ -300,10 +306,11 @@ class Feed:
         doubtful = self._selection.newcomers | {
             (event.tenant, event.entity_id)
             for _, _, event in events
-            if (key := (event.tenant, event.entity_id)) not in self._roster
-            and (event.op == "forget" or self._roster.may_want(key))
+            if event.op == "forget"
+            or ((key := (event.tenant, event.entity_id)) not in self._roster and self._roster.may_want(key))
         }
         described = await self._selection.described(doubtful, upto)
+        self._forgotten = {key: candidate for key, candidate in described.items() if key in self._roster}
         self._wrote = {key for key, candidate in described.items() if candidate.is_own}
         for key, candidate in described.items():
             want = self._selection.wanted_by(candidate)
