@@ -169,6 +169,9 @@ class Uplink:
                 tasks.create_task(self._send_from(position))
                 tasks.create_task(self._check())
         except ExceptionGroup as failures:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # what fails in the same round hides that from a task group
+                raise asyncio.CancelledError from None
             raise failures.exceptions[0] from None
 
     async def _check(self) -> None:
