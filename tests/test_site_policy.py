@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +25,31 @@ from cli.main import main
 from cli.operator import asking
 from cli.server_config import ServerOptions
 from edge.confirming import TOLD, Confirming
+from edge.uplink import Uplink
+from memory_shards.batcher import Batcher
+from memory_shards.stores.faiss_cpu import FaissStore
+from memory_shards.stores.sqlite import SqliteStore
 from mnemesh import Memory, kv, subjects, wire
+from mnemesh.asker import Asker
 from mnemesh.call import ERROR_CODE, error_from
 from mnemesh.clock import COUNTER_BITS, wall_ms
+from mnemesh.connection import Link
 from mnemesh.contract import Operation, R
 from mnemesh.errors import Conflict, MnemeshError, NotFound
-from mnemesh.jetstream import counts_of
-from mnemesh.messages import Carried, Interest, NextFeed, OpenFeed, Receipt, Want
+from mnemesh.event import Record
+from mnemesh.jetstream import Stored, counts_of
+from mnemesh.messages import (
+    AskErasures,
+    AskPosition,
+    Carried,
+    Interest,
+    NextFeed,
+    OpenFeed,
+    Receipt,
+    SearchEmbedding,
+    Traversal,
+    Want,
+)
 from services.site_policy import SiteEntry, SitePolicy
 
 LONG_MS = 30_000
@@ -42,6 +61,7 @@ rules:
   - {type: forecast, leaves: scores}
   - {type: transformer, leaves: {attributes: [kv], edges: [feeds]}}
 """
+NEW = AskPosition()
 SECRET_VECTOR = np.array([0.123456, 0.654321, 0.111213], np.float32)
 
 
@@ -577,3 +597,182 @@ async def test_a_device_does_not_lift_the_policy_of_its_hub_by_another_type(hub:
             await here.get_context("meter1")
     assert not on_disk(tmp_path / "d" / "shard", SECRET.encode())
     assert not on_disk(tmp_path / "d" / "jetstream", SECRET.encode())
+
+
+async def test_what_waits_for_the_uplink_does_not_leave_once_its_type_keeps_it_back_or_it_is_forgotten(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    many = 12
+    async with (
+        EdgeNode(device_options("sub7", tmp_path / "d", "nats://127.0.0.1:1")) as node,
+        alice_at(node.server) as here,
+    ):
+        for n in range(many):
+            words = PUBLIC if n < many - 2 else SECRET
+            await here.set_context(f"bus:{n}", type="bus", text=f"{words} {'x' * 20_000}")
+    async with (
+        device(hub, tmp_path / "d", uplink_bytes_per_s=50_000, policy=POLICY) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        while (await status_of(node)).uplinked < 2:
+            pass
+        await here.forget(f"bus:{many - 2}")
+        written = await here.set_context(f"bus:{many - 1}", type="meter")
+        for n in (many - 2, many - 1):
+            with pytest.raises(NotFound):
+                await there.get_context(f"bus:{n}", consistency=since(written), budget_ms=LONG_MS)
+    assert on_disk(tmp_path / "hub", PUBLIC.encode())
+    assert not on_disk(tmp_path / "hub", SECRET.encode())
+
+
+async def test_a_policy_that_the_hub_hands_while_a_batch_is_judged_holds_for_it(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The uplink asks where its clock was set, and what it is told may be a stricter policy."""
+    judge = Uplink._leaving
+
+    async def judge_before_the_policy_is_set(self: Uplink, own: Sequence[Stored]) -> list[Any]:
+        leaving = await judge(self, own)
+        async with asking(hub.options, "test") as operator:
+            await kv.put(operator.inbox, subjects.POLICIES.name, "own", b"version: 7\notherwise: nothing\n")
+        while not (await self._asker.ask(subjects.UPLINK_POSITION, subjects.uplink_position("sub7"), NEW)).policy:
+            pass
+        return leaving
+
+    monkeypatch.setattr(Uplink, "_leaving", judge_before_the_policy_is_set)
+    monkeypatch.setattr(Uplink, "_clock_was_set", lambda self: True)
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("e1", attributes={"n": 1})
+        with pytest.raises(NotFound):
+            await there.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+
+
+async def test_a_forget_of_what_the_hub_wrote_reaches_it_whatever_the_device_keeps_back(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    """So does the receipt. Of what the device alone wrote the hub hears nothing."""
+    everything = Interest(wants=[Want(tenant=TENANT)])
+    async with (
+        device(hub, tmp_path / "d", policy=POLICY, interest=everything) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        told = await there.set_context("meter:1", type="meter", attributes={"n": 1})
+        await here.get_context("meter:1", consistency=since(told), budget_ms=LONG_MS)
+        await here.set_context(f"{SECRET}:1", type="meter")
+        await here.forget(f"{SECRET}:1")
+        forgotten = await here.forget("meter:1")
+        with pytest.raises(NotFound):
+            await there.get_context("meter:1", consistency=since(forgotten), budget_ms=LONG_MS)
+        async with asking(hub.options, "test") as asker:
+            receipts: set[str] = set()
+            while receipts != {"hub", "sub7"}:
+                asked = AskErasures(tenant=TENANT, entity_id="meter:1")
+                erasures = (await asker.ask(subjects.ERASURES, subjects.erasures(), asked)).erasures
+                receipts = {receipt.site for erasure in erasures for receipt in erasure.receipts}
+    assert not on_disk(tmp_path / "hub", SECRET.encode())
+
+
+async def test_a_walk_that_is_told_to_another_site_does_not_count_what_is_kept_back(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with asking(hub.options, "test") as asker:
+        await kv.put(asker.inbox, subjects.POLICIES.name, "own", POLICY.encode())
+
+    async def walked(memory: Memory, start: str, limit: int) -> Traversal:
+        while True:
+            found = await memory.traverse(start, limit=limit)
+            if [site.state for site in found.coverage.sites] == ["answered"]:
+                return found
+
+    async with (
+        device(hub, tmp_path / "d") as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        meters = [f"meter:{n}" for n in range(9)]
+        for name in meters:
+            await there.set_context(name, type="meter", edges=[{"relation": "serves", "target_id": "x"}])
+        targets = [*meters, "y", "z"]
+        edges = [{"relation": "feeds", "target_id": target} for target in targets]
+        written = await there.set_context("bus:1", type="bus", edges=edges)
+        await there.get_context("bus:1", consistency=since(written), budget_ms=LONG_MS)
+        for limit, nodes, truncated in (1, [], True), (2, ["y"], True), (3, ["y", "z"], False), (9, ["y", "z"], False):
+            found = await walked(here, "bus:1", limit)
+            assert ([node.entity_id for node in found.nodes], found.truncated) == (["bus:1", *nodes], truncated)
+        found = await walked(here, "meter:1", 1)
+        assert ([node.entity_id for node in found.nodes], found.truncated) == (["meter:1"], False)
+
+
+async def test_a_search_that_sees_what_was_written_while_it_waited_asks_for_the_types_as_of_then(
+    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the vectors, which are ahead of the documents then; and these know the types."""
+    applying, vectors_may, documents_may = threading.Event(), threading.Event(), threading.Event()
+    vectors_in, documents_in, ask = FaissStore.apply, SqliteStore.apply, Batcher.ask
+
+    def is_held_up(records: Sequence[Record]) -> bool:
+        return any((record.event.site, record.event.entity_id) == ("hub", "meter1") for record in records)
+
+    def apply_vectors(self: FaissStore, records: Sequence[Record], watermark: int) -> None:
+        if is_held_up(records):
+            applying.set()
+            vectors_may.wait()
+        vectors_in(self, records, watermark)
+
+    def apply_documents(self: SqliteStore, records: Sequence[Record], watermark: int) -> None:
+        if is_held_up(records):
+            documents_may.wait()
+        documents_in(self, records, watermark)
+
+    async def asks(self: Batcher[Any, Any], query: Any) -> Any:
+        if applying.is_set():
+            vectors_may.set()
+        return await ask(self, query)
+
+    monkeypatch.setattr(FaissStore, "apply", apply_vectors)
+    monkeypatch.setattr(SqliteStore, "apply", apply_documents)
+    monkeypatch.setattr(Batcher, "ask", asks)
+    async with asking(hub.options, "test") as asker:
+        await kv.put(asker.inbox, subjects.POLICIES.name, "own", POLICY.encode())
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        question = SearchEmbedding(vector=SECRET_VECTOR, space="shape")
+        subject = subjects.hub_search("sub7", TENANT, "alice")
+        written = await there.set_context("bus1", type="bus", vectors={"shape": SECRET_VECTOR})
+        await there.get_context("bus1", consistency=since(written), budget_ms=LONG_MS)
+        while not (await status_of(node)).linked:
+            pass
+        link = await Link.open(node.server.credentials.load("edge").link_options())
+        try:
+            edge = await Asker(link).open()
+            await there.set_context("meter1", type="meter", vectors={"shape": SECRET_VECTOR})
+            await asyncio.to_thread(applying.wait)
+            with pytest.raises(MnemeshError):
+                await edge.ask(subjects.HUB_SEARCH, subject, question, budget_s=1.0)
+            documents_may.set()
+            found = await edge.ask(subjects.HUB_SEARCH, subject, question, budget_s=LONG_MS / 1000)
+            assert [hit.entity_id for hit in found.hits] == ["bus1"]
+        finally:
+            vectors_may.set()
+            documents_may.set()
+            await link.close()
+
+
+async def test_what_is_forgotten_and_comes_back_as_another_type_is_fed_by_that_alone(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    async with asking(hub.options, "test") as asker:
+        await kv.put(asker.inbox, subjects.POLICIES.name, "own", POLICY.encode())
+    async with (
+        device(hub, tmp_path / "d", interest=Interest(wants=[Want(tenant=TENANT)])) as node,
+        alice_at(node.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await there.set_context("e1", type="transformer", attributes={"kv": 20, SECRET: 1})
+        await current(node)
+        await there.forget("e1")
+        await there.set_context("e1", type="bus", attributes={"note": PUBLIC})
+        written = await there.set_context("e1", attributes={"more": PUBLIC})
+        found = await here.get_context("e1", consistency=since(written), budget_ms=LONG_MS)
+        assert (found.type, found.attributes) == ("bus", {"note": PUBLIC, "more": PUBLIC})
