@@ -89,7 +89,7 @@ class EdgeNode:
         await provision(
             operator,
             site=site,
-            tenants=self.options.tenants,
+            tenants=sorted({*self.options.tenants, *(want.tenant for want in self.options.interest.wants)}),
             shards=shards,
             sites=sites_of(self.options.server),
             policy=self.options.policy,

@@ -3,9 +3,9 @@
     ask the hub up to where it has our log → follow it from our next event → send in batches, each up to a mark
 
 The hub appends a batch only if the mark before it is the one that we know (`services.uplinks`): so a batch whose answer
-was lost is refused when it is sent again, and a hub that was restored from a backup tells what it lacks. Nothing is
-kept on the device. A batch may still be on its way when we ask up to where the hub is, or be stored but for its mark:
-so we set the mark anew before we ask, and what comes after that is refused.
+was lost is refused when it is sent again, and a hub that was restored from a backup tells what it lacks. A batch may
+still be on its way when we ask up to where the hub is, or be stored but for its mark: so we set the mark anew before
+we ask, and what comes after that is refused.
 
 What the policy keeps back is left out before anything is sent, and so is what is of tenants that the device was not
 enrolled for; the mark passes over it. What decides is all the types that the entity was given, and that which an event
@@ -30,7 +30,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edge.aside import Aside, is_ahead
-from mnemesh import subjects
+from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.clock import wall_ms
 from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, NotFound, TooLarge
@@ -58,6 +58,10 @@ FRAMING = 16
 """Bytes on the line for each event, beside itself."""
 MOST_SENT = 999
 MOST_BYTES_SENT = 1024 * 1024
+
+
+SENT = "sent"
+"""The key under which the bucket of receipts holds up to where the hub had our log."""
 
 
 class _Moved(MnemeshError):
@@ -110,6 +114,7 @@ class Uplink:
         self.trouble = ""
         self.sent = 0
         self._aside = Aside(asker.inbox)
+        self._noted = -1
 
     @property
     def position(self) -> Position:
@@ -164,19 +169,21 @@ class Uplink:
         """Send until something comes in the way: raises what."""
         position = await self._agreed()
         self.trouble = ""
+        # No task group: that of Python 3.11 hides a cancellation that comes in the same round as a failure.
+        tasks = [asyncio.create_task(self._send_from(position)), asyncio.create_task(self._check())]
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._send_from(position))
-                tasks.create_task(self._check())
-        except ExceptionGroup as failures:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # what fails in the same round hides that from a task group
-                raise asyncio.CancelledError from None
-            raise failures.exceptions[0] from None
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _check(self) -> None:
         """See now and then whether the hub is there, and still has what it had: it may have been restored."""
         while True:
+            await self._note_position()
             await asyncio.sleep(random.uniform(CHECK_S / 2, CHECK_S))
             self._log_bytes = (await stream_state(self._asker.inbox, self._log)).bytes
             before = self.position
@@ -190,13 +197,13 @@ class Uplink:
         state = await stream_state(self._asker.inbox, self._log)
         position = await self._asked()
         self._linked.set()
-        await self._check_is_ours(position, state)
+        await self._ours(position, state)
         # What is on its way there since before expects the mark of then: set it anew, and that is refused.
         self._incarnation = state.incarnation
         marked = await self._mark_at(position)
         await self._tell(marked, position)
         position = await self._asked(log=state.incarnation)
-        await self._check_is_ours(position, state)
+        position = await self._ours(position, state)
         if position.incarnation != state.incarnation:
             logger.warning("the hub knew another log of %s; this one is sent from its beginning", self._site)
             position = Position(hub=position.hub, place=position.place, incarnation=state.incarnation, hlc=position.hlc)
@@ -226,26 +233,45 @@ class Uplink:
             hlc=max([position.hlc, *(stamp for stamp in map(_stamp_of, some) if not is_ahead(stamp, hub_ms))]),
         )
 
-    async def _check_is_ours(self, position: Position, state: StreamState) -> None:
-        """Whether what the hub knows of this log is what we have there. It may have been erased since."""
+    async def _ours(self, position: Position, state: StreamState) -> Position:
+        """From where on this log is to be sent. Raises `Conflict` where the hub has another one of ours.
+
+        Where the message is gone that the hub had last, it may have been erased. Or this log is an older copy, which
+        has marks of the hub's and events of its own at the places of what it lost; so what came after the place that we
+        know of is sent again, and the hub's stores take of it what they have not.
+        """
         if position.incarnation != state.incarnation:
-            return
+            return position
         if position.sequence > state.last_sequence:
             raise Conflict(
                 f"the hub has {self._site} up to {position.sequence}, and this log ends at {state.last_sequence}: "
                 "its folder was restored from an older copy, or another device has one"
             )
         if not position.last:
-            return
+            return position
         try:
             held = await message_at(self._asker.inbox, self._log, position.sequence)
         except NotFound:
-            return
+            known = await self._known_to_have(state)
+            return position if position.sequence <= known else replace(position, sequence=known, last="")
         if hash_of(held.message) != position.last:
             raise Conflict(
                 f"the hub has another event as {position.sequence} of {self._site} than this log: "
                 "another device sends from a copy of its folder"
             )
+        return position
+
+    async def _known_to_have(self, state: StreamState) -> int:
+        """Up to where the hub had this log when that was noted last, every few seconds."""
+        noted = (await kv.get(self._asker.inbox, subjects.RECEIPTS.name, SENT) or b"").decode()
+        incarnation, _, sequence = noted.rpartition(" ")
+        return int(sequence) if incarnation == state.incarnation else 0
+
+    async def _note_position(self) -> None:
+        if self._noted != self.position.sequence:
+            self._noted = self.position.sequence
+            noted = f"{self._incarnation} {self._noted}".encode()
+            await kv.put(self._asker.inbox, subjects.RECEIPTS.name, SENT, noted)
 
     async def _asked(self, *, log: str = "") -> Position:
         told = self._says(

@@ -31,7 +31,7 @@ from mnemesh.errors import Conflict, MnemeshError
 from mnemesh.event import Event, decode_event
 from mnemesh.follower import StreamShrank
 from mnemesh.ids import partition_of_tokens, to_token
-from mnemesh.jetstream import Stored, StreamState, history_of
+from mnemesh.jetstream import Stored, StreamState, history_of, stream_state
 from mnemesh.messages import FeedBatch, Holding
 from mnemesh.origin import FORGETS, Place, check_carried, hash_of, is_put_aside, mark_in, place_of
 from services.debts import Debts
@@ -46,6 +46,9 @@ more the log is read once from its beginning."""
 
 MOST_LET_GO = 20_000
 """Entities that a device is told to release before it must say anew what it has: their names take some 6 MB."""
+
+PAUSE_S = 10.0
+"""A device that asks again no sooner was out of reach."""
 
 PROGRESS_S = 1.0
 """How often a device is told how far the log is, where nothing in it is for the device."""
@@ -87,6 +90,7 @@ class Feed:
         self._log = subjects.log_stream(site)
         self._incarnation = log.incarnation
         self._current_at = log.last_sequence
+        self._asked_at = asyncio.get_running_loop().time()
         begin = FeedBatch(turn=0, place=after, last=last)
         self._out = Outbox(
             selection, device=device, own_log=own_log, incarnation=log.incarnation, noted=has, begin=begin
@@ -129,7 +133,7 @@ class Feed:
         after, head = self._has_upto, self._current_at
         lacks: list[Key] = []
         sizes = {key: holding.bytes or 0 for key, holding in self._has.items() if holding.state != "some"}
-        for want, changed, candidate, _ in await self._selection.fitting(sizes, after or head, head):
+        for want, changed, candidate, size in await self._selection.fitting(sizes, after or head, head):
             key = candidate.key
             self._known[key] = candidate
             if key not in sizes:
@@ -138,7 +142,7 @@ class Feed:
                     lacks.append(key)
             if key not in sizes or self._has[key].state == "begun":
                 self._to_hold.append((max(changed, candidate.first), key))
-            self._evict(self._roster.admit(key, want, sizes.get(key, 0)))
+            self._evict(self._roster.admit(key, want, max(size, sizes[key]) if key in sizes else 0))
         self._evict([key for key in self._has if key not in self._roster])
         self._let_go = {key for key in self._let_go if self._may_have(key[0])}  # it may just say that it has others
         heapq.heapify(self._to_hold)
@@ -169,12 +173,15 @@ class Feed:
             raise Conflict(f"much was released of what {self._device} had; open another feed")
         now = asyncio.get_running_loop().time
         began = now()
+        if began - self._asked_at > PAUSE_S:  # what came meanwhile it must have before it is current again
+            self._current_at = (await stream_state(self._asker.inbox, self._log)).last_sequence
         await self._pay()
         while not self._out.has_news:
             left = began + (PROGRESS_S if self._out else wait_s) - now()
             if left <= 0:
                 break
             await self._read(left)
+        self._asked_at = now()
         return self._out.batch(turn, most_bytes, current=self._position >= self._current_at)
 
     async def close(self) -> None:
@@ -237,13 +244,22 @@ class Feed:
     def _take_event(self, stored: Stored, place: Place, event: Event) -> None:
         key = event.tenant, event.entity_id
         if key in self._roster:
+            types = self._known[key].types
             size = self._send(key, stored, place, event)
             if event.op == "forget" and key in self._forgotten:
                 now = self._forgotten[key]
                 self._known[key] = msgspec.structs.replace(now, types=frozenset()) if now.is_gone else now
             self._evict(self._roster.grow(key, size))
+            if key in self._roster and self._known[key].types > types:
+                self._let_go_of_shut(key)
         elif event.op == "forget" and (key in self._wrote or key in self._let_go):
             self._out.send(stored, place, event, (), wrote=key in self._wrote)
+
+    def _let_go_of_shut(self, key: Key) -> None:
+        """Release an entity of which nothing may come any more: what the device has would grow old unseen."""
+        if self._selection.wanted_by(self._known[key]) is None:
+            self._roster.drop(key)
+            self._evict([key])
 
     def _send(self, key: Key, stored: Stored, place: Place, event: Event) -> int:
         """Send an event of a member; returns its bytes. What a forget had erased when the shards were asked stays.

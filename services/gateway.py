@@ -32,6 +32,7 @@ from mnemesh.jetstream import (
     SiteKind,
     Stored,
     WrongSequence,
+    history_of,
     last_of,
     last_of_each,
     log_terms,
@@ -216,10 +217,19 @@ class Gateway(Actor):
             last = None
         place = 0 if last is None else last.sequence
         if append.expected == 0:
-            stands = last is None or not _is_forget(last)
+            stands = last is None or not await self._is_gone(last, append.compared or append.subject)
         else:
             stands = append.expected <= place or not await self._is_erased(append.expected)
         return append if stands else append._replace(expected=place)
+
+    async def _is_gone(self, last: Stored, subject: str) -> bool:
+        """Whether the last message of an entity is a forget, and no put that came before it has a later stamp."""
+        stamps = {"put": [(-1, "")], "forget": [(-1, "")]}
+        for stored in await history_of(self.asker.inbox, subjects.log_stream(self.site), subject, upto=last.sequence):
+            with contextlib.suppress(MnemeshError):
+                event = decode_event(stored.message.data)
+                stamps[event.op].append((event.hlc, event.site))
+        return _is_forget(last) and max(stamps["put"]) < max(stamps["forget"])
 
     async def _is_erased(self, sequence: int) -> bool:
         """Whether there was a message at this place of the log."""

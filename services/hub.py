@@ -23,7 +23,7 @@ from mnemesh.errors import BadRequest, Conflict, Denied, NotFound, TooLarge
 from mnemesh.event import Event
 from mnemesh.follower import StreamShrank
 from mnemesh.guard import Guard
-from mnemesh.ids import to_token
+from mnemesh.ids import check_name, to_token
 from mnemesh.jetstream import Stored, StreamState, last_of, last_of_each, message_at, stream_state
 from mnemesh.messages import DeviceSeen, HeldState, Holding
 from mnemesh.origin import Mark, birth_of, hash_of, mark_in, place_of
@@ -146,6 +146,7 @@ class Hub(Actor):
     @handles(subjects.UPLINK)
     async def uplink(self, request: messages.OwnEvents, call: Call) -> messages.Uplinked:
         device = call.tokens["site"]
+        self._check_enrolled(device)
         return await self._uplinks.take(device, request, self._policy.entry(device).tenants)
 
     @handles(subjects.UPLINK_POSITION)
@@ -328,21 +329,21 @@ class Hub(Actor):
 
     @handles(subjects.HUB_SEARCH)
     async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
-        self._check_tenant(call.tokens["site"], call.caller.tenant)
+        self._check_asker(call)
         return await self._disclosure.search(request, call)
 
     @handles(subjects.HUB_SEARCH_TEXT)
     async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
-        self._check_tenant(call.tokens["site"], call.caller.tenant)
+        self._check_asker(call)
         return await self._disclosure.search_text(request, call)
 
     @handles(subjects.HUB_TRAVERSE)
     async def traverse(self, request: messages.Traverse, call: Call) -> messages.Traversal:
-        self._check_tenant(call.tokens["site"], call.caller.tenant)
+        self._check_asker(call)
         return await self._disclosure.traverse(request, call)
 
     def _asked_entity(self, entity_id: str | None, call: Call) -> str:
-        self._check_tenant(call.tokens["site"], call.caller.tenant)
+        self._check_asker(call)
         if entity_id is None:
             raise BadRequest("a device names the entity that it asks for")
         return entity_id
@@ -352,8 +353,14 @@ class Hub(Actor):
         if not self._policy.may_connect(device):
             raise Denied(f"{device} is not enrolled here")
 
+    def _check_asker(self, call: Call) -> None:
+        """A device says for whom it asks, and the hub asks on in that name."""
+        check_name("agent", call.caller.agent)
+        self._check_tenant(call.tokens["site"], call.caller.tenant)
+
     def _check_tenant(self, device: str, tenant: str) -> None:
         self._check_enrolled(device)
+        check_name("tenant", tenant)
         if not self._policy.deals_with(device, tenant):
             raise Denied(f"{device} was not enrolled for tenant {tenant!r}")
 

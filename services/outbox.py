@@ -144,6 +144,8 @@ class Outbox:
         while self._items and size < most_bytes:
             if len(items) + len(unnoted) + len(marks) + _messages_of(self._items[0]) > MOST_MESSAGES:
                 break
+            if items and isinstance(first := self._items[0], _Sent) and size + len(first.carried.payload) > most_bytes:
+                break
             match self._items.popleft():
                 case _Reached() as item:
                     place, last = item.place, item.last

@@ -103,7 +103,7 @@ class Roster:
     def admit(self, key: Key, want: int, size: int) -> list[Key]:
         """Take an entity in, as the one of its want that changed last. Returns those that had to go, maybe itself."""
         if key in self:
-            self._drop(key)
+            self.drop(key)
         self._want_of[key] = want
         self._members[want][key] = size
         self.bytes += size
@@ -127,10 +127,10 @@ class Roster:
                 key = changed
             else:
                 key = next(iter(next(members for members in reversed(self._members) if members)))
-            self._drop(key)
+            self.drop(key)
             self.left_out += 1
             gone.append(key)
         return gone
 
-    def _drop(self, key: Key) -> None:
+    def drop(self, key: Key) -> None:
         self.bytes -= self._members[self._want_of.pop(key)].pop(key)

@@ -61,7 +61,7 @@ class Selection:
         for wanted in sorted(
             await self._wanted(held.keys(), upto, head), key=lambda wanted: (wanted.want, -wanted.changed)
         ):
-            its_size = held.get(wanted.candidate.key, wanted.size)
+            its_size = max(wanted.size, held.get(wanted.candidate.key, 0))  # it has grown since it was noted
             if its_size > interest.most_bytes:
                 continue
             entities, size = entities + 1, size + its_size
@@ -75,7 +75,7 @@ class Selection:
         for want in self.roster.interest.wants:
             if want.entities:
                 continue
-            listed = self._inventory.entities(want.tenant, upto=upto, types=want.types, with_sites=bool(want.regions))
+            listed = self._inventory.entities(want.tenant, upto=upto, types=want.types, with_sites=True)
             async for entity in listed:
                 key = want.tenant, entity.entity_id
                 regions, types = self._regions(entity.sites), frozenset(entity.types)

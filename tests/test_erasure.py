@@ -268,6 +268,17 @@ async def test_a_version_that_was_erased_again_may_still_be_expected(hub: HubSit
         await there.ingest([{"entity_id": "e1", "expected_version": again.version}], atomic=True)
 
 
+async def test_what_survived_a_forget_that_came_after_it_exists(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "a") as node, alice_at(hub.server) as there:
+        forget = event("e1", op="forget", body={}, hlc=(wall_ms() - 5_000) << COUNTER_BITS)
+        await there.set_context("e1", attributes={"n": 1})
+        await send(node, forget)
+        await until_logged(hub.options, "e1", ["put hub", "forget sub7"])
+        with pytest.raises(Conflict):
+            await there.set_context("e1", attributes={"n": 2}, expected_version=0)
+        assert (await there.get_context("e1")).attributes == {"n": 1}
+
+
 async def test_what_is_erased_of_a_log_that_was_restored_is_looked_at_anew(hub: HubSite) -> None:
     async with asking(hub.options, "test") as asker, asking(hub.options, "test", role="hub") as own:
         state = await stream_state(asker.inbox, subjects.log_stream("hub"))

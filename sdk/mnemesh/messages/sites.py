@@ -22,15 +22,15 @@ class AskPosition(Request, frozen=True, kw_only=True):
     mark, too.
     """
 
-    waiting: Annotated[int, Meta(ge=0)] = 0
-    lag_s: Annotated[float, Meta(ge=0)] = 0.0
-    downlinked: Annotated[int, Meta(ge=0)] = 0
-    erased: Annotated[int, Meta(ge=0)] = 0
-    held: Annotated[int, Meta(ge=0)] = 0
-    held_bytes: Annotated[int, Meta(ge=0)] = 0
-    contract: str = ""
-    clock_ms: int = 0
-    log_bytes: Annotated[int, Meta(ge=0)] = 0
+    waiting: Sequence = 0
+    lag_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    downlinked: Sequence = 0
+    erased: Sequence = 0
+    held: Sequence = 0
+    held_bytes: Sequence = 0
+    contract: Annotated[str, Meta(max_length=64)] = ""
+    clock_ms: Annotated[int, Meta(ge=0, lt=253_402_300_800_000)] = 0
+    log_bytes: Sequence = 0
     policy: Annotated[str, Meta(max_length=64)] = ""
     log: Annotated[str, Meta(max_length=255)] = ""
 
