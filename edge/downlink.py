@@ -17,6 +17,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
+from operator import itemgetter
 from typing import NamedTuple
 
 import nats.nuid
@@ -32,6 +33,7 @@ from mnemesh.log_writer import EXPECTED
 from mnemesh.messages import Carried, FeedBatch, HeldState, Holding, Interest, NextFeed, OpenFeed
 from mnemesh.origin import BORN, HUB_SEQUENCE, Mark, decode_mark
 from router.inventory import Inventory
+from router.portions import portions
 
 logger = logging.getLogger("mnemesh.downlink")
 
@@ -42,6 +44,7 @@ OPEN_S = 5.0
 """How long a hub may take to open a feed at first. Each time that it takes longer it may twice as long the next time:
 much to choose from takes long, but with a line that was cut meanwhile the answer never comes."""
 HELD_A_PAGE = 20_000
+HELD_BYTES_A_PAGE = 4 * 1024 * 1024
 
 
 KEPT = "Mnemesh-Kept"
@@ -158,12 +161,13 @@ class Downlink:
         session = nats.nuid.NUID().next().decode()
         log = await stream_state(self._asker.inbox, self._log)
         held = await self._held(log.last_sequence)
-        for start in range(0, len(held) + 1, HELD_A_PAGE):
+        pages = [*portions(held, most=HELD_A_PAGE, most_bytes=HELD_BYTES_A_PAGE, id_of=itemgetter(1))] or [[]]
+        for number, page in enumerate(pages, 1):
             opening = OpenFeed(
                 session=session,
                 interest=self._interest,
-                held=held[start : start + HELD_A_PAGE],
-                more=start + HELD_A_PAGE < len(held),
+                held=list(page),
+                more=number < len(pages),
                 incarnation=mark.incarnation,
                 after=mark.sequence,
                 last=mark.last,

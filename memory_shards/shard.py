@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -61,6 +62,7 @@ are written once."""
 MOST_VECTORS_APPLIED = 250
 """Records in one transaction of the vector store: about 8 ms of its worker, which searches wait for."""
 
+MOST_BYTES_LISTED = 2 * 1024 * 1024
 MOST_IDS_ON_LOOP = 200
 MOST_EDGES_ON_LOOP = 1000
 """A walk that is wider goes to the scanning thread: at 2 µs an edge it would hold up the loop."""
@@ -409,7 +411,9 @@ class Shard(Actor):
                 with_sites=request.with_sites,
             )
         )
-        return messages.Entities(entities=found, more=len(found) == request.limit, watermark=seen)
+        fitting = _fitting(found)
+        more = len(found) == request.limit or len(fitting) < len(found)
+        return messages.Entities(entities=fitting, more=more, watermark=seen)
 
     @handles(subjects.SHARD_DESCRIBE)
     async def describe(self, request: messages.Describe, call: Call) -> messages.Descriptions:
@@ -462,6 +466,12 @@ class Shard(Actor):
             quarantined=dict(self._documents.quarantined),
             digest=f"{document_digest}-{vector_digest}" if request.digest else None,
         )
+
+
+def _fitting(entities: list[messages.ListedEntity]) -> list[messages.ListedEntity]:
+    """As many as a reply takes, for an id may have 16 KiB."""
+    sizes = accumulate(len(entity.entity_id.encode()) for entity in entities)
+    return [entity for entity, size in zip(entities, sizes, strict=True) if size <= MOST_BYTES_LISTED]
 
 
 def _page(events: list[messages.TimelineEvent], limit: int, seen: messages.Token) -> messages.TimelinePage:

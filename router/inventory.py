@@ -14,9 +14,11 @@ from mnemesh import messages, subjects
 from mnemesh.asker import Asker
 from mnemesh.errors import Unavailable
 from mnemesh.messages import Consistency, Description, ListedEntity
+from router.portions import portions
 from router.shard_map import ShardMap
 
 MOST_DESCRIBED = 5_000
+MOST_BYTES_DESCRIBED = 500_000
 MOST_WALKED = 100_000
 
 
@@ -58,9 +60,8 @@ class Inventory:
         found: dict[str, Description] = {}
         for shard, ids in parts.items():
             subject = subjects.shard_describe(self._site, shard, tenant, self._name)
-            for start in range(0, len(ids), MOST_DESCRIBED):
-                some = ids[start : start + MOST_DESCRIBED]
-                wanted = messages.Describe(entity_ids=some, consistency=self._at(upto))
+            for some in portions(ids, most=MOST_DESCRIBED, most_bytes=MOST_BYTES_DESCRIBED, id_of=str):
+                wanted = messages.Describe(entity_ids=list(some), consistency=self._at(upto))
                 told = await self._asker.ask(subjects.SHARD_DESCRIBE, subject, wanted)
                 found |= zip(some, told.entities, strict=True)
         return found

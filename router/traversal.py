@@ -20,6 +20,7 @@ from mnemesh.call import Call
 from mnemesh.errors import MnemeshError
 from mnemesh.messages import Node, SiteCoverage, Token, Traverse
 from router.peers import Edge, Peers, edge_to
+from router.portions import portions
 from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
 
@@ -198,12 +199,4 @@ def _of_both(before: SiteCoverage, after: SiteCoverage) -> SiteCoverage:
 
 def _rounds(frontier: Sequence[str]) -> Iterator[Sequence[str]]:
     """The frontier in parts that fit a request."""
-    start = size = 0
-    for end, entity_id in enumerate(frontier):
-        length = len(entity_id.encode())
-        if end - start == MOST_IN_EXPAND or (end > start and size + length > MOST_BYTES_IN_EXPAND):
-            yield frontier[start:end]
-            start, size = end, 0
-        size += length
-    if frontier:
-        yield frontier[start:]
+    return portions(frontier, most=MOST_IN_EXPAND, most_bytes=MOST_BYTES_IN_EXPAND, id_of=str)

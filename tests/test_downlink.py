@@ -669,3 +669,22 @@ async def test_a_feed_goes_on_where_it_was_whatever_interrupted_it(
             cable.heal()
             await current(node)
         assert opened == ["opened", "opened"]
+
+
+async def test_entities_with_long_ids_come_and_are_known_again(hub: HubSite, tmp_path: Path) -> None:
+    """Of those the requests and replies between hub and device hold fewer."""
+    names = [f"{number:03}{'x' * 16_000}" for number in range(600)]
+    wants = Interest(wants=[Want(tenant=TENANT)])
+    async with alice_at(hub.server) as there:
+        for start in range(0, len(names), 50):
+            await there.ingest([{"entity_id": name} for name in names[start : start + 50]])
+        async with device(hub, tmp_path / "d", interest=wants) as node, alice_at(node.server) as here:
+            await current(node)
+            for name in (names[0], names[-1]):
+                assert (await here.get_context(name)).complete
+            written = await there.ingest([{"entity_id": f"{name}y"} for name in names[:300]])
+            while (await status_of(node)).downlinked < written.token["hub"]:
+                pass
+        async with device(hub, tmp_path / "d", interest=wants) as node, alice_at(node.server) as here:
+            await current(node)
+            assert (await here.get_context(f"{names[299]}y")).complete
