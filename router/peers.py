@@ -115,9 +115,10 @@ class Devices:
         self._seen: dict[str, DeviceSeen] = {}
         """What the hub said of them last."""
         self._seen_at = 0.0
-        self._askers: dict[str, Asker] = {}
+        self._asker: Asker | None = None
 
     async def follow(self, asker: Asker) -> None:
+        self._asker = asker
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._rules.follow(asker.link, asker.inbox))
             tasks.create_task(self._look(asker))
@@ -136,16 +137,9 @@ class Devices:
             except MnemeshError:
                 self._seen = {name: replace(device, linked=False) for name, device in self._seen.items()}
             else:
-                for device in told.devices:
-                    if device.linked and device.site not in self._askers:
-                        await self._open(asker.link, device.site)
                 self._seen = {device.site: device for device in told.devices}
                 self._seen_at = asyncio.get_running_loop().time()
             await asyncio.sleep(LOOK_S)
-
-    async def _open(self, link: Link, site: str) -> None:
-        """An inbox for this device alone, so that it cannot answer in the place of others."""
-        self._askers[site] = await Asker(link, inbox=f"{link.options.inbox_prefix}.{site}").open()
 
     async def ask(
         self, question: Question, request: Any, call: Call, *, without: Set[str] = frozenset()
@@ -159,10 +153,10 @@ class Devices:
         return sorted(site for site in self._rules.sites if self._rules.deals_with(site, tenant))
 
     async def _one(self, site: str, question: Question, request: Any, call: Call) -> Answer:
-        seen, asker = self._seen.get(site), self._askers.get(site)
-        if seen is None:
+        seen, asker = self._seen.get(site), self._asker
+        if seen is None or asker is None:
             return unreachable(site, None)
-        if not seen.linked or asker is None:
+        if not seen.linked:
             return unreachable(site, seen.silent_s + asyncio.get_running_loop().time() - self._seen_at)
         operation, subject = TO_DEVICE[question]
         asked = request

@@ -19,11 +19,11 @@ from mnemesh.inbox import Ask, Inbox
 
 
 class Asker:
-    """Asks operations over one link. `open` first. `inbox` is another prefix of replies than the link's own."""
+    """Asks operations over one link. `open` first."""
 
-    def __init__(self, link: Link, *, inbox: str | None = None) -> None:
+    def __init__(self, link: Link) -> None:
         self.link = link
-        self.inbox = Inbox(link, inbox)
+        self.inbox = Inbox(link)
 
     async def open(self) -> Asker:
         await self.inbox.open()

@@ -33,9 +33,9 @@ class _Pending(NamedTuple):
 class Inbox:
     """Request and scatter over one `Link`."""
 
-    def __init__(self, link: Link, prefix: str | None = None) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._prefix = f"{prefix or link.options.inbox_prefix}.{nats.nuid.NUID().next().decode()}."
+        self._prefix = f"{link.options.inbox_prefix}.{nats.nuid.NUID().next().decode()}."
         self._pending: dict[str, _Pending] = {}
         self._counter = 0
         link.on_denied(self._fail_denied)
