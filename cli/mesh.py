@@ -110,7 +110,6 @@ class Mesh:
             tenants=self.options.tenants,
             shards=even_shards(self.options.shards, self.options.replicas),
             sites=sites_of(self.options.server),
-            devices=bool(self.options.server.leaf_port),
         )
         self.children = {child.name: child for child in self._plan()}
         self._keepers = [

@@ -83,16 +83,14 @@ async def provision(
     sites: Mapping[str, SiteEntry] | None = None,
     policy: str | None = None,
     kind: SiteKind = "hub",
-    devices: bool = False,
     log_replicas: int = 1,
 ) -> None:
     """Bring a site to this state. Safe to repeat.
 
     Shard map and sites become exactly these, tenants are only added; without a `policy` its own stays as it is.
-    Whether `devices` may connect decides what its log takes.
     """
     async with _as_operator(options) as inbox:
-        await ensure_log(inbox, site, kind=kind, devices=devices, replicas=log_replicas)
+        await ensure_log(inbox, site, kind=kind, replicas=log_replicas)
         for bucket in subjects.BUCKETS:
             await ensure_bucket(inbox, bucket.name, replicas=log_replicas)
         await _put_tenants(inbox, tenants)

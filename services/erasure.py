@@ -7,7 +7,6 @@ whose subject they are, the erased events are the first ones, so one purge a sub
 come is kept in the receipts' bucket, so a site that was away erases what it missed, and one that was killed does it
 again. What only a message that goes can tell is therefore told first.
 
-A hub's log takes no rollups, so of each device's marks there are many; the eraser leaves the last ones.
 Looks at `router.inventory` and `mnemesh`.
 """
 
@@ -17,7 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -65,9 +64,6 @@ AT_ONCE = 16
 
 DELETED_AT_ONCE = 64
 
-MOST_MARKS = 100
-"""Marks of one device that its hub's log has at the most, some more while they come."""
-
 PLACE = "place"
 """The key under which the bucket holds up to where the log was gone through."""
 
@@ -106,8 +102,6 @@ class Eraser:
         self._upto: dict[str, Mark] = {}
         """The same in the logs of other sites, as far as theirs are in this one."""
         self.erased = 0
-        self._marks: Counter[str] = Counter()
-        """How many of each origin were read since they were thinned out."""
         self._saved = self._read = 0
         self._unsaved = False
 
@@ -186,7 +180,6 @@ class Eraser:
                 raise failures[0]
         for stored in some:
             self._note(stored)
-        await self._thin_out_marks()
         self._read = some[-1].sequence
         self._unsaved |= bool(due)
 
@@ -202,13 +195,6 @@ class Eraser:
         place = place_of(stored.message.subject)
         if place.is_mark and (mark := mark_in(stored.message)) is not None:
             self._upto[place.origin] = mark
-            self._marks[place.origin] += 1
-
-    async def _thin_out_marks(self) -> None:
-        for origin, count in list(self._marks.items()):
-            if count > MOST_MARKS:
-                await self._api("STREAM.PURGE", {"filter": subjects.log_mark(origin), "keep": 1})
-                del self._marks[origin]
 
     async def _erase(self, due: Sequence[_Due]) -> None:
         """Erase what is due of one entity. Can be done again."""

@@ -35,8 +35,8 @@ from mnemesh.jetstream import (
     history_of,
     last_of,
     last_of_each,
-    log_terms,
     message_at,
+    message_id_key,
     stream_state,
 )
 from mnemesh.log_writer import Append, LogWriter, Position
@@ -93,7 +93,7 @@ class Gateway(Actor):
 
     async def prepare(self) -> None:
         """Start the clock no earlier than the newest stamp in the log, whatever the machine's clock says."""
-        self._terms = await log_terms(self.asker.inbox, self.site)
+        self._message_key = await message_id_key(self.asker.inbox, self.site)
         log = subjects.log_stream(self.site)
         for stored in await last_of_each(self.asker.inbox, log, subjects.log_mark("*")):
             self._note(stored)
@@ -316,14 +316,14 @@ class Gateway(Actor):
         subject, of_any_site = subjects.log_event(self.site, *place), subjects.log_event("*", *place)
         headers = {}
         if op == "forget":
-            headers = {FORGETS: "1"} | ({ROLLUP: "sub"} if self._terms.allows_rollups else {})
+            headers = {FORGETS: "1", ROLLUP: "sub"}
         payload = event.encode()
         if len(payload) > LARGEST:
             raise TooLarge(f"{entity_id[:200]!r} is an event of {len(payload)} bytes; it may have {LARGEST}")
         return Append(subject, payload, self._message_id(event_id), expected, headers, of_any_site)
 
     def _message_id(self, event_id: str) -> str:
-        return hashlib.blake2b(event_id.encode(), key=self._terms.message_id_key, digest_size=16).hexdigest()
+        return hashlib.blake2b(event_id.encode(), key=self._message_key, digest_size=16).hexdigest()
 
     def _event_id(self, call: Call) -> str:
         """The caller's own id for the write, scoped to the caller so that nobody can take another's; else a new one."""

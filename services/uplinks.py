@@ -20,7 +20,7 @@ from itertools import pairwise
 
 from memory_shards.merge import patch_of
 from mnemesh import subjects
-from mnemesh.atomic_batch import Outgoing, publish_all
+from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all, without_erased
 from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, Denied, MnemeshError, TooLarge
 from mnemesh.event import LARGEST, Event, decode_event
@@ -80,13 +80,13 @@ class Uplinks:
                 refused.append(Refused(sequence=own.sequence, reason=str(error)[:300]))
         after = {EXPECTED: str(batch.place), COMPARED: subjects.log_mark(device)}
         said = Mark(incarnation=batch.incarnation, sequence=batch.sequence, last=batch.last, hlc=batch.hlc)
-        mark = Outgoing(subjects.log_mark(device), said.encode(), after)
+        mark = Outgoing(subjects.log_mark(device), said.encode(), {**after, ROLLUP: "sub"})
         if len(events) == 1:
             (alone,) = events
             await self._publish([alone._replace(headers={**alone.headers, **after})])
             place = await self._publish([mark])
         else:
-            place = await self._publish([*events, mark])
+            place = await self._publish(without_erased([*events, mark]))
         self.refused[device] += len(refused)
         return Uplinked(place=place, refused=refused)
 
@@ -126,5 +126,5 @@ def _message(own: OwnEvent, event: Event, incarnation: str) -> Outgoing:
     if own.aside:
         headers[ASIDE] = "1"
     elif event.op == "forget":
-        headers[FORGETS] = "1"
+        headers |= {FORGETS: "1", ROLLUP: "sub"}
     return Outgoing(subjects.log_event(event.site, *place), own.payload, headers)

@@ -51,7 +51,7 @@ class HubSite:
         async with self.server:
             operator = self.server.credentials.load("operator").link_options()
             sites = sites_of(self.options)
-            await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1), sites=sites, devices=True)
+            await provision(operator, site="hub", tenants=[TENANT], shards=even_shards(1), sites=sites)
             actors: list[Actor] = [
                 Gateway(await self.link("gateway"), site="hub", guard=TenantGuard()),
                 Router(await self.link("router"), peers=peers.Devices(SitePolicy("hub")), guard=TenantGuard()),

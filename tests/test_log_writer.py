@@ -17,7 +17,7 @@ from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import MOST_IN_BATCH, ROLLUP
 from mnemesh.errors import Busy, Conflict, MnemeshError, TooLarge, Unavailable
-from mnemesh.jetstream import JetStreamError, ensure_log, log_terms, stream_state
+from mnemesh.jetstream import stream_state
 from mnemesh.log_writer import LEARN_EVERY, MOST_WAITING, Append, LogWriter, Pace, Position
 
 LOG = subjects.log_stream(SITE)
@@ -201,20 +201,6 @@ async def test_a_rollup_erases_what_its_subject_held_before(writer: LogWriter, g
     )
     assert all(isinstance(outcome, Position) for outcome in outcomes)
     assert await stored(gateway) == before - 5 + 3
-
-
-async def test_a_log_that_takes_uplinks_from_now_on_takes_no_rollups(
-    own_mesh_server: NatsServer, open_asker: OpenAsker
-) -> None:
-    operator = await open_asker("operator", own_mesh_server)
-    terms = await log_terms(operator.inbox, SITE)
-    assert terms.allows_rollups
-    await ensure_log(operator.inbox, SITE, devices=True)
-    assert await log_terms(operator.inbox, SITE) == terms._replace(allows_rollups=False)
-    async with running(await open_asker("gateway", own_mesh_server)) as writer:
-        await writer.append(write("a"))
-        with pytest.raises(JetStreamError, match="rollup"):
-            await writer.append(write("a", "forget", rollup=True))
 
 
 def test_few_messages_are_stored_singly_where_that_is_sooner_and_many_never() -> None:

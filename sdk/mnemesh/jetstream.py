@@ -206,8 +206,8 @@ SiteKind = Literal["hub", "device"]
 MESSAGE_KEY = "mnemesh.message-id-key"
 
 
-def log_config(site: str, *, kind: SiteKind = "hub", devices: bool = False, replicas: int = 1) -> dict[str, Any]:
-    """How the log of a site is configured. Where `devices` may connect it takes no rollups."""
+def log_config(site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> dict[str, Any]:
+    """How the log of a site is configured."""
     return {
         "name": subjects.log_stream(site),
         "subjects": [
@@ -221,7 +221,7 @@ def log_config(site: str, *, kind: SiteKind = "hub", devices: bool = False, repl
         "num_replicas": replicas,
         "duplicate_window": subjects.LOG_DUPLICATE_WINDOW_S[kind] * 1_000_000_000,
         "allow_atomic": True,
-        "allow_rollup_hdrs": not devices,
+        "allow_rollup_hdrs": True,
         "allow_direct": True,
         "deny_delete": False,
         "max_msgs_per_subject": UNREACHED if kind == "device" else -1,
@@ -243,29 +243,17 @@ def bucket_config(bucket: str, *, replicas: int = 1) -> dict[str, Any]:
     }
 
 
-async def ensure_log(
-    inbox: Inbox, site: str, *, kind: SiteKind = "hub", devices: bool = False, replicas: int = 1
-) -> StreamState:
+async def ensure_log(inbox: Inbox, site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> StreamState:
     """Make the log of a site, or bring an existing one up to `log_config`."""
-    config = log_config(site, kind=kind, devices=devices, replicas=replicas)
+    config = log_config(site, kind=kind, replicas=replicas)
     await _ensure(inbox, config | {"metadata": {MESSAGE_KEY: secrets.token_hex(16)}})
     return await stream_state(inbox, subjects.log_stream(site))
 
 
-class LogTerms(NamedTuple):
-    """How to write to a log.
-
-    Ids of messages are made with the key, a secret: a device could take an id that it can guess.
-    """
-
-    message_id_key: bytes
-    allows_rollups: bool
-
-
-async def log_terms(inbox: Inbox, site: str) -> LogTerms:
-    """The terms of a log that `ensure_log` made. Raises what `api` does."""
+async def message_id_key(inbox: Inbox, site: str) -> bytes:
+    """What ids of messages are made with, a secret of the log that `ensure_log` made. Raises what `api` does."""
     config = (await api(inbox, f"STREAM.INFO.{subjects.log_stream(site)}"))["config"]
-    return LogTerms(bytes.fromhex(config["metadata"][MESSAGE_KEY]), config["allow_rollup_hdrs"])
+    return bytes.fromhex(config["metadata"][MESSAGE_KEY])
 
 
 async def ensure_bucket(inbox: Inbox, bucket: str, *, replicas: int = 1) -> None:

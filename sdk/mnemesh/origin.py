@@ -29,8 +29,7 @@ HUB_SEQUENCE = "Mnemesh-Hub-Sequence"
 
 
 FORGETS = "Mnemesh-Forgets"
-"""Header: the event is a forget. It also erases, by a rollup, what its site wrote before it; but the log of a hub that
-devices may connect to takes no rollups: with one a device could erase all of it."""
+"""Header: the event is a forget. By a rollup it also erases what its site wrote before, unless it was stamped anew."""
 
 ASIDE = "Mnemesh-Aside"
 """Header: the event is to have no effect, says the device that wrote it: it was stamped while its clock was ahead."""
