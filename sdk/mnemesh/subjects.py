@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "356d4b12f23f"
+CONTRACT = "e562286c7d7a"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -336,8 +336,8 @@ UPLINK = Operation(
     budget_ms=5000,
     max_bytes=8388608,
     idempotent="by_id",
-    concurrency=64,
-    mailbox=256,
+    concurrency=16,
+    mailbox=1024,
 )
 OPEN_FEED = Operation(
     name="open_feed",
