@@ -30,7 +30,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edge.aside import Aside, is_ahead
-from mnemesh import kv, subjects
+from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.clock import wall_ms
 from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, NotFound, TooLarge
@@ -58,10 +58,6 @@ FRAMING = 16
 """Bytes on the line for each event, beside itself."""
 MOST_SENT = 999
 MOST_BYTES_SENT = 1024 * 1024
-
-
-SENT = "sent"
-"""The key under which the bucket of receipts holds up to where the hub had our log."""
 
 
 class _Moved(MnemeshError):
@@ -114,7 +110,6 @@ class Uplink:
         self.trouble = ""
         self.sent = 0
         self._aside = Aside(asker.inbox)
-        self._noted = -1
 
     @property
     def position(self) -> Position:
@@ -183,7 +178,6 @@ class Uplink:
     async def _check(self) -> None:
         """See now and then whether the hub is there, and still has what it had: it may have been restored."""
         while True:
-            await self._note_position()
             await asyncio.sleep(random.uniform(CHECK_S / 2, CHECK_S))
             self._log_bytes = (await stream_state(self._asker.inbox, self._log)).bytes
             before = self.position
@@ -197,13 +191,13 @@ class Uplink:
         state = await stream_state(self._asker.inbox, self._log)
         position = await self._asked()
         self._linked.set()
-        await self._ours(position, state)
+        await self._check_is_ours(position, state)
         # What is on its way there since before expects the mark of then: set it anew, and that is refused.
         self._incarnation = state.incarnation
         marked = await self._mark_at(position)
         await self._tell(marked, position)
         position = await self._asked(log=state.incarnation)
-        position = await self._ours(position, state)
+        await self._check_is_ours(position, state)
         if position.incarnation != state.incarnation:
             logger.warning("the hub knew another log of %s; this one is sent from its beginning", self._site)
             position = Position(hub=position.hub, place=position.place, incarnation=state.incarnation, hlc=position.hlc)
@@ -233,45 +227,26 @@ class Uplink:
             hlc=max([position.hlc, *(stamp for stamp in map(_stamp_of, some) if not is_ahead(stamp, hub_ms))]),
         )
 
-    async def _ours(self, position: Position, state: StreamState) -> Position:
-        """From where on this log is to be sent. Raises `Conflict` where the hub has another one of ours.
-
-        Where the message is gone that the hub had last, it may have been erased. Or this log is an older copy, which
-        has marks of the hub's and events of its own at the places of what it lost; so what came after the place that we
-        know of is sent again, and the hub's stores take of it what they have not.
-        """
+    async def _check_is_ours(self, position: Position, state: StreamState) -> None:
+        """Whether what the hub knows of this log is what we have there. It may have been erased since."""
         if position.incarnation != state.incarnation:
-            return position
+            return
         if position.sequence > state.last_sequence:
             raise Conflict(
                 f"the hub has {self._site} up to {position.sequence}, and this log ends at {state.last_sequence}: "
                 "its folder was restored from an older copy, or another device has one"
             )
         if not position.last:
-            return position
+            return
         try:
             held = await message_at(self._asker.inbox, self._log, position.sequence)
         except NotFound:
-            known = await self._known_to_have(state)
-            return position if position.sequence <= known else replace(position, sequence=known, last="")
+            return
         if hash_of(held.message) != position.last:
             raise Conflict(
                 f"the hub has another event as {position.sequence} of {self._site} than this log: "
                 "another device sends from a copy of its folder"
             )
-        return position
-
-    async def _known_to_have(self, state: StreamState) -> int:
-        """Up to where the hub had this log when that was noted last, every few seconds."""
-        noted = (await kv.get(self._asker.inbox, subjects.RECEIPTS.name, SENT) or b"").decode()
-        incarnation, _, sequence = noted.rpartition(" ")
-        return int(sequence) if incarnation == state.incarnation else 0
-
-    async def _note_position(self) -> None:
-        if self._noted != self.position.sequence:
-            self._noted = self.position.sequence
-            noted = f"{self._incarnation} {self._noted}".encode()
-            await kv.put(self._asker.inbox, subjects.RECEIPTS.name, SENT, noted)
 
     async def _asked(self, *, log: str = "") -> Position:
         told = self._says(

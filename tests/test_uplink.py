@@ -22,14 +22,13 @@ from cli.devices import Devices, public_of, seed_of
 from cli.edge import shut_out
 from cli.edge_node import EdgeNode
 from cli.operator import asking
-from edge.uplink import SENT
-from mnemesh import Consistency, Memory, kv, subjects
+from mnemesh import Consistency, Memory, subjects
 from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.connection import Link
 from mnemesh.errors import MnemeshError, NotFound, Stale, Timeout
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import Stored, WrongSequence, counts_of, delete_message, history_of, last_of, stream_state
+from mnemesh.jetstream import Stored, WrongSequence, counts_of, history_of, last_of, stream_state
 from mnemesh.messages import AskDevices, Interest, Want
 from mnemesh.origin import BORN, decode_mark
 from services.uplinks import Uplinks
@@ -424,43 +423,6 @@ async def test_an_event_that_came_alone_comes_once_though_the_line_broke_before_
         async with asking(hub.options, "test") as operator:
             subject = subjects.log_event("sub7", TENANT, "*", "t1")
             assert len(await history_of(operator.inbox, subjects.log_stream("hub"), subject, upto=1 << 40)) == 2
-
-
-async def test_what_an_older_copy_wrote_at_places_that_the_hub_knows_is_sent(hub: HubSite, tmp_path: Path) -> None:
-    """At the last of these places it had a mark of the hub's, which the next one replaced."""
-    folder, older = tmp_path / "d", tmp_path / "older"
-    async with device(hub, folder) as node, alice_at(node.server) as here:
-        written = await here.set_context("t0", attributes={"n": 0})
-        while (await status_of(node)).uplinked < written.token["sub7"]:
-            pass
-        while not await noted(node):
-            pass
-    shutil.copytree(folder, older)
-    async with device(hub, folder) as node, alice_at(node.server) as here:
-        for n in range(3):
-            written = await here.set_context(f"t{n}", attributes={"n": n})
-        while (await status_of(node)).uplinked < written.token["sub7"]:
-            pass
-    shutil.rmtree(folder)
-    shutil.move(older, folder)
-    last = written.token["sub7"]
-    async with EdgeNode(device_options("sub7", folder, "nats://127.0.0.1:1")) as node, alice_at(node.server) as here:
-        written = first = await here.set_context("new0", attributes={"n": 0})
-        while written.token["sub7"] < last:
-            written = await here.set_context("new1", attributes={"n": 1})
-        assert first.token["sub7"] < last
-        async with asking(node.options.server, "test") as operator:
-            await delete_message(operator.inbox, subjects.log_stream("sub7"), last)
-    async with device(hub, folder) as node, alice_at(node.server) as here, alice_at(hub.server) as there:
-        written = await here.set_context("new2", attributes={"n": 2})
-        await there.get_context("new2", consistency=since(written), budget_ms=LONG_MS)
-        assert (await there.get_context("new0")).attributes == {"n": 0}
-        assert await counted(there, "t0") == [0, 0]
-
-
-async def noted(node: EdgeNode) -> bytes | None:
-    async with asking(node.options.server, "test") as operator:
-        return await kv.get(operator.inbox, subjects.RECEIPTS.name, SENT)
 
 
 async def test_a_device_that_comes_back_sets_its_mark_anew_as_it_was(hub: HubSite, tmp_path: Path) -> None:
