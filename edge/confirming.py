@@ -2,7 +2,7 @@
 
 Of an entity that the policy keeps back also the receipt stays here, unless the hub forgot it or others wrote it, and so
 it knows of it; and so does that of a tenant that the device was not enrolled for. Looks at `services.disclosure`,
-`services.site_policy` and `mnemesh`.
+`services.site_policy`, `router.portions` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -21,6 +21,7 @@ from mnemesh.errors import MnemeshError, Timeout, Unavailable
 from mnemesh.follower import Follower
 from mnemesh.jetstream import stream_state
 from mnemesh.messages import ConfirmErased, Receipt
+from router.portions import portions
 from services.disclosure import Disclosure
 from services.site_policy import SitePolicy
 
@@ -70,7 +71,7 @@ class Confirming:
                     for stored in batch
                     if stored.message.data and stored.message.subject.endswith(f".{self._site}")
                 ]
-                for some in _parts(own):
+                for some in portions(own, most=MOST, most_bytes=MOST_BYTES, size_of=len):
                     await self._tell([msgspec.json.decode(data, type=Receipt) for data in some])
                 if own:
                     await kv.put(inbox, bucket, TOLD, str(batch[-1].sequence).encode())
@@ -97,15 +98,3 @@ class Confirming:
             else:
                 return
             await asyncio.sleep(random.uniform(RETRY_S / 2, RETRY_S))
-
-
-def _parts(receipts: Sequence[bytes]) -> Iterator[list[bytes]]:
-    """Parts that fit a request, at least one receipt in each."""
-    part: list[bytes] = []
-    for data in receipts:
-        if part and sum(map(len, part)) + len(data) > MOST_BYTES:
-            yield part
-            part = []
-        part.append(data)
-    if part:
-        yield part

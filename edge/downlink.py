@@ -17,7 +17,6 @@ import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
-from operator import itemgetter
 from typing import NamedTuple
 
 import nats.nuid
@@ -33,7 +32,7 @@ from mnemesh.log_writer import EXPECTED
 from mnemesh.messages import Carried, FeedBatch, HeldState, Holding, Interest, NextFeed, OpenFeed
 from mnemesh.origin import BORN, HUB_SEQUENCE, Mark, decode_mark
 from router.inventory import Inventory
-from router.portions import portions
+from router.portions import bytes_of, portions
 
 logger = logging.getLogger("mnemesh.downlink")
 
@@ -161,7 +160,8 @@ class Downlink:
         session = nats.nuid.NUID().next().decode()
         log = await stream_state(self._asker.inbox, self._log)
         held = await self._held(log.last_sequence)
-        pages = [*portions(held, most=HELD_A_PAGE, most_bytes=HELD_BYTES_A_PAGE, id_of=itemgetter(1))] or [[]]
+        fitting = portions(held, most=HELD_A_PAGE, most_bytes=HELD_BYTES_A_PAGE, size_of=lambda each: bytes_of(each[1]))
+        pages = list(fitting) or [[]]
         for number, page in enumerate(pages, 1):
             opening = OpenFeed(
                 session=session,

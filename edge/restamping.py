@@ -15,8 +15,7 @@ from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.clock import HybridClock, wall_ms
-from mnemesh.errors import MnemeshError
-from mnemesh.event import Event, decode_event
+from mnemesh.event import decode_event, event_in
 from mnemesh.jetstream import Stored, delete_message, last_of_each, next_of
 from mnemesh.origin import BORN, FORGETS, mark_in
 
@@ -55,7 +54,7 @@ class Restamping:
             if mark is not None and not is_ahead(mark.hlc, now_ms):
                 self._clock.observe(mark.hlc)
         async for stored in self._own_events():
-            if BORN in stored.message.headers or (event := _event_in(stored)) is None:
+            if BORN in stored.message.headers or (event := event_in(stored.message.data)) is None:
                 continue
             if stored.sequence in self._aside or is_ahead(event.hlc, now_ms):
                 ahead[stored.sequence] = event.id
@@ -91,10 +90,3 @@ class Restamping:
 
     async def _publish(self, batch: Sequence[Outgoing]) -> None:
         await publish_all(self._writer.link, self._writer.inbox, batch, budget_s=BUDGET_S)
-
-
-def _event_in(stored: Stored) -> Event | None:
-    try:
-        return decode_event(stored.message.data)
-    except MnemeshError:
-        return None

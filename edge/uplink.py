@@ -11,7 +11,7 @@ What the policy keeps back is left out before anything is sent, and so is what i
 enrolled for; the mark passes over it. What decides is all the types that the entity was given, and that which an event
 brings.
 
-Looks at `aside`, `services.site_policy`, `router.inventory` and `mnemesh`.
+Looks at `aside`, `services.site_policy`, `router.inventory`, `router.portions` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.clock import wall_ms
 from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, NotFound, TooLarge
-from mnemesh.event import Event, Number, decode_event
+from mnemesh.event import Event, Number, event_in
 from mnemesh.follower import Follower
 from mnemesh.jetstream import Stored, StreamState, message_at, next_of, stream_state
 from mnemesh.messages import AskPosition, Description, OwnEvent, OwnEvents, Position
 from mnemesh.origin import Mark, hash_of, is_born_here, place_of
 from router.inventory import Inventory
+from router.portions import portions
 from services.site_policy import SiteEntry, SitePolicy
 from services.sovereignty import Leaves, Policy, reduced_event
 
@@ -288,13 +289,15 @@ class Uplink:
                     self._waiting_since_ms = own[0].recorded_at
                 while own:
                     rules = self._policy.rules
-                    for part in _batches(await self._leaving(own), self._most_bytes):
+                    for part in portions(
+                        await self._leaving(own), most=MOST_SENT, most_bytes=self._most_bytes, size_of=_size
+                    ):
                         some = [each.stored for each in part]
                         await self._heed_clocks(some)
-                        leaving = await self._leaving(some)  # as of now: on a slow line those before took long
+                        part = await self._leaving(some)  # as of now: on a slow line those before took long
                         if self._policy.rules != rules:  # what is left must be looked at again
                             break
-                        position = await self._send(leaving, position)
+                        position = await self._send(part, position)
                         own = own[len(some) :]
                         self.waiting = max(len(own), self.waiting - len(some))
                 self._waiting_since_ms = None
@@ -322,7 +325,7 @@ class Uplink:
         restricted = {tenant for tenant in told if any(policy.restricts(tenant, region) for region in regions)}
         if told == tenants and not restricted:
             return [_Leaving(stored, stored.message.data) for stored in own]
-        events = [_event_in(stored) for stored in own]
+        events = [event_in(stored.message.data) for stored in own]
         end = (await stream_state(self._asker.inbox, self._log)).last_sequence
         known = {tenant: await self._described(tenant, events, end) for tenant in restricted}
         leaving = []
@@ -396,7 +399,7 @@ class Uplink:
     async def _put_aside(self, some: Sequence[Stored]) -> None:
         """Have the hub quarantine those whose stamps are ahead, and know that before it does."""
         hub_ms = self._hub_ms()
-        events = [(stored.sequence, _event_in(stored)) for stored in some]
+        events = [(stored.sequence, event_in(stored.message.data)) for stored in some]
         await self._aside.add([sequence for sequence, event in events if event and is_ahead(event.hlc, hub_ms)])
 
     def _hub_ms(self) -> int:
@@ -407,14 +410,6 @@ class Uplink:
         """Whether our clock did not just go on since the hub told what its own shows."""
         went_on_ms = (asyncio.get_running_loop().time() - self._heard_at) * 1000
         return abs(wall_ms() - self._heard_at_ms - went_on_ms) > STEP_MS
-
-
-def _event_in(stored: Stored) -> Event | None:
-    """An event of ours; `None` where it cannot be read: the shard has said so, and it keeps nothing from following."""
-    try:
-        return decode_event(stored.message.data)
-    except MnemeshError:
-        return None
 
 
 class _Stamped(msgspec.Struct):
@@ -450,19 +445,6 @@ def _reduced(
     if reduced is None:
         return None
     return stored.message.data if reduced is event else reduced.encode()
-
-
-def _batches(leaving: Sequence[_Leaving], most_bytes: float) -> list[Sequence[_Leaving]]:
-    """Parts that fit one batch by their bytes, at least one event in each."""
-    parts: list[Sequence[_Leaving]] = []
-    start = size = 0
-    for end, each in enumerate(leaving):
-        length = _size(each)
-        if end > start and size + length > most_bytes:
-            parts.append(leaving[start:end])
-            start, size = end, 0
-        size += length
-    return [*parts, leaving[start:]] if leaving else []
 
 
 def _size(leaving: _Leaving) -> int:

@@ -14,7 +14,7 @@ from mnemesh import messages, subjects
 from mnemesh.asker import Asker
 from mnemesh.errors import Unavailable
 from mnemesh.messages import Consistency, Description, ListedEntity
-from router.portions import portions
+from router.portions import bytes_of, portions
 from router.shard_map import ShardMap
 
 MOST_DESCRIBED = 5_000
@@ -60,7 +60,7 @@ class Inventory:
         found: dict[str, Description] = {}
         for shard, ids in parts.items():
             subject = subjects.shard_describe(self._site, shard, tenant, self._name)
-            for some in portions(ids, most=MOST_DESCRIBED, most_bytes=MOST_BYTES_DESCRIBED, id_of=str):
+            for some in portions(ids, most=MOST_DESCRIBED, most_bytes=MOST_BYTES_DESCRIBED, size_of=bytes_of):
                 wanted = messages.Describe(entity_ids=list(some), consistency=self._at(upto))
                 told = await self._asker.ask(subjects.SHARD_DESCRIBE, subject, wanted)
                 found |= zip(some, told.entities, strict=True)

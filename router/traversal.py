@@ -20,7 +20,7 @@ from mnemesh.call import Call
 from mnemesh.errors import MnemeshError
 from mnemesh.messages import Node, SiteCoverage, Token, Traverse
 from router.peers import Edge, Peers, edge_to
-from router.portions import portions
+from router.portions import bytes_of, portions
 from router.scatter import Gathered, Scatter, coverage, lowest, raise_if_nothing
 from router.shard_map import ShardMap
 
@@ -199,4 +199,4 @@ def _of_both(before: SiteCoverage, after: SiteCoverage) -> SiteCoverage:
 
 def _rounds(frontier: Sequence[str]) -> Iterator[Sequence[str]]:
     """The frontier in parts that fit a request."""
-    return portions(frontier, most=MOST_IN_EXPAND, most_bytes=MOST_BYTES_IN_EXPAND, id_of=str)
+    return portions(frontier, most=MOST_IN_EXPAND, most_bytes=MOST_BYTES_IN_EXPAND, size_of=bytes_of)

@@ -24,7 +24,7 @@ from mnemesh.call import MESSAGE_ID, Call, check_message_id
 from mnemesh.clock import HybridClock, is_too_far_ahead, to_ms
 from mnemesh.connection import Link
 from mnemesh.errors import BY_CODE, BadRequest, Conflict, MnemeshError, NotFound, TooLarge
-from mnemesh.event import LARGEST, Event, decode_event
+from mnemesh.event import LARGEST, Event, decode_event, event_in
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import partition_of_tokens, to_token
@@ -224,12 +224,13 @@ class Gateway(Actor):
 
     async def _is_gone(self, last: Stored, subject: str) -> bool:
         """Whether the last message of an entity is a forget, and no put that came before it has a later stamp."""
-        stamps = {"put": [(-1, "")], "forget": [(-1, "")]}
-        for stored in await history_of(self.asker.inbox, subjects.log_stream(self.site), subject, upto=last.sequence):
-            with contextlib.suppress(MnemeshError):
-                event = decode_event(stored.message.data)
-                stamps[event.op].append((event.hlc, event.site))
-        return _is_forget(last) and max(stamps["put"]) < max(stamps["forget"])
+        forget = event_in(last.message.data)
+        if forget is None or forget.op != "forget":
+            return False
+        log = subjects.log_stream(self.site)
+        history = await history_of(self.asker.inbox, log, subject, upto=last.sequence)
+        events = filter(None, (event_in(stored.message.data) for stored in history))
+        return not any(event.op == "put" and (event.hlc, event.site) > (forget.hlc, forget.site) for event in events)
 
     async def _is_erased(self, sequence: int) -> bool:
         """Whether there was a message at this place of the log."""
@@ -350,13 +351,6 @@ class Gateway(Actor):
             versions=versions,
             errors=errors,
         )
-
-
-def _is_forget(stored: Stored) -> bool:
-    try:
-        return decode_event(stored.message.data).op == "forget"
-    except MnemeshError:
-        return False
 
 
 def _not_at(entity_id: str, append: Append) -> Conflict:

@@ -112,7 +112,6 @@ class Hub(Actor):
         self._openings: dict[str, _Opening] = {}
         """What each device began last."""
         self._feeds: dict[str, _Feeding] = {}
-        self._feed_wait_s = FEED_WAIT_S
 
     def metadata(self) -> dict[str, str]:
         return {"site": self.site}
@@ -142,14 +141,15 @@ class Hub(Actor):
 
     async def drain(self) -> None:
         """Devices that wait for news are told at once that their feeds end, for those end here."""
-        self._feed_wait_s = 0.0
-        for feeding in self._feeds.values():
-            await feeding.feed.close()
+        await self._close_feeds()
         await super().drain()
 
     async def release(self) -> None:
-        for feeding in self._feeds.values():
-            await feeding.feed.close()
+        await self._close_feeds()
+
+    async def _close_feeds(self) -> None:
+        for device in list(self._feeds):
+            await self._close_feed(device)
 
     @handles(subjects.UPLINK)
     async def uplink(self, request: messages.OwnEvents, call: Call) -> messages.Uplinked:
@@ -283,7 +283,7 @@ class Hub(Actor):
         if feeding is None or feeding.session != request.session:
             raise Conflict(f"there is no such feed of {device}; open another")
         async with feeding.turn:
-            wait_s = min(self._feed_wait_s, call.remaining_s() - FEED_MARGIN_S)
+            wait_s = min(FEED_WAIT_S, call.remaining_s() - FEED_MARGIN_S)
             try:
                 batch = await feeding.feed.next(request.turn, request.most_bytes, wait_s)
             except StreamShrank as error:

@@ -19,7 +19,7 @@ import msgspec
 
 from mnemesh import wire
 from mnemesh.clock import stamp_ms
-from mnemesh.errors import BadRequest
+from mnemesh.errors import BadRequest, MnemeshError
 
 SCHEMA = 1
 
@@ -111,3 +111,11 @@ def decode_event(payload: bytes) -> Event:
             "extra": {name: fields[name] for name in unknown}
         }
     return wire.convert(fields, Event)
+
+
+def event_in(payload: bytes) -> Event | None:
+    """The event in a log message; `None` if it is none, of which the shards tell."""
+    try:
+        return decode_event(payload)
+    except MnemeshError:
+        return None

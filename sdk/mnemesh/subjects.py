@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "e562286c7d7a"
+CONTRACT = "e09e7413b584"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -786,7 +786,7 @@ def shard_held(site: str, shard: str) -> str:
 
 
 def shard_erased(site: str, shard: str, tenant: str, agent: str) -> str:
-    """What is left of an entity after forgets, once every store has applied them."""
+    """What is left of an entity after forgets, once a replica has applied them."""
     return f"mnemesh.v1.shard.erased.{site}.{shard}.{tenant}.{agent}"
 
 

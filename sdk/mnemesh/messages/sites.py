@@ -76,11 +76,11 @@ class OwnEvents(Request, frozen=True, kw_only=True):
     """
 
     events: Annotated[list[OwnEvent], Meta(max_length=999)] = []
-    place: Annotated[int, Meta(ge=0)]
+    place: Sequence
     incarnation: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:+-]{1,64}$")]
-    sequence: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    sequence: Sequence
     last: Annotated[str, Meta(max_length=64)] = ""
-    hlc: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    hlc: Sequence = 0
 
 
 class Refused(Reply, frozen=True, kw_only=True):
