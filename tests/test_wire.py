@@ -6,6 +6,8 @@ import base64
 import contextlib
 import json
 import math
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -230,3 +232,33 @@ def test_too_many_dimensions_are_too_large() -> None:
 def test_plain_leaves_no_vector(document: dict[str, Any]) -> None:
     text = json.dumps(wire.plain(document))
     assert isinstance(json.loads(text), dict)
+
+
+def test_threads_may_meet_a_type_for_the_first_time_at_once() -> None:
+    """In a process of its own, which msgspec took with it."""
+    done = subprocess.run([sys.executable, "-c", _MEETING], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+_MEETING = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import msgspec
+
+from mnemesh import wire
+
+sys.setswitchinterval(1e-6)
+both = Barrier(2)
+
+def meet(kind):
+    both.wait()
+    return wire.convert({"of": []}, kind)
+
+with ThreadPoolExecutor(2) as threads:
+    for number in range(1000):
+        part = msgspec.defstruct(f"Part{number}", [("relation", str), ("target", str)])
+        kind = msgspec.defstruct(f"Whole{number}", [("of", list[part]), ("more", dict[str, part], {})])
+        list(threads.map(meet, [kind, kind]))
+"""

@@ -20,8 +20,6 @@ import sqlite3
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import msgspec
-
 from memory_shards.merge import Change, Patch
 from mnemesh import wire
 from mnemesh.event import Event
@@ -99,7 +97,7 @@ def history(connection: sqlite3.Connection, entity: int) -> list[Change]:
     changes = []
     for row in connection.execute(HISTORY, (entity,)):
         sequence, recorded_at, site, stamp, valid_from, valid_to, op, body, hub, saw = row
-        patch = msgspec.convert(wire.decode(body), Patch) if op == "put" else None
+        patch = wire.decode_as(body, Patch) if op == "put" else None
         changes.append(Change(sequence, recorded_at, site, stamp, valid_from, valid_to, patch, hub, saw))
     return changes
 

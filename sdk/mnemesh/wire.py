@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import threading
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cache
@@ -84,6 +85,8 @@ def decode(payload: bytes) -> Any:
 
 def convert(value: object, kind: type[T]) -> T:
     """Validate a decoded value into a Struct type. Raises `BadRequest` or `TooLarge` naming the field at fault."""
+    if kind not in _described:
+        _describe(kind)
     try:
         return msgspec.convert(value, kind, dec_hook=_to_field)
     except msgspec.ValidationError as error:
@@ -91,6 +94,18 @@ def convert(value: object, kind: type[T]) -> T:
         raise reason(str(error)) from error
     except RecursionError as error:
         raise BadRequest("the payload is nested too deeply") from error
+
+
+_described: set[Any] = set()
+_describing = threading.Lock()
+
+
+def _describe(kind: Any) -> None:
+    """Have msgspec work out what a type is, on one thread: 0.22 reads the half of it that another thread has so far,
+    and the process dies."""
+    with _describing:
+        msgspec.msgpack.Decoder(kind)
+        _described.add(kind)
 
 
 def decode_as(payload: bytes, kind: type[T]) -> T:
