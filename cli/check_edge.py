@@ -14,6 +14,10 @@ from mnemesh.errors import MnemeshError
 LARGEST_OFFSET_MS = 5_000
 """From where a clock is said to be wrong; what it decides is who of two concurrent writers wins."""
 SILENT_S = 60.0
+REFUSED = (
+    "the hub's log names each and why; install the same release on both, and use one model for a space everywhere. "
+    "What was refused stays in the device's log, and is not sent again"
+)
 
 
 async def devices(asker: Asker, options: ServerOptions) -> AsyncIterator[Finding]:
@@ -49,9 +53,9 @@ def _device(device: messages.DeviceSeen) -> Iterator[Finding]:
         )
     if device.refused:
         yield wrong(
-            f"{device.refused:,} events of {name} were refused: this hub cannot read them, or they are not its own",
-            "the log of the hub's service names each; install the same release on both. What was refused stays in the "
-            "device's log, and is not sent again",
+            f"{device.refused:,} events of {name} were refused: this hub cannot read them, they are not its own, or "
+            "their vectors do not fit their spaces here",
+            REFUSED,
         )
     if device.clock_offset_ms is not None and abs(device.clock_offset_ms) > LARGEST_OFFSET_MS:
         yield warning(
@@ -94,6 +98,8 @@ async def hub(asker: Asker, options: ServerOptions) -> AsyncIterator[Finding]:
             f"the hub put aside {status.put_aside:,} events of this device, stamped while its clock was ahead",
             "set its clock (NTP), stop it, `mnemesh edge restamp` and start it",
         )
+    if status.refused:
+        yield wrong(f"the hub refused {status.refused:,} events of this device, in whole or in part", REFUSED)
     if status.hub_contract != subjects.CONTRACT:
         yield warning(
             f"the hub runs contract {status.hub_contract or 'unknown'}; this device has {subjects.CONTRACT}",

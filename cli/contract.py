@@ -75,6 +75,7 @@ def subjects_py(contract: Contract) -> str:
             f'    idempotent="{operation["idempotent"]}",',
             f"    concurrency={operation['concurrency']},",
             f"    mailbox={operation['mailbox']},",
+            *([f"    per_site={operation['per_site']},"] if "per_site" in operation else []),
             ")",
         ]
     lines += ["", "OPERATIONS: dict[str, AnyOperation] = {"]

@@ -1,8 +1,9 @@
-"""Which events of a device's log its hub puts aside, for they were stamped while the device's clock was ahead.
+"""Which events of a device's log its hub puts aside, for they were stamped while the device's clock was ahead, and
+which it refused.
 
-The device decides, some seconds before the hub would by itself, and says so in a header: so both know the same
-events, also when the clocks have met again. Kept in the bucket of receipts until they are stamped anew. Looks at
-`mnemesh` only.
+What is put aside the device decides, some seconds before the hub would by itself, and says so: so both know the same
+events, also when the clocks have met again. Kept in the bucket of receipts, the first until they are stamped anew.
+Looks at `mnemesh` only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from mnemesh import kv, subjects
 from mnemesh.clock import MOST_AHEAD_MS, stamp_ms
 from mnemesh.inbox import Inbox
 
-KEY = "aside"
+ASIDE = "aside"
+REFUSED = "refused"
 MARGIN_MS = 15_000
 """How much sooner than a hub the device takes a stamp for ahead: more than it may err about the hub's clock."""
 
@@ -25,15 +27,16 @@ def is_ahead(stamp: int, hub_ms: int) -> bool:
     return stamp_ms(stamp) > hub_ms + MOST_AHEAD_MS - MARGIN_MS
 
 
-class Aside:
-    """The sequences of these events. `load` first."""
+class Noted:
+    """Sequences of a device's log, kept under a key. `load` first."""
 
-    def __init__(self, inbox: Inbox) -> None:
+    def __init__(self, inbox: Inbox, key: str) -> None:
         self._inbox = inbox
+        self._key = key
         self._spans: list[tuple[int, int]] = []
 
     async def load(self) -> None:
-        held = await kv.get(self._inbox, subjects.RECEIPTS.name, KEY)
+        held = await kv.get(self._inbox, subjects.RECEIPTS.name, self._key)
         self._spans = msgspec.json.decode(held, type=list[tuple[int, int]]) if held else []
 
     def __len__(self) -> int:
@@ -49,8 +52,8 @@ class Aside:
                 self._spans[-1] = self._spans[-1][0], sequence
             elif sequence not in self:
                 self._spans.append((sequence, sequence))
-        await kv.put(self._inbox, subjects.RECEIPTS.name, KEY, msgspec.json.encode(self._spans))
+        await kv.put(self._inbox, subjects.RECEIPTS.name, self._key, msgspec.json.encode(self._spans))
 
     async def clear(self) -> None:
         self._spans = []
-        await kv.delete(self._inbox, subjects.RECEIPTS.name, KEY)
+        await kv.delete(self._inbox, subjects.RECEIPTS.name, self._key)

@@ -208,5 +208,6 @@ class Edge(Actor):
             clock_offset_ms=uplink.clock_offset_ms,
             hub_contract=uplink.hub_contract,
             put_aside=uplink.put_aside,
+            refused=uplink.refused,
             trouble=uplink.trouble or downlink.trouble,
         )

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from edge.aside import Aside, is_ahead
+from edge.aside import ASIDE, REFUSED, Noted, is_ahead
 from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.clock import wall_ms
@@ -110,7 +110,8 @@ class Uplink:
         """How many events the hub lacks, as counted every few seconds."""
         self.trouble = ""
         self.sent = 0
-        self._aside = Aside(asker.inbox)
+        self._aside = Noted(asker.inbox, ASIDE)
+        self._refused = Noted(asker.inbox, REFUSED)
 
     @property
     def position(self) -> Position:
@@ -121,6 +122,11 @@ class Uplink:
     def put_aside(self) -> int:
         """Events that the hub quarantined, as they were stamped ahead of its clock."""
         return len(self._aside)
+
+    @property
+    def refused(self) -> int:
+        """Events that the hub did not take, or not with all their vectors."""
+        return len(self._refused)
 
     @property
     def linked(self) -> bool:
@@ -189,6 +195,7 @@ class Uplink:
     async def _agreed(self) -> Position:
         """Up to where the hub has our log. Raises `Conflict` where what it has is not ours."""
         await self._aside.load()
+        await self._refused.load()
         state = await stream_state(self._asker.inbox, self._log)
         position = await self._asked()
         self._linked.set()
@@ -256,6 +263,7 @@ class Uplink:
                 lag_s=self.lag_s,
                 clock_ms=wall_ms(),
                 log_bytes=self._log_bytes,
+                refused=self.refused,
                 contract=subjects.CONTRACT,
                 policy=self._policy.handed,
                 log=log,
@@ -384,9 +392,11 @@ class Uplink:
         try:
             answer = await self._asker.ask(subjects.UPLINK, subjects.uplink(self._site), told, budget_s=SEND_S)
         except Conflict as error:  # a batch whose answer we did not get, or another device in our name
-            raise _Moved(f"the hub has more of {self._site} than we knew") from error
+            raise _Moved(f"the hub has more of {self._site} than we knew, or another clock: {error}") from error
         for refused in answer.refused:
-            logger.error("the hub does not take event %d of this device: %s", refused.sequence, refused.reason)
+            logger.error("the hub refused event %d of this device: %s", refused.sequence, refused.reason)
+        if answer.refused:
+            await self._refused.add([refused.sequence for refused in answer.refused])
         return answer.place
 
     async def _heed_clocks(self, some: Sequence[Stored]) -> None:

@@ -89,7 +89,11 @@ class _Feeding:
 
 
 class Hub(Actor):
-    """Answers the devices of a site, and operators about them."""
+    """Answers the devices of a site, and operators about them.
+
+    Of two, each has what it was asked last of each device: they take uplinks all the same, but feeds open anew each
+    time that the other is asked. So run one, and another only while it takes over.
+    """
 
     role = "hub"
 
@@ -123,6 +127,7 @@ class Hub(Actor):
         return {
             "policy": partial(self._policy.follow, self.link, self.asker.inbox),
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
+            "spaces": partial(self._uplinks.spaces.follow, self.link, self.asker.inbox),
             "receipts": partial(self._receipts.view.follow, self.link, self.asker.inbox),
             "log_tail": self._tail.run,
             "feeds": self._forget_feeds,
@@ -137,6 +142,7 @@ class Hub(Actor):
     async def ready(self) -> None:
         await self._policy.ready()
         await self._shards.ready.wait()
+        await self._uplinks.spaces.ready.wait()
         await self._receipts.view.ready.wait()
 
     async def drain(self) -> None:
@@ -394,15 +400,12 @@ class Hub(Actor):
         }
         head = (await stream_state(self.asker.inbox, self._log)).last_sequence
         quarantined = await self._quarantined() if request.quarantined else Counter()
-        seen = [
-            replace(
-                await self._seen(site, marks.get(site), head),
-                quarantined=quarantined[site],
-                refused=self._uplinks.refused[site],
-            )
+        devices = [
+            replace(seen, quarantined=quarantined[site], refused=max(seen.refused, self._uplinks.refused[site]))
             for site in sorted(marks.keys() | self._presence.devices)
+            for seen in [await self._seen(site, marks.get(site), head)]
         ]
-        return messages.DevicesSeen(devices=seen)
+        return messages.DevicesSeen(devices=devices)
 
     async def _quarantined(self) -> Counter[str]:
         counted: Counter[str] = Counter()

@@ -101,6 +101,7 @@ class Presence:
             held=said.held,
             held_bytes=said.held_bytes,
             contract=said.contract,
+            refused=said.refused,
             clock_offset_ms=heard.offset_ms,
             log_bytes=said.log_bytes,
         )

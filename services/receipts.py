@@ -15,7 +15,7 @@ import msgspec
 from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.errors import Denied
-from mnemesh.ids import check_name
+from mnemesh.ids import check_name, to_token
 from mnemesh.kv import BucketView
 from mnemesh.messages import AskErasures, Erasure, PendingSite, Receipt
 from services.debts import OWED
@@ -38,12 +38,18 @@ class Receipts:
         self.view = BucketView(subjects.RECEIPTS.name)
 
     async def take(self, device: str, receipts: Sequence[Receipt]) -> None:
-        """Keep what a device confirms. Raises `Denied` where it speaks for another."""
+        """Keep what a device confirms. Of a tenant that is not its, nobody waits for that.
+
+        Raises `Denied` where it speaks for another.
+        """
         for receipt in receipts:
             if receipt.site != device:
                 raise Denied(f"{device} cannot confirm for {receipt.site[:64]!r}")
             check_name("forget", receipt.forget, longest=LONGEST_FORGET)
-            await keep(self._asker, receipt)
+            check_name("tenant", receipt.tenant)
+            to_token(receipt.entity_id)
+            if self._policy.deals_with(device, receipt.tenant):
+                await keep(self._asker, receipt)
 
     def erasures(self, request: AskErasures) -> list[Erasure]:
         """What was forgotten, the latest first."""

@@ -1,6 +1,6 @@
 """The vector spaces of every tenant: the first vector settles dimension, metric, index and model.
 
-Kept in a KV bucket, where the first gateway to create a space wins and all others follow.
+Kept in a KV bucket, where the first gateway to create a space, or the first device, wins and all others follow.
 """
 
 from __future__ import annotations
@@ -55,9 +55,15 @@ class Spaces:
         await self._view.follow(link, inbox)
 
     async def settle(
-        self, inbox: Inbox, tenant: str, name: str, vector: Vector, wanted: dict[str, Any] | None = None
+        self,
+        inbox: Inbox,
+        tenant: str,
+        name: str,
+        vector: Vector,
+        wanted: dict[str, Any] | None = None,
+        preferred: dict[str, Any] | None = None,
     ) -> Space:
-        """The space that is to hold a vector, made if it is new.
+        """The space that is to hold a vector, made if it is new: as `wanted`, and else as `preferred`.
 
         Raises `BadRequest` if it has another dimension, metric, index or model, or cannot hold the vector's numbers.
         """
@@ -65,7 +71,8 @@ class Spaces:
         dimension = len(vector)
         space = self._known.get(key)
         if space is None:
-            space = self._known[key] = await self._find_or_create(inbox, key, Space(dimension, **(wanted or {})))
+            fresh = Space(dimension, **((preferred or {}) | (wanted or {})))
+            space = self._known[key] = await self._find_or_create(inbox, key, fresh)
         if space.dimension != dimension:
             raise BadRequest(f"space {name!r} has {space.dimension} dimensions; this vector has {dimension}")
         for setting, value in (wanted or {}).items():

@@ -6,8 +6,9 @@ The mark is stored only if the mark before it is the one that the device knows: 
 event that comes alone is stored without a batch, which would cost the disk several times as much: first itself, stored
 only if the mark is the one that the device knows, and then the mark. Where that did not come, the hub looks for it.
 
-A device says nothing of subjects and headers: all that it sends is a payload. Looks at `documents`,
-`memory_shards.merge` and `mnemesh`.
+A device says nothing of subjects and headers: all that it sends is a payload. Its vectors are settled in the spaces of
+this site as a gateway's are; one that does not fit is left out, and the rest of its event is taken. Looks at
+`documents`, `spaces`, `memory_shards.merge` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -17,43 +18,69 @@ import logging
 from collections import Counter
 from collections.abc import Collection
 from itertools import pairwise
+from typing import NamedTuple
 
-from memory_shards.merge import patch_of
-from mnemesh import subjects
+import msgspec
+from msgspec.structs import replace
+
+from memory_shards.merge import Patch, patch_of
+from mnemesh import subjects, wire
 from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all, without_erased
+from mnemesh.clock import is_too_far_ahead, wall_ms
 from mnemesh.connection import Link
-from mnemesh.errors import BadRequest, Denied, MnemeshError, TooLarge
+from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, TooLarge
 from mnemesh.event import LARGEST, Event, decode_event
 from mnemesh.ids import check_name, partition_of_tokens, to_token
 from mnemesh.inbox import Inbox
 from mnemesh.log_writer import COMPARED, EXPECTED
-from mnemesh.messages import OwnEvent, OwnEvents, Refused, Uplinked
+from mnemesh.messages import IndexKind, Metric, OwnEvent, OwnEvents, Refused, Uplinked
 from mnemesh.origin import ASIDE, BORN, FORGETS, Mark, born
 from mnemesh.stats import Gauge
 from services.documents import check_plain
+from services.spaces import Spaces
 
 logger = logging.getLogger("mnemesh.uplinks")
 
 COMMIT_S = 5.0
-A_SLICE = 64
-"""Events of a batch that are looked at before other requests get their turn: about 2 ms."""
+A_SLICE = 16 * 1024
+"""Bytes of a batch that are looked at before others get their turn: about 2 ms. A larger event, a thread looks at."""
 LONGEST_ID = 300
 """Characters of an event's id: names of tenant and agent, the caller's name for the write, its place in a request."""
 
 
+class _Settings(msgspec.Struct, frozen=True):
+    """What an event says of the space of one of its vectors, where it is not as usual."""
+
+    metric: Metric = "cosine"
+    index: IndexKind = "auto"
+    model: str | None = None
+
+
+class _Checked(NamedTuple):
+    """An event that a device may bring, with its body and the spaces of its vectors as this version knows them."""
+
+    event: Event
+    patch: Patch
+    spaces: dict[str, _Settings]
+
+
+_AS_USUAL = _Settings()
+
+
 class Uplinks:
-    """Takes what devices send. `refused` are the events of each device that were not taken since the start."""
+    """Takes what devices send. The owner follows `spaces`. `refused` is what came of each device since the start."""
 
     def __init__(self, link: Link, inbox: Inbox) -> None:
         self._link = link
         self._inbox = inbox
+        self.spaces = Spaces()
         self.refused: Counter[str] = Counter()
 
     def gauges(self) -> list[Gauge]:
         return [
             Gauge(
                 "uplink_refused_events",
-                "Events of a device that its hub does not take",
+                "Events of a device that its hub refused since it started",
                 lambda count=count: count,  # type: ignore[misc]
                 {"site": device},
             )
@@ -63,21 +90,37 @@ class Uplinks:
     async def take(self, device: str, batch: OwnEvents, tenants: Collection[str]) -> Uplinked:
         """Append a device's next events, those that are in order. It may have these `tenants`, or all if empty.
 
-        Raises `Conflict` where its mark is not at the place that it knows, and what `publish_all` does.
+        Raises `Conflict` where its mark is not at the place that it knows, or it does not put aside what the hub's
+        clock says to, and what `publish_all` does.
         """
         places = [0, *(event.sequence for event in batch.events), batch.sequence + 1]
         if any(before >= after for before, after in pairwise(places)):
             raise BadRequest("the sequences of a device's events grow, up to that of the mark")
         events: list[Outgoing] = []
         refused: list[Refused] = []
-        for index, own in enumerate(batch.events):
-            if index % A_SLICE == A_SLICE - 1:
-                await asyncio.sleep(0)
+        looked_at = 0
+        for own in batch.events:
+            looked_at += len(own.payload)
             try:
-                events.append(_message(own, checked(own.payload, device, tenants), batch.incarnation))
+                if len(own.payload) > A_SLICE:
+                    found = await asyncio.to_thread(checked, own.payload, device, tenants)
+                else:
+                    found = checked(own.payload, device, tenants)
             except (MnemeshError, ValueError, OverflowError, RecursionError) as error:
-                logger.error("event %d of %s is not taken: %s", own.sequence, device, error)
                 refused.append(Refused(sequence=own.sequence, reason=str(error)[:300]))
+                continue
+            event, misfit = await self._fitted(found) if found.patch.vectors else (found.event, "")
+            if not own.aside and is_too_far_ahead(event.hlc, wall_ms()):
+                raise Conflict(f"event {own.sequence} is stamped ahead of the hub's clock, and not put aside")
+            if misfit:
+                refused.append(Refused(sequence=own.sequence, reason=misfit))
+                own = OwnEvent(own.sequence, event.encode(), own.aside)
+            events.append(_message(own, event, batch.incarnation))
+            if looked_at > A_SLICE:
+                looked_at = 0
+                await asyncio.sleep(0)
+        for each in refused:
+            logger.error("event %d of %s is refused: %s", each.sequence, device, each.reason)
         after = {EXPECTED: str(batch.place), COMPARED: subjects.log_mark(device)}
         said = Mark(incarnation=batch.incarnation, sequence=batch.sequence, last=batch.last, hlc=batch.hlc)
         mark = Outgoing(subjects.log_mark(device), said.encode(), {**after, ROLLUP: "sub"})
@@ -90,11 +133,30 @@ class Uplinks:
         self.refused[device] += len(refused)
         return Uplinked(place=place, refused=refused)
 
+    async def _fitted(self, found: _Checked) -> tuple[Event, str]:
+        """An event without the vectors that their spaces here cannot hold, and why; else as it is."""
+        event = found.event
+        misfits: dict[str, BadRequest] = {}
+        for name, vector in found.patch.vectors.items():
+            settings = found.spaces.get(name, _AS_USUAL)
+            wanted = {"metric": settings.metric} | ({"model": settings.model} if settings.model else {})
+            try:
+                await self.spaces.settle(
+                    self._inbox, event.tenant, name, wire.as_vector(vector), wanted, {"index": settings.index}
+                )
+            except BadRequest as error:
+                misfits[name] = error
+        if not misfits:
+            return event, ""
+        vectors = {name: vector for name, vector in event.body["vectors"].items() if name not in misfits}
+        kept = replace(event, body={**event.body, "vectors": vectors})
+        return kept, f"it is taken but for vectors: {'; '.join(map(str, misfits.values()))}"[:300]
+
     async def _publish(self, messages: list[Outgoing]) -> int:
         return await publish_all(self._link, self._inbox, messages, budget_s=COMMIT_S)
 
 
-def checked(payload: bytes, device: str, tenants: Collection[str]) -> Event:
+def checked(payload: bytes, device: str, tenants: Collection[str]) -> _Checked:
     """An event that a device may bring, and every store can hold. Raises `BadRequest`, `Denied`, `TooLarge`."""
     if len(payload) > LARGEST:
         raise TooLarge(f"it has {len(payload)} bytes; an event has at most {LARGEST}")
@@ -116,7 +178,7 @@ def checked(payload: bytes, device: str, tenants: Collection[str]) -> Event:
         check_name("space", space)
     check_plain({name: part for name, part in event.body.items() if name != "vectors"}, "body")
     check_plain(event.extra, "the event")
-    return event
+    return _Checked(event, patch, wire.convert(event.body.get("spaces", {}), dict[str, _Settings]))
 
 
 def _message(own: OwnEvent, event: Event, incarnation: str) -> Outgoing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ from sites import TENANT, HubSite, alice_at, device, since, status_of
 
 from cli.edge_node import EdgeNode
 from cli.operator import asking
-from mnemesh import Memory, subjects
+from mnemesh import Consistency, Memory, subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import BATCH_ID, BATCH_SEQUENCE, Outgoing, publish_all
+from mnemesh.clock import COUNTER_BITS, wall_ms
 from mnemesh.connection import Link
-from mnemesh.errors import BadRequest, Conflict, MnemeshError, NotFound, Unavailable
-from mnemesh.event import LARGEST, Event
+from mnemesh.errors import BadRequest, Busy, Conflict, MnemeshError, NotFound, Unavailable
+from mnemesh.event import LARGEST, Event, decode_event
 from mnemesh.jetstream import ALL, history_of
 from mnemesh.messages import (
     AskDevices,
@@ -85,6 +87,9 @@ REFUSED: dict[str, bytes] = {
     "an edge that is a number": event(body={"edges": [1]}),
     "edges that are a number": event(body={"edges": 1}),
     "attributes that are a list": event(body={"attributes": [1]}),
+    "an array where a map belongs": event(body={"attributes": np.zeros(4, np.float32)}),
+    "spaces that are a number": event(body={"vectors": {"v": np.zeros(2, np.float32)}, "spaces": 1}),
+    "a metric of later": event(body={"spaces": {"v": {"metric": "later"}}}),
     "a text that is a number": event(body={"text": 5}),
     "a large number": event(body={"attributes": {"n": (1 << 64) - 1}}).replace(b"\xcf", b"\xc7"),
     "a vector of too many": event(body={"vectors": {"v": np.zeros(4097, np.float32)}}),
@@ -142,6 +147,48 @@ async def test_what_a_hub_does_not_take_is_told_and_the_rest_is_stored(hub: HubS
         async with asking(hub.options, "test") as asker:
             (seen,) = [told for told in await seen_by(asker) if told.site == "sub7"]
         assert seen.refused == len(refused)
+
+
+async def test_what_is_stamped_ahead_and_not_put_aside_is_not_taken(hub: HubSite, tmp_path: Path) -> None:
+    """Its forget would erase the log, and have no effect in the stores."""
+    ahead = event(op="forget", id="2", hlc=wall_ms() + 600_000 << COUNTER_BITS, body={})
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        await send(node, event())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await send(node, ahead, first=2)
+        found = await there.get_context("t1", consistency=Consistency(level="strong"), budget_ms=LONG_MS)
+        assert found.attributes == {"n": 1}
+        async with asking(hub.options, "test") as asker:
+            of_it = subjects.log_event("sub7", TENANT, "*", "*")
+            held = await history_of(asker.inbox, subjects.log_stream("hub"), of_it, upto=1 << 40)
+        assert [decode_event(stored.message.data).op for stored in held] == ["put"]
+
+
+async def test_one_who_sends_much_at_once_keeps_no_other_device_waiting(hub: HubSite, tmp_path: Path) -> None:
+    """Each request takes long to look at. What is more than 64 MiB nats-server does not wait for a service to read."""
+    empty = b"\xa5later\x90"
+    lists = event(body={"later": []}).replace(empty, b"\xa5later\xdd\x00\x20\x00\x00" + b"\x90" * (1 << 21))
+    async with (
+        device(hub, tmp_path / "d") as node,
+        device(hub, tmp_path / "other", name="other") as other,
+        alice_at(other.server) as here,
+        alice_at(hub.server) as there,
+    ):
+        await send(node, event())
+        link = await Link.open(node.server.credentials.load("edge").link_options())
+        asker = await Asker(link).open()
+        told = OwnEvents(events=[OwnEvent(2, lists)], place=1, incarnation="x", sequence=2)
+        flood = [
+            asyncio.create_task(asker.ask(subjects.UPLINK, subjects.uplink("sub7"), told, budget_s=LONG_MS / 1000))
+            for _ in range(20)
+        ]
+        written = await here.set_context("t9", attributes={"n": 9})
+        found = await there.get_context("t9", consistency=since(written), budget_ms=LONG_MS)
+        assert found.attributes == {"n": 9}
+        answers = await asyncio.gather(*flood, return_exceptions=True)
+        await link.close()
+    assert sum(isinstance(answer, Busy) for answer in answers) >= 15
 
 
 MARKS: list[dict[str, Any]] = [

@@ -25,7 +25,7 @@ from cli.operator import asking
 from mnemesh import Consistency, Memory, subjects
 from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.connection import Link
-from mnemesh.errors import MnemeshError, NotFound, Stale, Timeout
+from mnemesh.errors import BadRequest, MnemeshError, NotFound, Stale, Timeout
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import Stored, WrongSequence, counts_of, history_of, last_of, stream_state
@@ -442,3 +442,37 @@ async def test_a_device_that_comes_back_sets_its_mark_anew_as_it_was(hub: HubSit
     assert again.sequence > before.sequence
     assert decode_mark(again.message.data) == decode_mark(before.message.data)
     assert decode_mark(again.message.data).hlc
+
+
+async def test_a_vector_that_does_not_fit_its_space_at_the_hub_is_left_out_and_that_is_told(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    """Both began the space while they did not hear of each other."""
+    options = device_options("sub7", tmp_path / "d", f"nats://127.0.0.1:{hub.options.leaf_port}")
+    async with EdgeNode(options) as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        await here.set_context("t:1", attributes={"n": 1}, vectors={"v": [1.0, 0.0, 0.0], "w": [1.0]})
+        written = await there.set_context("t:2", attributes={"n": 2}, vectors={"v": [1.0, 0.0]})
+        await hub.enrol("sub7", tmp_path / "d")
+        last = await here.set_context("t:3", attributes={"n": 3})
+        found = await there.get_context("t:1", consistency=since(last), budget_ms=LONG_MS)
+        assert (found.attributes, found.spaces) == ({"n": 1}, ["w"])
+        hits = (await there.search_embedding([1.0, 0.0], space="v", scope="here", consistency=since(written))).hits
+        assert [hit.entity_id for hit in hits] == ["t:2"]
+        while not (status := await status_of(node)).refused:
+            pass
+        assert status.refused == 1
+    async with EdgeNode(options) as node, asking(hub.options, "test") as asker:
+        while not (await status_of(node)).linked:
+            pass
+        while not (seen := await asker.ask(subjects.DEVICES, subjects.devices(), AskDevices())).devices:
+            pass
+        assert ((await status_of(node)).refused, seen.devices[0].refused) == (1, 1)
+
+
+async def test_a_space_that_a_device_began_has_its_dimension_at_the_hub(hub: HubSite, tmp_path: Path) -> None:
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.upsert_embedding("t:1", [1.0, 0.0, 0.0], space="v", metric="l2", index="flat")
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        with pytest.raises(BadRequest, match="space 'v' has 3 dimensions; this vector has 2"):
+            await there.upsert_embedding("t:2", [1.0, 0.0], space="v")
+        assert (await there.upsert_embedding("t:2", [1.0, 0.0, 0.0], space="v", metric="l2", index="flat")).token

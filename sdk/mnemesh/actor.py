@@ -195,7 +195,11 @@ class _Server:
         self._loop = asyncio.get_running_loop()
         self._positions = operation.positions
         self.mailbox: Mailbox[_Request] = Mailbox(
-            self._serve, capacity=operation.mailbox, concurrency=operation.concurrency, tasks=tasks
+            self._serve,
+            capacity=operation.mailbox,
+            concurrency=operation.concurrency,
+            share=operation.per_site,
+            tasks=tasks,
         )
 
     def on_message(self, message: Message) -> None:
@@ -211,7 +215,7 @@ class _Server:
         except BadRequest as error:
             self._tasks.create_task(self._refuse(message, error, now))
             return
-        if not self.mailbox.offer(_Request(message, tokens, now, deadline)):
+        if not self.mailbox.offer(_Request(message, tokens, now, deadline), tokens.get("site", "")):
             full = Busy(f"the mailbox of {self._operation.name} is full", retry_after_ms=BUSY_RETRY_MS)
             self._tasks.create_task(self._refuse(message, full, now))
         self._stats.waiting = self.mailbox.waiting

@@ -25,7 +25,8 @@ _PLACEHOLDER = re.compile(r"<(\w+)>")
 class Operation(Generic[Q, R]):
     """One entry of the contract, from requests `Q` to replies `R`.
 
-    `served` is the subject the owner listens on, `inboxes` are the callers' inbox prefixes.
+    `served` is the subject the owner listens on, `inboxes` are the callers' inbox prefixes. Of one site no more than
+    `per_site` requests may be under way or wait, whatever others leave free.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Operation(Generic[Q, R]):
     idempotent: Literal["always", "by_id"]
     concurrency: int
     mailbox: int
+    per_site: int | None = None
 
     def pattern(self, **bound: str) -> str:
         """The subject to subscribe to: `served` with the bound tokens filled in and `*` for the others."""

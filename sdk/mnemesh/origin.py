@@ -3,7 +3,7 @@
 An event keeps the subject of the site where it was born, wherever it is carried, and its birth in a header.
 A mark says up to where the origin's log is in this one, filtered events included. It is the last message of each batch
 that a carrier appends, in the same commit, compared with the mark before: so whatever is sent twice is stored once. An
-event that an uplink sends alone comes before its mark (`edge.uplink`).
+event that an uplink sends alone comes before its mark (`services.uplinks`).
 Looks at `subjects`, `wire`, `clock`, `event` and `connection`.
 """
 
@@ -118,7 +118,7 @@ def decode_mark(payload: bytes) -> Mark:
 
 
 def mark_in(message: Message) -> Mark | None:
-    """The mark in a message; `None` if it is none: a hub stores whatever a device sends as its own."""
+    """The mark in a message; `None` if it is none."""
     try:
         return decode_mark(message.data)
     except MnemeshError:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "e09e7413b584"
+CONTRACT = "3dbb77804a61"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -323,6 +323,7 @@ UPLINK_POSITION = Operation(
     idempotent="always",
     concurrency=64,
     mailbox=1024,
+    per_site=4,
 )
 UPLINK = Operation(
     name="uplink",
@@ -338,6 +339,7 @@ UPLINK = Operation(
     idempotent="by_id",
     concurrency=16,
     mailbox=1024,
+    per_site=2,
 )
 OPEN_FEED = Operation(
     name="open_feed",
@@ -353,6 +355,7 @@ OPEN_FEED = Operation(
     idempotent="always",
     concurrency=64,
     mailbox=1024,
+    per_site=4,
 )
 NEXT_FEED = Operation(
     name="next_feed",
@@ -368,6 +371,7 @@ NEXT_FEED = Operation(
     idempotent="always",
     concurrency=1024,
     mailbox=1024,
+    per_site=4,
 )
 HUB_GET_CONTEXT = Operation(
     name="hub_get_context",
@@ -383,6 +387,7 @@ HUB_GET_CONTEXT = Operation(
     idempotent="always",
     concurrency=256,
     mailbox=4096,
+    per_site=64,
 )
 HUB_TIMELINE = Operation(
     name="hub_timeline",
@@ -398,6 +403,7 @@ HUB_TIMELINE = Operation(
     idempotent="always",
     concurrency=64,
     mailbox=1024,
+    per_site=16,
 )
 HUB_SEARCH = Operation(
     name="hub_search",
@@ -413,6 +419,7 @@ HUB_SEARCH = Operation(
     idempotent="always",
     concurrency=256,
     mailbox=4096,
+    per_site=64,
 )
 HUB_SEARCH_TEXT = Operation(
     name="hub_search_text",
@@ -428,6 +435,7 @@ HUB_SEARCH_TEXT = Operation(
     idempotent="always",
     concurrency=256,
     mailbox=4096,
+    per_site=64,
 )
 HUB_TRAVERSE = Operation(
     name="hub_traverse",
@@ -443,6 +451,7 @@ HUB_TRAVERSE = Operation(
     idempotent="always",
     concurrency=256,
     mailbox=4096,
+    per_site=64,
 )
 DEVICE_SEARCH = Operation(
     name="device_search",
@@ -503,6 +512,7 @@ CONFIRM_ERASED = Operation(
     idempotent="always",
     concurrency=16,
     mailbox=256,
+    per_site=2,
 )
 ERASURES = Operation(
     name="erasures",

@@ -94,6 +94,8 @@ def convert(value: object, kind: type[T]) -> T:
         raise reason(str(error)) from error
     except RecursionError as error:
         raise BadRequest("the payload is nested too deeply") from error
+    except AttributeError as error:  # an array where a map belongs, which msgspec takes for one
+        raise BadRequest(f"a value has another type than it must: {error}") from error
 
 
 _described: set[Any] = set()

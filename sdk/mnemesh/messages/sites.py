@@ -17,9 +17,9 @@ class AskPosition(Request, frozen=True, kw_only=True):
 
     `waiting` events are still to be sent, the oldest for `lag_s`; it has the hub's log up to `downlinked`, of what it
     wants, and has erased what was forgotten there up to `erased`. `clock_ms` is the device's time, in milliseconds
-    since 1970, and `log_bytes` the size of its log. It holds so many entities and bytes of the hub's. `policy` is a
-    hash of the policy that it was handed. One that names the incarnation of its `log` asks for an event beyond its
-    mark, too.
+    since 1970, and `log_bytes` the size of its log. It holds so many entities and bytes of the hub's. Of its own events
+    the hub `refused` so many, in whole or in part. `policy` is a hash of the policy that it was handed. One that names
+    the incarnation of its `log` asks for an event beyond its mark, too.
     """
 
     waiting: Sequence = 0
@@ -31,6 +31,7 @@ class AskPosition(Request, frozen=True, kw_only=True):
     contract: Annotated[str, Meta(max_length=64)] = ""
     clock_ms: Annotated[int, Meta(ge=0, lt=253_402_300_800_000)] = 0
     log_bytes: Sequence = 0
+    refused: Sequence = 0
     policy: Annotated[str, Meta(max_length=64)] = ""
     log: Annotated[str, Meta(max_length=255)] = ""
 
@@ -84,7 +85,7 @@ class OwnEvents(Request, frozen=True, kw_only=True):
 
 
 class Refused(Reply, frozen=True, kw_only=True):
-    """An event that the hub does not take, and never will."""
+    """An event that the hub does not take, or not with all its vectors, and never will."""
 
     sequence: int
     reason: str
@@ -198,8 +199,9 @@ class EdgeStatus(Reply, frozen=True, kw_only=True):
 
     `linked` while its hub answers; `silent_s` is since when it does not. `waiting` is how many of its events the hub
     lacks, and `lag_s` for how long the oldest of them has waited. `downlinked` is up to where it has the hub's log of
-    what it wants, and `current` whether there was no more. `put_aside` is how many of its events the hub quarantined.
-    `trouble` says, in words, what an operator must mend.
+    what it wants, and `current` whether there was no more. `put_aside` is how many of its events the hub quarantined,
+    and `refused` how many it did not take, or not with all their vectors. `trouble` says, in words, what an operator
+    must mend.
     """
 
     site: str
@@ -214,6 +216,7 @@ class EdgeStatus(Reply, frozen=True, kw_only=True):
     clock_offset_ms: int = 0
     hub_contract: str = ""
     put_aside: int = 0
+    refused: int = 0
     trouble: str = ""
 
 
@@ -230,8 +233,8 @@ class DeviceSeen(Reply, frozen=True, kw_only=True):
     the rest is unknown. `clock_offset_ms` is how far the device's clock is ahead of the hub's; `downlinked` up to where
     it has the hub's log, of what it wants, `downlink_waiting` how many messages of that log are beyond, and
     `downlink_lag_s` how old the first of them is; up to `erased` it has erased what was forgotten. It holds so much of
-    the hub's. Of no `tenants`: it may have the memory of all. So many of its events the hub has `refused` since that
-    started.
+    the hub's. Of no `tenants`: it may have the memory of all. So many of its events were `refused`, in whole or in
+    part: as it says itself, or as its hub counted since that started.
     """
 
     site: str
