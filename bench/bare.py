@@ -3,6 +3,7 @@
     python -m bench.bare echo URL                 a raw nats-py responder: on `bare.echo` with what was sent, on
                                                   `bare.reply.BYTES` with so many bytes, whatever was sent
     python -m bench.bare actor URL                our runtime with a handler that does nothing
+    python -m bench.bare relay URL                from a stream of a leaf to one of the server whose leaf it is
     python -m bench.bare faiss URL NAME FILE      a raw nats-py responder on `bare.faiss.NAME` over one FAISS index
 
 They talk over a nats-server without users, permissions or mappings: same machine, same program. They run as our
@@ -104,6 +105,18 @@ async def search(url: str, name: str, file: Path) -> AsyncIterator[None]:
     yield
 
 
+@contextlib.asynccontextmanager
+async def relay(url: str) -> AsyncIterator[None]:
+    client = await nats.connect(url)
+    stream = client.jetstream()
+
+    async def pass_on(message: Msg) -> None:
+        await stream.publish("hub.event", message.data)
+
+    await stream.subscribe("device.event", stream="DEVICE", ordered_consumer=True, cb=pass_on)
+    yield
+
+
 def scalar_index(vectors: np.ndarray) -> faiss.IndexScalarQuantizer:
     """The index that a flat space keeps: float16 codes, inner product."""
     index = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
@@ -113,13 +126,33 @@ def scalar_index(vectors: np.ndarray) -> faiss.IndexScalarQuantizer:
 
 
 @contextlib.asynccontextmanager
-async def server() -> AsyncIterator[str]:
-    """A nats-server with JetStream synced at every write, and nothing else; yields its URL."""
+async def leaf() -> AsyncIterator[tuple[str, str]]:
+    """Two such servers, the first a leaf of the second, each with a stream, and the relay between them."""
+    port = free_port()
+    async with contextlib.AsyncExitStack() as stack:
+        urls = []
+        for name, nodes in (
+            ("hub", f"port: {port}"),
+            ("device", f'remotes: [{{ url: "nats://127.0.0.1:{port}" }}]'),
+        ):
+            url = await stack.enter_async_context(server(name, f"leafnodes {{ {nodes} }}"))
+            async with await nats.connect(url) as client:
+                await client.jetstream().add_stream(name=name.upper(), subjects=[f"{name}.event"])
+            urls.append(url)
+        hub, device = urls
+        await stack.enter_async_context(running("relay", device))
+        yield device, hub
+
+
+@contextlib.asynccontextmanager
+async def server(domain: str = "bare", more: str = "") -> AsyncIterator[str]:
+    """A nats-server with JetStream synced at every write, and nothing but what `more` says; yields its URL."""
     with tempfile.TemporaryDirectory(prefix="mnemesh-bare-") as folder:
         port = free_port()
         config = Path(folder) / "bare.conf"
         config.write_text(
-            f'host: 127.0.0.1\nport: {port}\njetstream {{ store_dir: "{folder}", sync_interval: always }}\n'
+            f"host: 127.0.0.1\nport: {port}\nserver_name: {domain}\n{more}\n"
+            f'jetstream {{ store_dir: "{folder}", sync_interval: always, domain: {domain} }}\n'
         )
         process = await asyncio.create_subprocess_exec(find_nats_server(), "-c", config, stderr=subprocess.DEVNULL)
         try:
@@ -166,6 +199,8 @@ def main(arguments: list[str]) -> int:
             serve = echo(url)
         case ["actor", url]:
             serve = actor(url)
+        case ["relay", url]:
+            serve = relay(url)
         case ["faiss", url, name, file]:
             serve = search(url, name, Path(file))
         case _:

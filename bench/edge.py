@@ -24,7 +24,7 @@ from bench.cable import CableProcess
 from bench.documents import ATTRIBUTES, buses, write_all
 from bench.processes import idle, pss_mib
 from bench.report import Row, percentile, ratio, value
-from bench.sampling import latencies, latency
+from bench.sampling import ROUNDS, Work, latencies, latency
 from bench.sites import DEVICE, Device, agent_of, running_mesh
 from bench.suite import Group, measured
 from bench.vectors import made, write_to_recall
@@ -67,18 +67,38 @@ async def run(quick: bool, wanted: Sequence[str]) -> list[Row]:
 
 
 async def uplink(sizes: Sizes) -> list[Row]:
-    """One writer on the device, one reader at the hub, one write after the other."""
-    vectors, *_ = made(sizes.writes, 1)
-    async with hub() as mesh, device_of(mesh) as device, device.up() as here, agent_of(mesh) as there:
+    """One writer on the device, one reader at the hub, one write after the other; and as many bare deliveries."""
+    vectors, *_ = made(2 * sizes.writes, 1)
+    async with (
+        hub() as mesh,
+        device_of(mesh) as device,
+        device.up() as here,
+        agent_of(mesh) as there,
+        delivery(vectors[0].tobytes()) as deliver,
+    ):
         first = await here.set_context("first", type="first")
         await there.get_context("first", consistency=since(first.token), budget_ms=LONG_MS)
-        await write_to_recall(here, there, vectors[: max(5, sizes.writes // 10)])
-        took = await write_to_recall(here, there, vectors)
-    p50, p99 = median(took) * 1e3, percentile(took, 0.99) * 1e3
+        theirs, ours = await latencies([deliver, write_to_recall(here, there, vectors)], sizes.writes // ROUNDS)
+    p50, bare_p50 = median(ours) * 1e3, median(theirs) * 1e3
+    p99, bare_p99 = percentile(ours, 0.99) * 1e3, percentile(theirs, 0.99) * 1e3
     return [
-        Row(name="uplink_p50", value=p50, unit="ms", goal=value("at most", 5), runs=len(took)),
-        Row(name="uplink_p99", value=p99, unit="ms", goal=value("at most", 20), runs=len(took)),
+        Row(name="uplink_p50", value=p50, unit="ms", reference=bare_p50, goal=value("at most", 5), runs=len(ours)),
+        Row(name="uplink_p99", value=p99, unit="ms", reference=bare_p99, goal=value("at most", 20), runs=len(ours)),
     ]
+
+
+@contextlib.asynccontextmanager
+async def delivery(payload: bytes) -> AsyncIterator[Work]:
+    """Publishes to the stream of a bare leaf, and waits until a consumer of its hub's stream has that."""
+    async with bare.leaf() as (device, hub), await nats.connect(device) as here, await nats.connect(hub) as there:
+        stream = here.jetstream()
+        came = await there.jetstream().subscribe("hub.event", stream="HUB", ordered_consumer=True)
+
+        async def deliver() -> None:
+            await stream.publish("device.event", payload)
+            await came.next_msg(timeout=10)
+
+        yield deliver
 
 
 # ── cut, and back ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 from typing import Any
 
 import numpy as np
 
+from bench.sampling import Work
 from mnemesh import Consistency, Memory
 
 DIMENSION = 384
@@ -32,14 +33,16 @@ def made(
     return vectors, asked, np.stack(exact)
 
 
-async def write_to_recall(writer: Memory, reader: Memory, vectors: np.ndarray[Any, Any]) -> list[float]:
-    """Seconds from the start of each write until the reader's search has found it, one after the other."""
-    took = []
-    for number, vector in enumerate(vectors):
-        began = time.perf_counter()
+def write_to_recall(writer: Memory, reader: Memory, vectors: np.ndarray[Any, Any]) -> Work:
+    """Writes the next of these vectors, until the reader's search has found it."""
+    numbers = itertools.count()
+
+    async def recall() -> None:
+        number = next(numbers)
+        vector = vectors[number]
         written = await writer.upsert_embedding(f"new:{number}", vector, space="s")
         mine = Consistency(level="session", token=written.token)
         found = await reader.search_embedding(vector, space="s", k=1, scope="here", consistency=mine)
-        took.append(time.perf_counter() - began)
         assert found.hits[0].entity_id == f"new:{number}", "a write was not recalled"
-    return took
+
+    return recall
