@@ -87,9 +87,9 @@ class FromHub:
         except MnemeshError:  # what cannot be looked up stays
             return set()
 
-    def keeps_back(self, tenant: str, types: Collection[str]) -> bool:
+    def keeps_back(self, tenant: str, types: Callable[[], Collection[str]]) -> bool:
         """Whether the device's policy keeps any of what is written here of an entity of these types from its hub."""
-        return not self._policy.leaves_of(tenant, types, [self._site]).is_all
+        return self._disclosure.restricts(tenant) and not self._policy.leaves_of(tenant, types(), [self._site]).is_all
 
     async def get_context(self, request: messages.GetContext, call: Call) -> messages.Context:
         return await self._ask(subjects.HUB_GET_CONTEXT, subjects.hub_get_context, request, call)

@@ -26,8 +26,8 @@ NOT_HELD_RETRY_MS = 10_000
 class Elsewhere(Protocol):
     """Where a device's shard asks for what it does not hold. Raises `Unavailable` where that is out of reach."""
 
-    def keeps_back(self, tenant: str, types: Collection[str]) -> bool:
-        """Whether the hub may lack some of what was written here of an entity of these types."""
+    def keeps_back(self, tenant: str, types: Callable[[], Collection[str]]) -> bool:
+        """Whether the hub may lack some of what was written here of an entity of these types, which cost a read."""
 
     async def get_context(self, request: GetContext, call: Call) -> Context: ...
 
@@ -40,12 +40,12 @@ async def get_context(
     call: Call,
     *,
     own: tuple[str, int] | None,
-    types: Collection[str],
+    types: Callable[[], Collection[str]],
     here: Callable[[], Awaitable[Context]],
 ) -> Context:
     """The hub's answer, if it knows what was written here; else that from `here`, if it is anything.
 
-    `own` is the (site, version) of what is here, if something is, and `types` those that it was given.
+    `own` is the (site, version) of what is here, if something is, and `types` reads those that it was given.
     """
     if own is not None and elsewhere.keeps_back(call.caller.tenant, types):
         return replace(await here(), complete=False)

@@ -232,14 +232,13 @@ class Shard(Actor):
         except NotFound:
             if self._documents.holds(tenant, entity_id):
                 raise  # else it was let go meanwhile
-        (told,) = self._documents.describe(tenant, [entity_id])
         last_own = self._documents.last_own(tenant, entity_id)
         return await elsewhere.get_context(
             self._elsewhere,
             replace(request, entity_id=entity_id),
             call,
             own=None if last_own is None else (self.site, last_own),
-            types=told.types,
+            types=lambda: self._documents.describe(tenant, [entity_id])[0].types,
             here=here,
         )
 

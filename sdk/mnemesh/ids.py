@@ -25,6 +25,8 @@ PARTITIONS = 64
 
 LONGEST_TOKEN = 200
 MAX_ID_BYTES = 16_384
+HOT = 4_096
+"""Ids whose token and partition are remembered, at 230 bytes each. 50,000 took a device 11 MiB, to save 1 µs a use."""
 
 _SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _ESCAPES = {byte: f"={byte:02X}" for byte in range(256) if chr(byte) not in _SAFE}
@@ -32,7 +34,7 @@ _ESCAPE = re.compile(rb"=([0-9A-F]{2})")
 _PLAIN = re.compile(r"[A-Za-z0-9_-]+")
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=HOT)
 def to_token(text: str) -> str:
     """The subject token of an id.
 
@@ -52,7 +54,7 @@ def to_token(text: str) -> str:
     return "==" + base64.urlsafe_b64encode(hashlib.sha256(raw).digest()).rstrip(b"=").decode()
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=HOT)
 def from_token(token: str) -> str | None:
     """The id behind a token, or `None` where the token is a digest. Raises `BadRequest` on a stranger."""
     if token.startswith("=="):
@@ -84,7 +86,7 @@ def partition_of_tokens(tenant: str, entity_token: str) -> int:
     return value
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=HOT)
 def partition_of(tenant: str, entity_id: str) -> int:
     """The partition of an entity by its id."""
     return partition_of_tokens(tenant, to_token(entity_id))
