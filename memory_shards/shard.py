@@ -226,13 +226,14 @@ class Shard(Actor):
         if request.consistency is not None:
             own = request.consistency.of_site(self.site)
             await self._freshness.wait(own, self._document_projection.watermark, call)
+        held, last_own = self._documents.held_or_own(tenant, entity_id)
         try:
-            if self._documents.holds(tenant, entity_id):
+            if held:
                 return await here()
         except NotFound:
-            if self._documents.holds(tenant, entity_id):
+            held, last_own = self._documents.held_or_own(tenant, entity_id)
+            if held:
                 raise  # else it was let go meanwhile
-        last_own = self._documents.last_own(tenant, entity_id)
         return await elsewhere.get_context(
             self._elsewhere,
             replace(request, entity_id=entity_id),

@@ -59,9 +59,10 @@ SELECT entity_id, -rank FROM entity_text JOIN entity ON entity.id = entity_text.
 WHERE entity_text MATCH ? AND tenant = ?{type} ORDER BY rank, entity_id LIMIT ?
 """
 _HOLDS = "SELECT held_state = 'whole' FROM entity WHERE tenant = ? AND entity_id = ?"
-_LAST_OWN = """
-SELECT max(event.sequence) FROM entity CROSS JOIN event ON event.entity = entity.id
-WHERE entity.tenant = ? AND entity_id = ? AND event.hub IS NULL
+_HELD_OR_OWN = """
+SELECT held_state = 'whole', CASE WHEN held_state = 'whole' THEN NULL ELSE
+    (SELECT max(sequence) FROM event WHERE event.entity = entity.id AND hub IS NULL) END
+FROM entity WHERE tenant = ? AND entity_id = ?
 """
 _LIST = """
 SELECT entity_id, type, version, ifnull(held, size), ledger,
@@ -158,10 +159,10 @@ class SqliteReader:
         held: tuple[int] | None = self._connection.execute(_HOLDS, (tenant, entity_id)).fetchone()
         return held == (1,)
 
-    def last_own(self, tenant: str, entity_id: str) -> int | None:
-        """The sequence of this device's last event of an entity, if it has one that its log was the first to have."""
-        last: tuple[int | None] = self._connection.execute(_LAST_OWN, (tenant, entity_id)).fetchone()
-        return last[0]
+    def held_or_own(self, tenant: str, entity_id: str) -> tuple[bool, int | None]:
+        """What `holds` says; and of what this device does not hold, the sequence of the last event that it wrote."""
+        found = self._connection.execute(_HELD_OR_OWN, (tenant, entity_id)).fetchone()
+        return (False, None) if found is None else (found[0] == 1, found[1])
 
     def list_entities(
         self, tenant: str, after: str, limit: int, *, types: Sequence[str] = (), held: bool, with_sites: bool
