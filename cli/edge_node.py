@@ -100,6 +100,7 @@ class EdgeNode:
         edge = Edge(
             await self._link("edge"),
             site=site,
+            folder=self.options.server.data,
             interest=self.options.interest,
             uplink_bytes_per_s=self.options.uplink_bytes_per_s,
             erase_first_after_s=self.options.erase_first_after_s,

@@ -19,7 +19,7 @@ from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.errors import MnemeshError, Timeout, Unavailable
 from mnemesh.follower import Follower
-from mnemesh.jetstream import stream_state
+from mnemesh.jetstream import Stored, stream_state
 from mnemesh.messages import ConfirmErased, Receipt
 from router.portions import portions
 from services.disclosure import Disclosure
@@ -66,15 +66,16 @@ class Confirming:
         )
         async with aclosing(follower.batches(MOST)) as batches:
             async for batch in batches:
-                own = [
-                    stored.message.data
-                    for stored in batch
-                    if stored.message.data and stored.message.subject.endswith(f".{self._site}")
-                ]
+                own = [stored.message.data for stored in batch if stored.message.data and self._is_own(stored)]
                 for some in portions(own, most=MOST, most_bytes=MOST_BYTES, size_of=len):
                     await self._tell([msgspec.json.decode(data, type=Receipt) for data in some])
                 if own:
                     await kv.put(inbox, bucket, TOLD, str(batch[-1].sequence).encode())
+
+    def _is_own(self, stored: Stored) -> bool:
+        """Whether this is a receipt, and of this device: its key is that of a forget, and the site that erased."""
+        _, _, *key = stored.message.subject.split(".")
+        return len(key) == 2 and key[1] == self._site
 
     async def _may_leave(self, receipt: Receipt) -> bool:
         if not self._policy.tells_hub_of(receipt.tenant):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 from msgspec.structs import replace
 
 from edge.confirming import Confirming
 from edge.downlink import Downlink
 from edge.from_hub import FromHub
+from edge.sent import Sent
 from edge.uplink import Uplink
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
@@ -42,7 +44,7 @@ COUNT_S = 5.0
 
 
 class Edge(Actor):
-    """Connects a device's memory with its hub's."""
+    """Connects a device's memory with its hub's. `folder` is the device's own."""
 
     role = "edge"
 
@@ -51,6 +53,7 @@ class Edge(Actor):
         link: Link,
         *,
         site: str,
+        folder: Path,
         interest: Interest | None = None,
         guard: Guard | None = None,
         uplink_bytes_per_s: float | None = None,
@@ -62,11 +65,13 @@ class Edge(Actor):
         self._policy = SitePolicy(site)
         self._shards = ShardMap()
         self._inventory = inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
+        self._sent = Sent(folder / "sent")
         self._uplink = Uplink(
             self.asker,
             inventory,
             self._policy,
             site=site,
+            sent=self._sent,
             bytes_per_s=uplink_bytes_per_s,
             says=self._says,
         )
@@ -95,7 +100,7 @@ class Edge(Actor):
             Gauge("uplink_sequence", "Up to where the hub has this device's log", lambda: uplink.position.sequence),
             Gauge("uplink_waiting", "Events that the hub lacks", lambda: uplink.waiting),
             Gauge("uplink_lag_seconds", "For how long the oldest of them has waited", lambda: uplink.lag_s),
-            Gauge("uplink_sent", "Events sent since the start", lambda: uplink.sent),
+            Gauge("uplink_sent", "Events sent since the start", lambda: uplink.sent_events),
             Gauge("uplink_trouble", "1 while it stands still until somebody mends it", lambda: bool(uplink.trouble)),
             Gauge("clock_offset_ms", "How far this device's clock is ahead", lambda: uplink.clock_offset_ms),
             Gauge("downlink_sequence", "Up to where this device has its hub's log", lambda: downlink.sequence),
@@ -122,6 +127,9 @@ class Edge(Actor):
 
     async def prepare(self) -> None:
         await self._note_absence()
+
+    async def release(self) -> None:
+        self._sent.close()
 
     async def ready(self) -> None:
         await self._policy.ready()

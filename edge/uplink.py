@@ -11,7 +11,7 @@ What the policy keeps back is left out before anything is sent, and so is what i
 enrolled for; the mark passes over it. What decides is all the types that the entity was given, and that which an event
 brings.
 
-Looks at `aside`, `services.site_policy`, `router.inventory`, `router.portions` and `mnemesh`.
+Looks at `aside`, `sent`, `services.site_policy`, `router.inventory`, `router.portions` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edge.aside import ASIDE, REFUSED, Noted, is_ahead
+from edge.sent import Sent
 from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.clock import wall_ms
@@ -75,7 +76,7 @@ class _Leaving(NamedTuple):
 class Uplink:
     """Sends the events of one device. `run` for ever; the other attributes say how far it is.
 
-    `says` adds what else the hub is to know of the device.
+    `sent` is kept with the log; `says` adds what else the hub is to know of the device.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Uplink:
         policy: SitePolicy,
         *,
         site: str,
+        sent: Sent,
         bytes_per_s: float | None = None,
         says: Callable[[AskPosition], AskPosition] = lambda said: said,
     ) -> None:
@@ -94,6 +96,7 @@ class Uplink:
         self._site = site
         self._bytes_per_s = bytes_per_s
         self._says = says
+        self._sent = sent
         self._most_bytes = MOST_BYTES_SENT if bytes_per_s is None else min(MOST_BYTES_SENT, bytes_per_s * BATCH_S)
         self._log = subjects.log_stream(site)
         self._position: Position | None = None
@@ -109,7 +112,7 @@ class Uplink:
         self.waiting = 0
         """How many events the hub lacks, as counted every few seconds."""
         self.trouble = ""
-        self.sent = 0
+        self.sent_events = 0
         self._aside = Noted(asker.inbox, ASIDE)
         self._refused = Noted(asker.inbox, REFUSED)
 
@@ -246,15 +249,19 @@ class Uplink:
             )
         if not position.last:
             return
+        said = Mark(incarnation=position.incarnation, sequence=position.sequence, last=position.last)
         try:
             held = await message_at(self._asker.inbox, self._log, position.sequence)
-        except NotFound:
-            return
-        if hash_of(held.message) != position.last:
+        except NotFound:  # erased since
+            is_ours = self._sent.may_be_ours(said)
+        else:
+            is_ours = hash_of(held.message) == position.last
+        if not is_ours:
             raise Conflict(
                 f"the hub has another event as {position.sequence} of {self._site} than this log: "
-                "another device sends from a copy of its folder"
+                "another device sends from a copy of its folder, or it was restored from an older one"
             )
+        self._sent.note(said)
 
     async def _asked(self, *, log: str = "") -> Position:
         told = self._says(
@@ -364,8 +371,9 @@ class Uplink:
             for stored, payload in some
             if payload is not None
         ]
+        self._sent.note(mark)
         place = await self._tell(mark, position, events)
-        self.sent += len(events)
+        self.sent_events += len(events)
         self._position = position = Position(
             hub=position.hub,
             place=place,

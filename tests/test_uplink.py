@@ -171,6 +171,38 @@ async def test_a_copy_of_a_devices_folder_is_told_so_and_sends_nothing(hub: HubS
         assert await counted(here, "t:1") == [0, 100]
 
 
+async def test_a_folder_that_was_restored_is_told_so_though_what_stood_there_was_erased_since(
+    hub: HubSite, tmp_path: Path
+) -> None:
+    """Else what it wrote since, up to where the hub was, would never be sent, and nobody told."""
+    async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
+        written = await here.set_context("t:1", attributes={"n": 0})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+        shutil.copytree(tmp_path / "d", tmp_path / "backup")
+        for number in range(1, 4):
+            written = await here.set_context("t:1", attributes={"n": number})
+        await there.get_context("t:1", consistency=since(written), budget_ms=LONG_MS)
+    shutil.rmtree(tmp_path / "d")
+    shutil.copytree(tmp_path / "backup", tmp_path / "d")
+    options = device_options("sub7", tmp_path / "d", "nats://127.0.0.1:1")
+    async with EdgeNode(options) as node, alice_at(node.server) as here:
+        for name in ("t:2", "t:3", "t:4", "t:5"):
+            await here.set_context(name, attributes={"n": 5})
+        await here.forget("t:4")  # which is where the hub has another event
+        async with asking(node.options.server, "test") as asker:
+            while written.token["sub7"] in [stored.sequence for stored in await all_of(asker.inbox, "sub7")]:
+                pass
+    async with device(hub, tmp_path / "d") as node, alice_at(hub.server) as there:
+        while "it was restored from an older one" not in (await status_of(node)).trouble:
+            pass
+        assert await counted(there, "t:1") == [0, 1, 2, 3]
+
+
+async def all_of(inbox: Inbox, site: str) -> list[Stored]:
+    """What a device wrote itself, of its own log."""
+    return await history_of(inbox, subjects.log_stream(site), subjects.log_event(site, "*", "*", "*"), upto=1 << 40)
+
+
 async def test_what_a_device_forgets_the_hub_forgets_of_it(hub: HubSite, tmp_path: Path) -> None:
     async with device(hub, tmp_path / "d") as node, alice_at(node.server) as here, alice_at(hub.server) as there:
         await here.set_context("t:1", attributes={"secret": 1})
