@@ -98,6 +98,12 @@ async def hub(asker: Asker, options: ServerOptions) -> AsyncIterator[Finding]:
             f"the hub put aside {status.put_aside:,} events of this device, stamped while its clock was ahead",
             "set its clock (NTP), stop it, `mnemesh edge restamp` and start it",
         )
+    if status.untold:
+        yield warning(
+            f"what is written here of {', '.join(status.untold)} stays here: this device was not enrolled for that",
+            f"if its hub is to have it, `mnemesh edge enrol {site}` with all its tenants at the hub; what was passed "
+            "over until then is not sent later",
+        )
     if status.refused:
         yield wrong(f"the hub refused {status.refused:,} events of this device, in whole or in part", REFUSED)
     if status.hub_contract != subjects.CONTRACT:

@@ -217,5 +217,6 @@ class Edge(Actor):
             hub_contract=uplink.hub_contract,
             put_aside=uplink.put_aside,
             refused=uplink.refused,
+            untold=sorted(uplink.untold),
             trouble=uplink.trouble or downlink.trouble,
         )

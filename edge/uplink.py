@@ -112,6 +112,8 @@ class Uplink:
         self.waiting = 0
         """How many events the hub lacks, as counted every few seconds."""
         self.trouble = ""
+        self.untold: set[str] = set()
+        """Tenants of whose events some were passed over since the start: the device was not enrolled for them."""
         self.sent_events = 0
         self._aside = Noted(asker.inbox, ASIDE)
         self._refused = Noted(asker.inbox, REFUSED)
@@ -337,6 +339,9 @@ class Uplink:
         policy, regions = self._policy.policy, self._policy.regions_of(self._site)
         tenants = {place_of(stored.message.subject).tenant for stored in own}
         told = {tenant for tenant in tenants if self._policy.tells_hub_of(tenant)}
+        if unheard := tenants - told - self.untold:
+            logger.warning("this device was not enrolled for %s: what is theirs stays here", ", ".join(sorted(unheard)))
+            self.untold |= unheard
         restricted = {tenant for tenant in told if any(policy.restricts(tenant, region) for region in regions)}
         if told == tenants and not restricted:
             return [_Leaving(stored, stored.message.data) for stored in own]

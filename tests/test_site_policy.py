@@ -20,6 +20,7 @@ from test_hostile_device import event, send
 
 import mnemesh
 from bench.cable import Cable
+from cli import check_edge
 from cli.edge_node import EdgeNode
 from cli.main import main
 from cli.operator import asking
@@ -450,6 +451,10 @@ async def test_what_a_device_has_of_tenants_that_it_was_not_enrolled_for_stays_t
             written = await here.set_context("bus:1", attributes={"note": PUBLIC})
         found = await there.get_context("bus:1", consistency=since(written), budget_ms=LONG_MS)
         assert found.attributes == {"note": PUBLIC}
+        assert (await status_of(node)).untold == ["zeta"]
+        async with asking(node.options.server, "test") as operator:
+            told = [finding.what async for finding in check_edge.hub(operator, node.options.server)]
+        assert "what is written here of zeta stays here: this device was not enrolled for that" in told
         async with asking(hub.options, "test") as operator:
             log = subjects.log_stream("hub")
             assert not await counts_of(operator.inbox, log, subjects.log_event("*", "zeta", "*", "*"))

@@ -200,8 +200,8 @@ class EdgeStatus(Reply, frozen=True, kw_only=True):
     `linked` while its hub answers; `silent_s` is since when it does not. `waiting` is how many of its events the hub
     lacks, and `lag_s` for how long the oldest of them has waited. `downlinked` is up to where it has the hub's log of
     what it wants, and `current` whether there was no more. `put_aside` is how many of its events the hub quarantined,
-    and `refused` how many it did not take, or not with all their vectors. `trouble` says, in words, what an operator
-    must mend.
+    and `refused` how many it did not take, or not with all their vectors. Of the `untold` tenants it passed over some
+    since it started, for it was not enrolled for them. `trouble` says, in words, what an operator must mend.
     """
 
     site: str
@@ -217,6 +217,7 @@ class EdgeStatus(Reply, frozen=True, kw_only=True):
     hub_contract: str = ""
     put_aside: int = 0
     refused: int = 0
+    untold: list[str] = []
     trouble: str = ""
 
 
