@@ -96,6 +96,15 @@ class Uplinks:
         places = [0, *(event.sequence for event in batch.events), batch.sequence + 1]
         if any(before >= after for before, after in pairwise(places)):
             raise BadRequest("the sequences of a device's events grow, up to that of the mark")
+        events, refused = await self._look_at(device, batch, tenants)
+        place = await self._append(device, batch, events)
+        self.refused[device] += len(refused)
+        return Uplinked(place=place, refused=refused)
+
+    async def _look_at(
+        self, device: str, batch: OwnEvents, tenants: Collection[str]
+    ) -> tuple[list[Outgoing], list[Refused]]:
+        """The messages for those that are taken, and why the others are not, or not as they came."""
         events: list[Outgoing] = []
         refused: list[Refused] = []
         looked_at = 0
@@ -121,17 +130,18 @@ class Uplinks:
                 await asyncio.sleep(0)
         for each in refused:
             logger.error("event %d of %s is refused: %s", each.sequence, device, each.reason)
+        return events, refused
+
+    async def _append(self, device: str, batch: OwnEvents, events: list[Outgoing]) -> int:
+        """Events and mark; returns where the mark is."""
         after = {EXPECTED: str(batch.place), COMPARED: subjects.log_mark(device)}
         said = Mark(incarnation=batch.incarnation, sequence=batch.sequence, last=batch.last, hlc=batch.hlc)
         mark = Outgoing(subjects.log_mark(device), said.encode(), {**after, ROLLUP: "sub"})
-        if len(events) == 1:
-            (alone,) = events
-            await self._publish([alone._replace(headers={**alone.headers, **after})])
-            place = await self._publish([mark])
-        else:
-            place = await self._publish(without_erased([*events, mark]))
-        self.refused[device] += len(refused)
-        return Uplinked(place=place, refused=refused)
+        if len(events) != 1:
+            return await self._publish(without_erased([*events, mark]))
+        (alone,) = events
+        await self._publish([alone._replace(headers={**alone.headers, **after})])
+        return await self._publish([mark])
 
     async def _fitted(self, found: _Checked) -> tuple[Event, str]:
         """An event without the vectors that their spaces here cannot hold, and why; else as it is."""
