@@ -188,7 +188,8 @@ def checked(payload: bytes, device: str, tenants: Collection[str]) -> _Checked:
         check_name("space", space)
     check_plain({name: part for name, part in event.body.items() if name != "vectors"}, "body")
     check_plain(event.extra, "the event")
-    return _Checked(event, patch, wire.convert(event.body.get("spaces", {}), dict[str, _Settings]))
+    spaces = wire.convert(event.body["spaces"], dict[str, _Settings]) if "spaces" in event.body else {}
+    return _Checked(event, patch, spaces)
 
 
 def _message(own: OwnEvent, event: Event, incarnation: str) -> Outgoing:
