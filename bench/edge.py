@@ -99,6 +99,7 @@ async def delivery(payload: bytes) -> AsyncIterator[Work]:
             await came.next_msg(timeout=10)
 
         yield deliver
+        await came.unsubscribe()  # else its watch goes on when the connection is closed
 
 
 # ── cut, and back ───────────────────────────────────────────────────────────────────────────────────────────────

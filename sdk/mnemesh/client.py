@@ -32,6 +32,8 @@ from mnemesh.wire import Vector, as_vector
 
 FIRST_BACKOFF_S = 0.02
 LONGEST_BACKOFF_S = 1.0
+SHORTEST_TRY_S = 0.02
+"""With less left of the budget none begins: it would only hide what failed before, and a write may have been done."""
 
 
 @contextlib.asynccontextmanager
@@ -329,6 +331,7 @@ class Memory:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (operation.budget_ms if budget_ms is None else budget_ms) / 1000
+        last_start = deadline - SHORTEST_TRY_S
         failures = 0
         told: MnemeshError | None = None
         while True:
@@ -341,11 +344,15 @@ class Memory:
                     raise told from error
                 failures += 1
                 pause = _backoff_s(failures, error)
-                if not error.retryable or isinstance(error, Timeout) or loop.time() + pause >= deadline:
+                if (
+                    not error.retryable
+                    or isinstance(error, Timeout)
+                    or loop.time() + pause >= deadline - SHORTEST_TRY_S
+                ):
                     raise
                 told = error
             await asyncio.sleep(pause)
-            if loop.time() >= deadline:
+            if loop.time() >= last_start:
                 raise told
 
 
