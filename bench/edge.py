@@ -40,7 +40,7 @@ from mnemesh.jetstream import stream_state
 from mnemesh.messages import GetContext, Token
 
 LONG_MS = 300_000
-GRAPH_STEPS = 3
+GRAPH_STEPS = 6
 """A search takes over the graph that was built so far, and has another built of what came meanwhile."""
 
 
