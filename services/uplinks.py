@@ -1,11 +1,10 @@
 """The uplinks of a hub: what its devices send is looked at, and appended to the log under their names.
 
-    the next events of a device, and up to where that is → check each event → events and mark in one commit
+    a batch: the next events of a device, and up to where that is → check each event → events and mark in one commit
 
-More than a commit can have are stored in parts, each with a mark after it. A mark is stored only if the mark before it
-is the one that the device knows: so what is sent twice is stored once. An event that comes alone is stored without a
-batch, which would cost the disk several times as much: first itself, stored only if the mark is the one that the device
-knows, and then the mark. Where that did not come, the hub looks for it.
+The mark is stored only if the mark before it is the one that the device knows: so what is sent twice is stored once. An
+event that comes alone is stored without a batch, which would cost the disk several times as much: first itself, stored
+only if the mark is the one that the device knows, and then the mark. Where that did not come, the hub looks for it.
 
 A device says nothing of subjects and headers: all that it sends is a payload. Its vectors are settled in the spaces of
 this site as a gateway's are; one that does not fit is left out, and the rest of its event is taken. Looks at
@@ -17,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from msgspec.structs import replace
 
 from memory_shards.merge import Patch, patch_of
 from mnemesh import subjects, wire
-from mnemesh.atomic_batch import MOST_IN_BATCH, ROLLUP, Outgoing, publish_all, without_erased
+from mnemesh.atomic_batch import ROLLUP, Outgoing, publish_all, without_erased
 from mnemesh.clock import is_too_far_ahead, wall_ms
 from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, TooLarge
@@ -43,7 +42,6 @@ from services.spaces import Spaces
 logger = logging.getLogger("mnemesh.uplinks")
 
 COMMIT_S = 5.0
-MOST_EVENTS = MOST_IN_BATCH - 1
 A_SLICE = 16 * 1024
 """Bytes of a batch that are looked at before others get their turn: about 2 ms. A larger event, a thread looks at."""
 LONGEST_ID = 300
@@ -98,29 +96,19 @@ class Uplinks:
         places = [0, *(event.sequence for event in batch.events), batch.sequence + 1]
         if any(before >= after for before, after in pairwise(places)):
             raise BadRequest("the sequences of a device's events grow, up to that of the mark")
-        after = Mark(incarnation=batch.incarnation, sequence=batch.sequence, last=batch.last, hlc=batch.hlc)
-        parts = [batch.events[at : at + MOST_EVENTS] for at in range(0, len(batch.events), MOST_EVENTS)] or [[]]
-        events, refused = await self._look_at(device, parts[0], batch.incarnation, tenants)
-        place = batch.place
-        for part, following in pairwise(parts):  # while a part is stored, the one after it is looked at
-            upto = replace(after, sequence=part[-1].sequence, last="")
-            place, (events, more) = await asyncio.gather(
-                self._append(device, events, upto, place),
-                self._look_at(device, following, batch.incarnation, tenants),
-            )
-            refused += more
-        place = await self._append(device, events, after, place)
+        events, refused = await self._look_at(device, batch, tenants)
+        place = await self._append(device, batch, events)
         self.refused[device] += len(refused)
         return Uplinked(place=place, refused=refused)
 
     async def _look_at(
-        self, device: str, part: Sequence[OwnEvent], incarnation: str, tenants: Collection[str]
+        self, device: str, batch: OwnEvents, tenants: Collection[str]
     ) -> tuple[list[Outgoing], list[Refused]]:
         """The messages for those that are taken, and why the others are not, or not as they came."""
         events: list[Outgoing] = []
         refused: list[Refused] = []
         looked_at = 0
-        for own in part:
+        for own in batch.events:
             looked_at += len(own.payload)
             try:
                 if len(own.payload) > A_SLICE:
@@ -136,7 +124,7 @@ class Uplinks:
             if misfit:
                 refused.append(Refused(sequence=own.sequence, reason=misfit))
                 own = OwnEvent(own.sequence, event.encode(), own.aside)
-            events.append(_message(own, event, incarnation))
+            events.append(_message(own, event, batch.incarnation))
             if looked_at > A_SLICE:
                 looked_at = 0
                 await asyncio.sleep(0)
@@ -144,9 +132,10 @@ class Uplinks:
             logger.error("event %d of %s is refused: %s", each.sequence, device, each.reason)
         return events, refused
 
-    async def _append(self, device: str, events: list[Outgoing], said: Mark, place: int) -> int:
-        """Events, and the mark after them, if the one before them is at `place`; returns where the new one is."""
-        after = {EXPECTED: str(place), COMPARED: subjects.log_mark(device)}
+    async def _append(self, device: str, batch: OwnEvents, events: list[Outgoing]) -> int:
+        """Events and mark; returns where the mark is."""
+        after = {EXPECTED: str(batch.place), COMPARED: subjects.log_mark(device)}
+        said = Mark(incarnation=batch.incarnation, sequence=batch.sequence, last=batch.last, hlc=batch.hlc)
         mark = Outgoing(subjects.log_mark(device), said.encode(), {**after, ROLLUP: "sub"})
         if len(events) != 1:
             return await self._publish(without_erased([*events, mark]))

@@ -26,7 +26,6 @@ from mnemesh import Consistency, Memory, subjects
 from mnemesh.atomic_batch import Outgoing, publish_all
 from mnemesh.connection import Link
 from mnemesh.errors import BadRequest, MnemeshError, NotFound, Stale, Timeout
-from mnemesh.event import decode_event
 from mnemesh.ids import partition_of_tokens
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import Stored, WrongSequence, counts_of, history_of, last_of, stream_state
@@ -422,39 +421,6 @@ async def test_what_a_device_wrote_in_a_log_that_was_lost_comes_back_as_it_wants
             assert sorted(await counted(memory, "t1")) == [1, 2, 3]
         assert (await here.get_context("t1")).complete
         assert (await status_of(node)).uplinked == 2
-
-
-@pytest.mark.parametrize("was_stored", [False, True])
-async def test_more_than_a_commit_can_have_comes_once_though_one_of_its_parts_was_lost(
-    hub: HubSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_stored: bool
-) -> None:
-    publish = Uplinks._publish
-    commits: list[int] = []
-
-    async def losing(self: Uplinks, messages: list[Outgoing]) -> int:
-        commits.append(len(messages))
-        if len(messages) == 1000 and commits.count(1000) == 2:
-            if was_stored:
-                await publish(self, messages)
-            raise Timeout("the line broke")
-        return await publish(self, messages)
-
-    options = device_options("sub7", tmp_path / "d", f"nats://127.0.0.1:{hub.options.leaf_port}")
-    async with EdgeNode(options) as node, alice_at(node.server) as here, alice_at(hub.server) as there:
-        documents = [{"entity_id": f"t:{number % 1000}", "attributes": {"n": number}} for number in range(4_500)]
-        for at in range(0, len(documents), 1_500):
-            written = await here.ingest(documents[at : at + 1_500], budget_ms=LONG_MS)
-        monkeypatch.setattr(Uplinks, "_publish", losing)
-        await hub.enrol("sub7", tmp_path / "d")
-        found = await there.get_context("t:7", consistency=since(written), budget_ms=LONG_MS)
-        assert found.attributes == {"n": 4_007}
-        async with asking(hub.options, "test") as operator:
-            history = await history_of(
-                operator.inbox, subjects.log_stream("hub"), subjects.log_event("sub7", "*", "*", "*"), upto=1 << 40
-            )
-        came = [decode_event(stored.message.data).body["attributes"]["n"] for stored in history]
-        assert came == list(range(4_500))
-        assert max(commits) == 1000
 
 
 @pytest.mark.parametrize("lost", ["event", "mark"])

@@ -76,7 +76,7 @@ class OwnEvents(Request, frozen=True, kw_only=True):
     message there, and `hlc` the newest stamp up to it that is not ahead.
     """
 
-    events: Annotated[list[OwnEvent], Meta(max_length=4000)] = []
+    events: Annotated[list[OwnEvent], Meta(max_length=999)] = []
     place: Sequence
     incarnation: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:+-]{1,64}$")]
     sequence: Sequence
