@@ -1,9 +1,8 @@
-"""Which events of a device's log its hub puts aside, for they were stamped while the device's clock was ahead, and
-which it refused.
+"""Which events of a device's log its hub puts aside, for they were stamped while the device's clock was ahead.
 
-What is put aside the device decides, some seconds before the hub would by itself, and says so: so both know the same
-events, also when the clocks have met again. Kept in the bucket of receipts, the first until they are stamped anew.
-Looks at `mnemesh` only.
+The device decides, some seconds before the hub would by itself, and says so in a header: so both know the same
+events, also when the clocks have met again. Kept in the bucket of receipts until they are stamped anew. Looks at
+`mnemesh` only.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from mnemesh import kv, subjects
 from mnemesh.clock import MOST_AHEAD_MS, stamp_ms
 from mnemesh.inbox import Inbox
 
-ASIDE = "aside"
-REFUSED = "refused"
+KEY = "aside"
 MARGIN_MS = 15_000
 """How much sooner than a hub the device takes a stamp for ahead: more than it may err about the hub's clock."""
 
@@ -27,16 +25,15 @@ def is_ahead(stamp: int, hub_ms: int) -> bool:
     return stamp_ms(stamp) > hub_ms + MOST_AHEAD_MS - MARGIN_MS
 
 
-class Noted:
-    """Sequences of a device's log, kept under a key. `load` first."""
+class Aside:
+    """The sequences of these events. `load` first."""
 
-    def __init__(self, inbox: Inbox, key: str) -> None:
+    def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
-        self._key = key
         self._spans: list[tuple[int, int]] = []
 
     async def load(self) -> None:
-        held = await kv.get(self._inbox, subjects.RECEIPTS.name, self._key)
+        held = await kv.get(self._inbox, subjects.RECEIPTS.name, KEY)
         self._spans = msgspec.json.decode(held, type=list[tuple[int, int]]) if held else []
 
     def __len__(self) -> int:
@@ -52,8 +49,8 @@ class Noted:
                 self._spans[-1] = self._spans[-1][0], sequence
             elif sequence not in self:
                 self._spans.append((sequence, sequence))
-        await kv.put(self._inbox, subjects.RECEIPTS.name, self._key, msgspec.json.encode(self._spans))
+        await kv.put(self._inbox, subjects.RECEIPTS.name, KEY, msgspec.json.encode(self._spans))
 
     async def clear(self) -> None:
         self._spans = []
-        await kv.delete(self._inbox, subjects.RECEIPTS.name, self._key)
+        await kv.delete(self._inbox, subjects.RECEIPTS.name, KEY)

@@ -65,13 +65,12 @@ class Edge(Actor):
         self._policy = SitePolicy(site)
         self._shards = ShardMap()
         self._inventory = inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
-        self._sent = Sent(folder / "sent")
         self._uplink = Uplink(
             self.asker,
             inventory,
             self._policy,
             site=site,
-            sent=self._sent,
+            sent=Sent(folder / "sent"),
             bytes_per_s=uplink_bytes_per_s,
             says=self._says,
         )
@@ -127,9 +126,6 @@ class Edge(Actor):
 
     async def prepare(self) -> None:
         await self._note_absence()
-
-    async def release(self) -> None:
-        self._sent.close()
 
     async def ready(self) -> None:
         await self._policy.ready()

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence, Set
 
 from msgspec.structs import replace
 
-from edge.aside import ASIDE, Noted, is_ahead
+from edge.aside import Aside, is_ahead
 from mnemesh import subjects
 from mnemesh.asker import Asker
 from mnemesh.atomic_batch import Outgoing, publish_all
@@ -32,7 +32,7 @@ class Restamping:
         self._log = subjects.log_stream(site)
         self._own = subjects.log_event(site, "*", "*", "*")
         self._clock = HybridClock()
-        self._aside = Noted(eraser.inbox, ASIDE)
+        self._aside = Aside(eraser.inbox)
 
     async def run(self) -> int:
         """Returns how many events had a stamp that was ahead."""

@@ -20,29 +20,24 @@ class Sent:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._descriptor: int | None = None
 
     def note(self, mark: Mark) -> None:
         """Keep a mark that goes out next. Raises `Unavailable` where the disk is full or broken."""
         text = f"{mark.sequence} {mark.incarnation} {mark.last}"
         try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o600)
-            os.pwrite(self._descriptor, text.encode().ljust(_BYTES), 0)
+            descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o600)
+            with open(descriptor, "wb", buffering=0) as file:  # not emptied first: a kill leaves the one or the other
+                file.write(text.encode().ljust(_BYTES))
         except OSError as error:
             raise Unavailable(f"{self._file} cannot be written: {error}") from error
 
     def may_be_ours(self, mark: Mark) -> bool:
         """Whether this folder sent what this mark is after. It says yes where it cannot know."""
         try:
-            sequence, incarnation, last = self._file.read_text().split()
+            told, incarnation, last = self._file.read_text().split()
+            sequence = int(told)
         except (OSError, ValueError):  # of an earlier release, or nothing was sent
             return True
-        if incarnation != mark.incarnation or int(sequence) == mark.sequence:
+        if incarnation != mark.incarnation or sequence == mark.sequence:
             return last == mark.last
-        return int(sequence) > mark.sequence
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        return sequence > mark.sequence

@@ -29,9 +29,9 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from edge.aside import ASIDE, REFUSED, Noted, is_ahead
+from edge.aside import Aside, is_ahead
 from edge.sent import Sent
-from mnemesh import subjects
+from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.clock import wall_ms
 from mnemesh.errors import BadRequest, Conflict, Denied, MnemeshError, NotFound, TooLarge
@@ -58,6 +58,8 @@ BATCH_S = 1.0
 """For how long a batch may keep a line whose rate is known. A hub that hears nothing else for 10 s drops the line."""
 FRAMING = 16
 """Bytes on the line for each event, beside itself."""
+REFUSED = "refused"
+"""The key under which the bucket of receipts has how many of our events were refused."""
 MOST_SENT = 999
 MOST_BYTES_SENT = 1024 * 1024
 
@@ -115,8 +117,9 @@ class Uplink:
         self.untold: set[str] = set()
         """Tenants of whose events some were passed over since the start: the device was not enrolled for them."""
         self.sent_events = 0
-        self._aside = Noted(asker.inbox, ASIDE)
-        self._refused = Noted(asker.inbox, REFUSED)
+        self.refused = 0
+        """Events that the hub did not take, or not with all their vectors."""
+        self._aside = Aside(asker.inbox)
 
     @property
     def position(self) -> Position:
@@ -127,11 +130,6 @@ class Uplink:
     def put_aside(self) -> int:
         """Events that the hub quarantined, as they were stamped ahead of its clock."""
         return len(self._aside)
-
-    @property
-    def refused(self) -> int:
-        """Events that the hub did not take, or not with all their vectors."""
-        return len(self._refused)
 
     @property
     def linked(self) -> bool:
@@ -200,7 +198,7 @@ class Uplink:
     async def _agreed(self) -> Position:
         """Up to where the hub has our log. Raises `Conflict` where what it has is not ours."""
         await self._aside.load()
-        await self._refused.load()
+        self.refused = int(await kv.get(self._asker.inbox, subjects.RECEIPTS.name, REFUSED) or 0)
         state = await stream_state(self._asker.inbox, self._log)
         position = await self._asked()
         self._linked.set()
@@ -409,7 +407,8 @@ class Uplink:
         for refused in answer.refused:
             logger.error("the hub refused event %d of this device: %s", refused.sequence, refused.reason)
         if answer.refused:
-            await self._refused.add([refused.sequence for refused in answer.refused])
+            self.refused += len(answer.refused)
+            await kv.put(self._asker.inbox, subjects.RECEIPTS.name, REFUSED, str(self.refused).encode())
         return answer.place
 
     async def _heed_clocks(self, some: Sequence[Stored]) -> None:

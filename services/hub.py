@@ -400,12 +400,11 @@ class Hub(Actor):
         }
         head = (await stream_state(self.asker.inbox, self._log)).last_sequence
         quarantined = await self._quarantined() if request.quarantined else Counter()
-        devices = [
-            replace(seen, quarantined=quarantined[site], refused=max(seen.refused, self._uplinks.refused[site]))
+        seen = [
+            replace(await self._seen(site, marks.get(site), head), quarantined=quarantined[site])
             for site in sorted(marks.keys() | self._presence.devices)
-            for seen in [await self._seen(site, marks.get(site), head)]
         ]
-        return messages.DevicesSeen(devices=devices)
+        return messages.DevicesSeen(devices=seen)
 
     async def _quarantined(self) -> Counter[str]:
         counted: Counter[str] = Counter()
@@ -416,7 +415,9 @@ class Hub(Actor):
 
     async def _seen(self, site: str, mark: Stored | None, head: int) -> DeviceSeen:
         entry = self._policy.entry(site)
-        seen = replace(self._presence.seen(site, mark), region=entry.region, tenants=entry.tenants)
+        seen = self._presence.seen(site, mark)
+        refused = max(seen.refused, self._uplinks.refused[site])
+        seen = replace(seen, region=entry.region, tenants=entry.tenants, refused=refused)
         if seen.downlinked is None:
             return seen
         feeding = self._feeds.get(site)

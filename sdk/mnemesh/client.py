@@ -344,11 +344,7 @@ class Memory:
                     raise told from error
                 failures += 1
                 pause = _backoff_s(failures, error)
-                if (
-                    not error.retryable
-                    or isinstance(error, Timeout)
-                    or loop.time() + pause >= deadline - SHORTEST_TRY_S
-                ):
+                if not error.retryable or isinstance(error, Timeout) or loop.time() + pause >= last_start:
                     raise
                 told = error
             await asyncio.sleep(pause)

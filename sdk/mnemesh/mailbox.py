@@ -1,7 +1,6 @@
 """The bounded mailbox of one operation: so many at work, so many waiting, the rest refused at once.
 
-Of one sender no more than its share, so that who sends too much keeps nobody else out.
-
+Of one sender there is no more than its share, so that who sends too much keeps nobody else out.
 `offer` never blocks, so a subscription callback may call it. Work runs in tasks of the actor's task group.
 """
 
@@ -18,8 +17,7 @@ Item = TypeVar("Item")
 class Mailbox(Generic[Item]):
     """Runs `work(item)` for each item offered, at most `concurrency` at a time, first come first served.
 
-    Of each sender at most `share` items are at work or wait; `None`: as many as there is room for.
-
+    Of each sender at most `share` items are at work or wait; as many as there is room for if it is not given.
     `work` must not raise: an exception from it ends the task group that the mailbox lives in.
     """
 
@@ -35,7 +33,7 @@ class Mailbox(Generic[Item]):
         self._work = work
         self._capacity = capacity
         self._concurrency = concurrency
-        self._share = share
+        self._share = capacity + concurrency if share is None else share
         self._of: Counter[str] = Counter()
         self._tasks = tasks
         self._waiting: deque[tuple[Item, str]] = deque()
@@ -53,7 +51,7 @@ class Mailbox(Generic[Item]):
 
     def offer(self, item: Item, sender: str = "") -> bool:
         """Take an item, or return `False` when the mailbox, or its sender's share of it, is full."""
-        if self._share is not None and self._of[sender] >= self._share:
+        if self._of[sender] >= self._share:
             return False
         if self._running < self._concurrency:
             self._running += 1
@@ -63,8 +61,7 @@ class Mailbox(Generic[Item]):
             self._waiting.append((item, sender))
         else:
             return False
-        if self._share is not None:
-            self._of[sender] += 1
+        self._of[sender] += 1
         return True
 
     async def finished(self) -> None:
@@ -75,10 +72,9 @@ class Mailbox(Generic[Item]):
         try:
             while True:
                 await self._work(item)
-                if self._share is not None:
-                    self._of[sender] -= 1
-                    if not self._of[sender]:
-                        del self._of[sender]
+                self._of[sender] -= 1
+                if not self._of[sender]:
+                    del self._of[sender]
                 if not self._waiting:
                     return
                 item, sender = self._waiting.popleft()
