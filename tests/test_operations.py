@@ -773,8 +773,8 @@ async def test_each_document_of_an_ingest_is_accepted_or_refused_on_its_own(own:
     assert len(set(accepted)) == 4
     assert written.token == {SITE: max(accepted)}
     assert (await own.get_context("good", consistency=STRONG)).attributes == {"n": 2}
-    assert (await own.get_context("a struct")).text == "hello"
-    assert (await own.get_context("taken")).attributes == {"n": 3}
+    assert (await own.get_context("a struct", consistency=STRONG)).text == "hello"
+    assert (await own.get_context("taken", consistency=STRONG)).attributes == {"n": 3}
 
 
 async def test_an_atomic_ingest_is_all_or_nothing(own: Memory) -> None:
