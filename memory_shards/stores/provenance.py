@@ -1,7 +1,8 @@
 """For which log and which partitions a SQLite file was built, so that a store never mixes two of them.
 
-A store is derived: where the file was built for another site, another set of partitions, another incarnation of
-the log (the stream's creation time) or another layout of its tables, it starts from empty and the log rebuilds it.
+A store is derived: where the file was built for another site, another set of partitions, another incarnation of the
+log (the stream's creation time), another layout of its tables or other parts of what is remembered, it starts from
+empty and the log rebuilds it.
 Shared by every store that keeps a SQLite file. Looks at the standard library only.
 """
 
@@ -16,14 +17,20 @@ log = logging.getLogger(__name__)
 
 
 def keep_or_clear(
-    connection: sqlite3.Connection, *, site: str, partitions: Set[int], incarnation: str, layout: int
+    connection: sqlite3.Connection,
+    *,
+    site: str,
+    partitions: Set[int],
+    incarnation: str,
+    layout: int,
+    parts: Set[str] = frozenset(),
 ) -> bool:
     """Whether the file was built for just this. If not, drop every table, in the transaction that notes it.
 
     `connection` is in autocommit mode (`isolation_level=None`) and outside a transaction; the caller creates its
     tables after this, with `IF NOT EXISTS`. `False` for a new file too.
     """
-    wanted = json.dumps([site, sorted(partitions), incarnation, layout])
+    wanted = json.dumps([site, sorted(partitions), incarnation, layout, sorted(parts)])
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.execute("CREATE TABLE IF NOT EXISTS provenance (built_for TEXT NOT NULL)")

@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from memory_shards import merge
+from memory_shards.merger import ALL_PARTS, Part
 from memory_shards.stores.provenance import keep_or_clear
 from memory_shards.stores.sqlite_batch import Batch
 from memory_shards.stores.sqlite_reader import SqliteReader
@@ -38,18 +39,29 @@ class SqliteStore(SqliteReader):
     """One shard's memory on disk, but for the vectors.
 
     The file serves one `site`, one set of `partitions` and one `incarnation` of the log (its stream's creation time);
-    opened for another, it starts from empty and from watermark 0.
+    opened for another, it starts from empty and from watermark 0. It keeps `parts`, and is built anew for others.
     """
 
-    def __init__(self, folder: Path, *, site: str, partitions: Set[int], incarnation: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        site: str,
+        partitions: Set[int],
+        incarnation: str,
+        parts: frozenset[Part] = ALL_PARTS,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "memory.db"
         self._writer = connect(self._file)
         self._writer.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        keep_or_clear(self._writer, site=site, partitions=partitions, incarnation=incarnation, layout=LAYOUT)
+        keep_or_clear(
+            self._writer, site=site, partitions=partitions, incarnation=incarnation, layout=LAYOUT, parts=parts
+        )
         self._writer.executescript(SCHEMA)
         meta = dict(self._writer.execute("SELECT name, value FROM meta"))
         self._site = site
+        self._parts = parts
         counted = self._writer.execute("SELECT site, count(*) FROM quarantine GROUP BY site")
         self.quarantined: Counter[str] = Counter(dict(counted.fetchall()))
         """How many events of each site were put aside."""
@@ -93,7 +105,14 @@ class SqliteStore(SqliteReader):
     def _commit(self, records: Sequence[Record], watermark: int) -> None:
         self._writer.execute("BEGIN IMMEDIATE")
         try:
-            batch = Batch(self._writer, records, site=self._site, erasing=self._erasing, put_aside=self.quarantined)
+            batch = Batch(
+                self._writer,
+                records,
+                site=self._site,
+                erasing=self._erasing,
+                put_aside=self.quarantined,
+                parts=self._parts,
+            )
             batch.write()
             rejected = self._rejected + batch.rejected
             self._writer.executemany(

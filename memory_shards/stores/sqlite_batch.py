@@ -1,29 +1,25 @@
 """One transaction's worth of records on their way into `memory.db`.
 
-All entities that a batch touches are read at once, merged in Python, and written at once. Edges are not read at
-all: the upsert compares keys. Only `forget` goes to the tables on its own, for it needs the history that it leaves.
-Looks at `memory_shards.merge`, `sqlite_schema` and `bulk`; knows nothing of transactions and watermarks.
+All entities that a batch touches are read at once, merged in Python (`memory_shards.merger`), and written at once.
+Edges are not read at all: the upsert compares keys. Looks at `memory_shards.merge` and `merger`, `sqlite_schema` and
+`bulk`; knows nothing of transactions and watermarks.
 """
 
 from __future__ import annotations
 
-import logging
 import sqlite3
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from memory_shards import merge
-from memory_shards.merge import Change, State
+from memory_shards.merge import Ledger, State
+from memory_shards.merger import Kept, Merger, Name, Part, Touched
 from memory_shards.stores.bulk import execute_all, select_all
-from memory_shards.stores.sqlite_schema import Doc, body_blob, history
+from memory_shards.stores.sqlite_schema import Doc, kept_events
 from mnemesh import wire
 from mnemesh.event import Record
-from mnemesh.messages import HeldState
-
-log = logging.getLogger(__name__)
 
 _LOAD = """
 WITH wanted (tenant, entity_id) AS (VALUES {rows})
@@ -48,9 +44,9 @@ WHERE (excluded.valid_from, excluded.stamp, excluded.site) >= (edge.valid_from, 
 _INSERT_EVENT = "INSERT OR FAIL INTO event VALUES {rows}"
 _FORGET_EVENTS = "DELETE FROM event WHERE entity = ? AND (stamp, site) < (?, ?)"
 _ERASURE = "INSERT OR REPLACE INTO erasure VALUES (?, ?)"
-_SIZE = "SELECT ifnull(sum(length(body)), 0) FROM event WHERE entity = ?"
-_FORGET_EDGES = "DELETE FROM edge WHERE source = ?"
-_RELEASE = [f"DELETE FROM {table} = ?" for table in ("event WHERE entity", "edge WHERE source", "entity WHERE id")]
+_CLEAR_EVENTS = "DELETE FROM event WHERE entity = ?"
+_CLEAR_EDGES = "DELETE FROM edge WHERE source = ?"
+_CLEAR_ENTITY = "DELETE FROM entity WHERE id = ?"
 _QUARANTINE = "INSERT INTO quarantine VALUES (?, ?, ?, ?, ?, ?)"
 _RESTAMP = "DELETE FROM quarantine WHERE site = ? AND event_id = ?"
 _UNINDEX_TEXT = "INSERT INTO entity_text (entity_text, rowid, text) VALUES ('delete', ?, ?)"
@@ -67,37 +63,12 @@ MOST_LEVELS = 1_000
 """Levels of the index of texts from which on it is built anew, at about 15 µs a text. Every merge adds two that stay,
 and an index of more than 2,000 SQLite 3.40 calls corrupt."""
 
-_ledger_decoder = msgspec.msgpack.Decoder(merge.Ledger)
+_ledger_decoder = msgspec.msgpack.Decoder(Ledger)
 _ledger_encoder = msgspec.msgpack.Encoder()
 
 
-class _Touched:
-    """An entity that the batch has touched. `state.edges` holds only what is not yet written."""
-
-    __slots__ = ("held", "held_state", "id", "indexed_text", "partition", "size", "state", "version")
-
-    def __init__(
-        self,
-        id: int,
-        state: State,
-        version: int = 0,
-        partition: int = 0,
-        size: int = 0,
-        held: int | None = None,
-        held_state: HeldState | None = None,
-    ) -> None:
-        self.id = id
-        self.state = state
-        self.indexed_text = state.text
-        self.version = version
-        self.partition = partition
-        self.size = size
-        self.held = held
-        self.held_state = held_state
-
-
 class Batch:
-    """Takes records in log order; `write` writes them. Used once, in a transaction that its maker owns.
+    """Merges records and writes what they come to. Used once, in a transaction that its maker owns.
 
     `site` is where the log is. Words of texts that are gone are in the index until `erasing` more merges have ended.
     `put_aside` is how many events of each site are quarantined; `quarantined` is by how much that changes.
@@ -111,26 +82,29 @@ class Batch:
         site: str,
         erasing: int,
         put_aside: Mapping[str, int],
+        parts: frozenset[Part],
     ) -> None:
-        self.rejected = 0
         self.quarantined: Counter[str] = Counter()
         self.erasing = erasing
         self._erased_more = False
-        self._site = site
-        self._put_aside = put_aside
         self._connection = connection
         self._records = records
-        self._loaded: dict[tuple[str, str], _Touched] = {}
-        self._dirty: dict[tuple[str, str], _Touched] = {}
-        self._events: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
-        """Rows of what was taken and not yet written, by entity."""
+        self._ids: dict[Name, int] = {}
+        loaded = self._load({(record.event.tenant, record.event.entity_id) for record in records})
+        self._merger = Merger(loaded, self._history, site=site, put_aside=put_aside, parts=parts)
+
+    @property
+    def rejected(self) -> int:
+        """How many of the records break a rule."""
+        return self._merger.rejected
 
     def write(self) -> None:
         """Merge all records and write what they come to."""
-        self._load({(record.event.tenant, record.event.entity_id) for record in self._records})
         for record in self._records:
-            self._take(record)
-        self._flush(self._dirty)
+            self._merger.take(record)
+        self._write_entities()
+        self._connection.executemany(_ERASURE, self._merger.erasures)
+        self._write_quarantine()
         if self._erased_more or self.erasing:
             self._erase_words()
 
@@ -164,130 +138,47 @@ class Batch:
         self._connection.execute(_MERGE_INDEX, (pages,))
         return self._connection.total_changes - before > 1  # the statement itself counts as one
 
-    def _load(self, names: Iterable[tuple[str, str]]) -> None:
+    def _load(self, names: Iterable[Name]) -> dict[Name, Touched]:
+        loaded: dict[Name, Touched] = {}
         missing = sorted(names)
         for row in select_all(self._connection, _LOAD, missing):
-            tenant, entity_id, id, ledger, alive, type, text, doc, exact_from, *rest = row
+            tenant, entity_id, id, ledger, alive, type, text, doc, exact_from, version, partition, size, *held = row
             attributes, _ = wire.decode(doc)
             state = State(_ledger_decoder.decode(ledger), bool(alive), type, text, attributes, {}, exact_from)
-            self._loaded[tenant, entity_id] = _Touched(id, state, *rest)
-        last: int = self._connection.execute("SELECT ifnull(max(id), 0) FROM entity").fetchone()[0]
-        for id, new in enumerate((name for name in missing if name not in self._loaded), last + 1):
-            self._loaded[new] = _Touched(id, State())
-
-    def _take(self, record: Record) -> None:
-        """Merge one record. One that breaks a rule changes only the entity's version, and is counted."""
-        event = record.event
-        name = event.tenant, event.entity_id
-        entity = self._dirty[name] = self._loaded[name]
-        entity.partition = record.partition
-        if event.op == "hold":
-            entity.held = event.body.get("bytes", 0)
-            entity.held_state = event.body.get("state", "whole")
-            return
-        if event.op == "release":
-            self._release(name, entity)
-            return
-        entity.version = record.sequence
-        if record.quarantined:
-            told = record.sequence, event.tenant, event.entity_id, event.id, event.site, event.hlc
-            self._connection.execute(_QUARANTINE, told)
-            self.quarantined[event.site] += 1
-            return
-        if self._put_aside.get(event.site) or self.quarantined[event.site]:  # it may have been stamped anew
-            self.quarantined[event.site] -= self._connection.execute(_RESTAMP, (event.site, event.id)).rowcount
-        if not self._merge(name, entity, record):
-            tombstone = entity.state.ledger.tombstone
-            if event.op == "forget" or (tombstone is not None and (event.hlc, event.site) < tombstone):
-                self._connection.execute(_ERASURE, (record.sequence, 0))
-
-    def _merge(self, name: tuple[str, str], entity: _Touched, record: Record) -> bool:
-        """Merge one event; whether it has an effect."""
-        event = record.event
-        try:
-            patch = merge.patch_of(event)
-            body = body_blob(event, patch)
-        except (ValueError, OverflowError, RecursionError) as error:
-            self.rejected += 1
-            log.warning("event %d of the log is skipped: %s", record.sequence, error)
-            return False
-        if merge.is_repeated(record, entity.state.ledger.births, entity.state.ledger.stamps):
-            return False
-        change = merge.stamped(record, patch, entity.state.ledger.stamps)
-        if entity.state.is_forgotten(change):
-            return False
-        if change.patch is None:
-            self._forget(name, entity, change)
-        else:
-            entity.state.put(change)
-        entity.size += len(body)
-        self._events[entity.id].append(
-            (
-                record.sequence,
-                entity.id,
-                event.tenant,
-                event.id,
-                event.op,
-                event.agent,
-                event.site,
-                change.stamp,
-                record.recorded_at,
-                change.valid_from,
-                change.valid_to,
-                body,
-                change.hub,
-                change.saw,
+            loaded[tenant, entity_id] = Touched(
+                state, version=version, partition=partition, size=size, held=held[0], held_state=held[1]
             )
-        )
-        return True
+            self._ids[tenant, entity_id] = id
+        last: int = self._connection.execute("SELECT ifnull(max(id), 0) FROM entity").fetchone()[0]
+        for id, new in enumerate((name for name in missing if name not in loaded), last + 1):
+            loaded[new] = Touched()
+            self._ids[new] = id
+        return loaded
 
-    def _release(self, name: tuple[str, str], entity: _Touched) -> None:
-        """Hold it no more: all of it goes, but what this site wrote itself, and what that was merged with.
+    def _history(self, name: Name) -> list[Kept]:
+        return kept_events(self._connection, self._ids[name])
 
-        That is noted: where the entity is forgotten, the device must hear of it.
-        """
-        if self._site in entity.state.ledger.stamps:
-            entity.held, entity.held_state = 0, "some"
-            return
-        self._flush([name])
-        if entity.indexed_text is not None:
-            self._connection.execute(_UNINDEX_TEXT, (entity.id, entity.indexed_text))
-            self._erased_more = True
-        for statement in _RELEASE:
-            self._connection.execute(statement, (entity.id,))
-        self._loaded[name] = _Touched(entity.id, State())
-
-    def _forget(self, name: tuple[str, str], entity: _Touched, change: Change) -> None:
-        """Erase what the forget wins over, and bring up what is left."""
-        self._flush([name])
-        self._dirty[name] = entity
-        self._erased_more |= entity.indexed_text is not None
-        erased = self._connection.execute(_FORGET_EVENTS, (entity.id, *change.mark)).rowcount
-        self._connection.execute(_ERASURE, (change.sequence, erased))
-        self._connection.execute(_FORGET_EDGES, (entity.id,))
-        entity.size = self._connection.execute(_SIZE, (entity.id,)).fetchone()[0]
-        before, kind = entity.state.ledger, entity.state.type
-        entity.state = merge.fold([*history(self._connection, entity.id), change])
-        ledger = entity.state.ledger
-        ledger.stamps, ledger.births, ledger.gone = before.stamps, before.births, kind or before.gone
-        ledger.types |= before.types  # also where something is left: it was written under them
-
-    def _flush(self, names: Iterable[tuple[str, str]]) -> None:
-        """Write all that was taken of these entities and is not yet written."""
+    def _write_entities(self) -> None:
         entities: list[tuple[Any, ...]] = []
         events: list[tuple[Any, ...]] = []
         edges: list[tuple[Any, ...]] = []
         unindexed: list[tuple[int, str]] = []
         indexed: list[tuple[int, str]] = []
-        for name in list(names):
-            tenant, entity_id = name
-            entity = self._dirty.pop(name)
-            events += self._events.pop(entity.id, [])
+        released: list[tuple[int]] = []
+        for (tenant, entity_id), entity in self._merger.dirty.items():
+            id = self._ids[tenant, entity_id]
             state = entity.state
+            if entity.cleared or entity.erases is not None:
+                self._erase(id, entity)
+            if entity.is_gone:
+                released.append((id,))
+                if entity.text_before is not None:
+                    unindexed.append((id, entity.text_before))
+                continue
             doc: Doc = state.attributes, state.spaces
             entities.append(
                 (
-                    entity.id,
+                    id,
                     tenant,
                     entity_id,
                     entity.partition,
@@ -303,21 +194,36 @@ class Batch:
                     entity.held_state,
                 )
             )
+            for kept in entity.added:
+                events.append((kept.sequence, id, tenant, *kept[1:]))
             for (relation, target), edge in state.edges.items():
                 properties = wire.encode(edge.properties) if edge.properties else None
-                edges.append((entity.id, relation, target, tenant, edge.removed, *edge.key, properties))
-            state.edges.clear()
-            if state.text != entity.indexed_text:
-                if entity.indexed_text is not None:
-                    unindexed.append((entity.id, entity.indexed_text))
+                edges.append((id, relation, target, tenant, edge.removed, *edge.key, properties))
+            if state.text != entity.text_before:
+                if entity.text_before is not None:
+                    unindexed.append((id, entity.text_before))
                 if state.text is not None:
-                    indexed.append((entity.id, state.text))
-                entity.indexed_text = state.text
+                    indexed.append((id, state.text))
+        self._connection.executemany(_CLEAR_ENTITY, released)
         execute_all(self._connection, _UPSERT_ENTITY, entities)
         execute_all(self._connection, _UPSERT_EDGE, edges)
         execute_all(self._connection, _INSERT_EVENT, sorted(events))
         self._connection.executemany(_UNINDEX_TEXT, unindexed)
         self._connection.executemany(_INDEX_TEXT, indexed)
+
+    def _erase(self, id: int, entity: Touched) -> None:
+        self._erased_more |= entity.text_before is not None
+        if entity.cleared:
+            self._connection.execute(_CLEAR_EVENTS, (id,))
+        elif entity.erases is not None:
+            self._connection.execute(_FORGET_EVENTS, (id, *entity.erases))
+        self._connection.execute(_CLEAR_EDGES, (id,))
+
+    def _write_quarantine(self) -> None:
+        for again in self._merger.restamped:
+            self.quarantined[again[0]] -= self._connection.execute(_RESTAMP, again).rowcount
+        self._connection.executemany(_QUARANTINE, self._merger.quarantined.values())
+        self.quarantined.update(self._merger.uncounted)
 
 
 def levels_in(structure: bytes) -> int:

@@ -11,7 +11,7 @@
 * `quarantine`: events that are in the log and have no effect, for their stamps are too far ahead.
 * `entity_text`: the full-text index over `entity.text`; the text itself is kept once, in `entity`.
 
-Looks at `memory_shards.merge` and `mnemesh`.
+Looks at `memory_shards.merge` and `merger`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import sqlite3
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from memory_shards.merge import Change, Patch
-from mnemesh import wire
-from mnemesh.event import Event
+from memory_shards.merge import Change
+from memory_shards.merger import Kept
 
 LAYOUT = 6
 """Goes up with every change of the tables or of what is in them; a file of another layout is rebuilt."""
@@ -63,7 +62,7 @@ CREATE VIRTUAL TABLE IF NOT EXISTS entity_text USING fts5 (
 """
 
 HISTORY = """
-SELECT sequence, recorded_at, site, stamp, valid_from, valid_to, op, body, hub, saw FROM event
+SELECT sequence, event_id, op, agent, site, stamp, recorded_at, valid_from, valid_to, body, hub, saw FROM event
 WHERE entity = ? ORDER BY sequence
 """
 
@@ -92,24 +91,11 @@ def is_corrupt(error: BaseException) -> bool:
     return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-def history(connection: sqlite3.Connection, entity: int) -> list[Change]:
+def kept_events(connection: sqlite3.Connection, entity: int) -> list[Kept]:
     """What is left of an entity's events, in log order."""
-    changes = []
-    for row in connection.execute(HISTORY, (entity,)):
-        sequence, recorded_at, site, stamp, valid_from, valid_to, op, body, hub, saw = row
-        patch = wire.decode_as(body, Patch) if op == "put" else None
-        changes.append(Change(sequence, recorded_at, site, stamp, valid_from, valid_to, patch, hub, saw))
-    return changes
+    return [Kept(*row) for row in connection.execute(HISTORY, (entity,))]
 
 
-def body_blob(event: Event, patch: Patch) -> bytes:
-    """The body as the history keeps it, with fields unknown to this version; those of the event are its `extra`.
-
-    Raises `ValueError` or `OverflowError` where the body cannot be encoded.
-    """
-    if event.op == "forget":
-        return b"\x80"  # an empty map
-    body = event.body
-    if patch.vectors:
-        body = body | {"vectors": {name: {"dimension": len(v)} for name, v in patch.vectors.items()}}
-    return wire.encode({"extra": event.extra} | body if event.extra else body)
+def history(connection: sqlite3.Connection, entity: int) -> list[Change]:
+    """The changes that these events made."""
+    return [kept.change() for kept in kept_events(connection, entity)]
