@@ -102,12 +102,13 @@ class Edge(NamedTuple):
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
-    """What is remembered of one entity. Edges are `{relation, target_id, properties?}`, in that order."""
+    """What is remembered of one entity. Edges are `{relation, target_id, properties?}`, in that order; `None` where the
+    store that told the rest does not have them."""
 
     entity_id: str
     type: str | None
     attributes: dict[str, Any]
-    edges: list[dict[str, Any]]
+    edges: list[dict[str, Any]] | None
     spaces: list[str]
     text: str | None
     version: int

@@ -12,27 +12,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 from msgspec.structs import replace
 
 from memory_shards import elsewhere
 from memory_shards import folder as folders
-from memory_shards.batcher import Batcher
 from memory_shards.elsewhere import OF_HUB, Elsewhere
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.intake import Intake
 from memory_shards.origins import Origins
-from memory_shards.projection import Projection
-from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
+from memory_shards.stores import Facet
+from memory_shards.stores.by_url import EMBEDDED, Origin, Stores, StoreUrls, open_stores
+from memory_shards.stores.embedded import EmbeddedMemory
+from memory_shards.stores.faiss_cpu import VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
-from memory_shards.stores.sqlite_reader import SqliteReader
 from memory_shards.stores.sqlite_schema import is_corrupt
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
@@ -43,29 +41,15 @@ from mnemesh.contract import AnyOperation
 from mnemesh.errors import BadRequest, NotFound
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
-from mnemesh.ids import from_token, partition_of, to_token
+from mnemesh.ids import from_token, to_token
 from mnemesh.jetstream import last_of_each, stream_state
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
-from mnemesh.wire import Vector
 
 logger = logging.getLogger("mnemesh.shard")
 
-Count = TypeVar("Count")
-Result = TypeVar("Result")
-
 MOST_FOLLOWED = 1000
-MOST_DOCUMENTS_APPLIED = 4000
-"""Records in one transaction of the documents where they lag: no read waits for it, and pages that many events touch
-are written once."""
-
-MOST_VECTORS_APPLIED = 250
-"""Records in one transaction of the vector store: about 8 ms of its worker, which searches wait for."""
-
 MOST_BYTES_LISTED = 2 * 1024 * 1024
-MOST_IDS_ON_LOOP = 200
-MOST_EDGES_ON_LOOP = 1000
-"""A walk that is wider goes to the scanning thread: at 2 µs an edge it would hold up the loop."""
 
 
 class Shard(Actor):
@@ -86,6 +70,7 @@ class Shard(Actor):
         folder: Path,
         guard: Guard | None = None,
         hub: Elsewhere | None = None,
+        stores: StoreUrls = EMBEDDED,
     ) -> None:
         super().__init__(link, guard=guard)
         self._elsewhere = hub
@@ -93,16 +78,15 @@ class Shard(Actor):
         self.site = site
         self.partitions = frozenset(partitions)
         self._folder = folder
+        self._urls = stores
         self._log = subjects.log_stream(site)
-        self._projections: tuple[Projection, ...] = ()
+        self._opened: Stores | None = None
         self._lock: IO[str] | None = None
         origins = Origins(may_go_back=hub is not None)  # a device does not go on from an older copy
         self._intake = Intake(
             site=site, kind="hub" if hub is None else "device", partitions=self.partitions, origins=origins
         )
         self._freshness = Freshness(site, LogHead(self._ask_head), origins)
-        self._scanner = ThreadPoolExecutor(1, thread_name_prefix="scan-documents")
-        self._searches: Batcher[VectorQuery, tuple[list[messages.Hit], int]] = Batcher(self._search)
 
     # ── what the runtime asks ───────────────────────────────────────────────────────────────────────────────
 
@@ -122,17 +106,18 @@ class Shard(Actor):
         gauges = [
             Gauge("undecodable_events", "Events of the log that could not be read", lambda: self._intake.undecodable)
         ]
-        if self._projections:
-            gauges += [
-                Gauge(
-                    "quarantined_events",
-                    "Events that are stamped too far ahead and have no effect",
-                    lambda count=count: count,  # type: ignore[misc]
-                    {"site": site},
-                )
-                for site, count in self._documents.quarantined.items()
-            ]
-        for projection in self._projections:
+        if self._opened is None:
+            return gauges
+        gauges += [
+            Gauge(
+                "quarantined_events",
+                "Events that are stamped too far ahead and have no effect",
+                lambda count=count: count,  # type: ignore[misc]
+                {"site": site},
+            )
+            for site, count in self.stores.documents.quarantined.items()
+        ]
+        for projection in self.stores.projections:
             gauges.append(
                 Gauge(
                     f"{projection.name}_watermark",
@@ -150,8 +135,8 @@ class Shard(Actor):
         return gauges
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
-        applying = {f"apply.{projection.name}": projection.run for projection in self._projections}
-        return {"follow": self._follow, "search": self._searches.run, **applying}
+        applying = {f"apply.{projection.name}": projection.run for projection in self.stores.projections}
+        return {"follow": self._follow, "search": self.stores.vectors.run, **applying}
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -161,34 +146,27 @@ class Shard(Actor):
             self._intake.note(stored)
         state = await stream_state(self.asker.inbox, self._log)
         self._incarnation = state.incarnation
+        origin = Origin(self.site, self.name, self.partitions, state.incarnation, self._folder)
         try:
-            self._open_stores()
+            self._opened = open_stores(self._urls, origin)
+            if max(projection.watermark.value for projection in self._opened.projections) > state.last_sequence:
+                logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
+                await self._opened.close()
+                folders.clear(self._folder)
+                self._opened = open_stores(self._urls, origin)
         except sqlite3.DatabaseError as error:
             self.failed(error)
             raise
-        if max(self._documents.watermark, self._vectors.watermark) > state.last_sequence:
-            logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
-            self._scanned.close()
-            self._documents.close()
-            self._vectors.close()
-            folders.clear(self._folder)
-            self._open_stores()
-        self._document_projection = Projection("documents", self._documents, most=MOST_DOCUMENTS_APPLIED)
-        self._vector_projection = Projection("vectors", self._vectors, most=MOST_VECTORS_APPLIED)
-        self._projections = (self._document_projection, self._vector_projection)
 
-    def _open_stores(self) -> None:
-        origin = self._incarnation
-        self._documents = SqliteStore(self._folder, site=self.site, partitions=self.partitions, incarnation=origin)
-        self._scanned = self._documents.reader()
-        self._vectors = FaissStore(self._folder, self.partitions, site=self.site, incarnation=origin)
+    @property
+    def stores(self) -> Stores:
+        """Its stores, once it is prepared."""
+        assert self._opened is not None, "it is prepared first"
+        return self._opened
 
     async def release(self) -> None:
-        if self._projections:
-            await self._scan(self._scanned.close)
-        self._scanner.shutdown(wait=True)
-        for projection in self._projections:
-            await projection.close()
+        if self._opened is not None:
+            await self._opened.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -200,16 +178,13 @@ class Shard(Actor):
 
     async def _follow(self) -> None:
         """Bring every event of our partitions to every projection, from where the slowest one stands."""
-        after = min(projection.offered for projection in self._projections)
+        projections = self.stores.projections
+        after = min(projection.offered for projection in projections)
         follower = Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation)
         async for batch in follower.batches(MOST_FOLLOWED):
             records = self._intake.records(batch)
-            for projection in self._projections:
+            for projection in projections:
                 await projection.offer(records, batch[-1].sequence)
-
-    async def _scan(self, work: Callable[..., Result], *arguments: object) -> Result:
-        """A long read of `self._scanned`, on its thread: neither the loop nor `apply` waits for it, nor it for them."""
-        return await asyncio.get_running_loop().run_in_executor(self._scanner, work, *arguments)
 
     async def _ask_head(self) -> int:
         return (await stream_state(self.asker.inbox, self._log)).last_sequence
@@ -224,14 +199,13 @@ class Shard(Actor):
         if self._elsewhere is None:
             return await here()
         if request.consistency is not None:
-            own = request.consistency.of_site(self.site)
-            await self._freshness.wait(own, self._document_projection.watermark, call)
-        held, last_own = self._documents.held_or_own(tenant, entity_id)
+            await self._fresh(request.consistency.of_site(self.site), call, self.stores.documents)
+        held, last_own = self._device.held_or_own(tenant, entity_id)
         try:
             if held:
                 return await here()
         except NotFound:
-            held, last_own = self._documents.held_or_own(tenant, entity_id)
+            held, last_own = self._device.held_or_own(tenant, entity_id)
             if held:
                 raise  # else it was let go meanwhile
         return await elsewhere.get_context(
@@ -239,34 +213,39 @@ class Shard(Actor):
             replace(request, entity_id=entity_id),
             call,
             own=None if last_own is None else (self.site, last_own),
-            types=lambda: self._documents.describe(tenant, [entity_id])[0].types,
+            types=lambda: self._device.describe(tenant, [entity_id])[0].types,
             here=here,
         )
 
     async def _get_context(self, entity_id: str, request: messages.GetContext, call: Call) -> messages.Context:
-        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        document = self._documents.get(
-            call.caller.tenant,
+        tenant = call.caller.tenant
+        seen = await self._fresh(request.consistency, call, self.stores.documents, self.stores.edges)
+        document = await self.stores.documents.get(
+            tenant,
             entity_id,
             as_of_ms=to_ms(request.as_of) if request.as_of else None,
             valid_at_ms=to_ms(request.valid_at) if request.valid_at else None,
         )
         if document is None:
             raise NotFound(f"nothing is remembered of {entity_id[:200]!r} (as of {self.site} {seen[self.site]})")
-        vectors, latest = None, document.version
+        edges, latest = document.edges, document.version
+        if edges is None:
+            edges, at = await self.stores.edges.edges_of(tenant, entity_id)
+            latest = max(latest, at)
+        vectors = None
         if request.include_vectors:
-            await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
-            vectors, at = await self._vector_projection.on_worker(self._vectors_of, call.caller.tenant, entity_id)
+            await self._fresh(request.consistency, call, self.stores.vectors)
+            vectors, at = await self.stores.vectors.vectors_of(tenant, entity_id)
             seen = self._freshness.seen(min(at, seen[self.site]), request.consistency)
             latest = max(latest, at)
         suspects = None
         if request.include_suspects:
-            suspects = await self._scan(self._scanned.suspects, call.caller.tenant, entity_id)
+            suspects = await self.stores.documents.suspects(tenant, entity_id)
         return messages.Context(
             entity_id=document.entity_id,
             type=document.type,
             attributes=document.attributes,
-            edges=document.edges,
+            edges=edges,
             spaces=document.spaces,
             text=document.text,
             version=document.version,
@@ -276,32 +255,26 @@ class Shard(Actor):
             suspects=suspects,
         )
 
-    def _vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
-        """An entity's vectors, and where the store of vectors stands. On its thread."""
-        at = self._vector_projection.stands_at
-        return self._vectors.vectors_of(tenant, entity_id), at
-
     @handles(subjects.TIMELINE)
     async def timeline(self, request: messages.Timeline, call: Call) -> messages.TimelinePage:
         entity_id = _entity_id(request.entity_id, call)
         tenant = call.caller.tenant
         if self._elsewhere is not None:
-            is_here = self._documents.holds(tenant, entity_id) or self._documents.timeline(tenant, entity_id, 0, 1)
+            is_here = self._device.holds(tenant, entity_id) or self._device.timeline(tenant, entity_id, 0, 1)
             if request.after >= OF_HUB or not is_here:
                 return await elsewhere.timeline(self._elsewhere, replace(request, entity_id=entity_id), call)
-        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        complete = self._elsewhere is None or self._documents.holds(tenant, entity_id)
-        events = self._documents.timeline(tenant, entity_id, request.after, request.limit)
-        complete = complete and (self._elsewhere is None or self._documents.holds(tenant, entity_id))
+        seen = await self._fresh(request.consistency, call, self.stores.documents)
+        complete = self._has_all_of(tenant, entity_id)
+        events = await self.stores.documents.timeline(tenant, entity_id, request.after, request.limit)
+        complete = complete and self._has_all_of(tenant, entity_id)
         return replace(_page(events, request.limit, seen), complete=complete)
 
     # ── parts of questions that span shards ─────────────────────────────────────────────────────────────────
 
     @handles(subjects.SHARD_TIMELINE_RANGE)
     async def timeline_range(self, request: messages.TimelineRange, call: Call) -> messages.TimelinePage:
-        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        events = await self._scan(
-            self._scanned.timeline_range,
+        seen = await self._fresh(request.consistency, call, self.stores.documents)
+        events = await self.stores.documents.timeline_range(
             call.caller.tenant,
             to_ms(request.start) if request.start else None,
             to_ms(request.end) if request.end else None,
@@ -313,7 +286,7 @@ class Shard(Actor):
 
     @handles(subjects.SHARD_SEARCH)
     async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
-        await self._freshness.wait(request.consistency, self._vector_projection.watermark, call)
+        await self._fresh(request.consistency, call, self.stores.vectors)
         query = VectorQuery(
             tenant=call.caller.tenant,
             space=request.space,
@@ -324,92 +297,43 @@ class Shard(Actor):
             output_fields=request.output_fields,
             include_vectors=request.include_vectors,
         )
-        hits, at = await self._searches.ask(query)
+        hits, at = await self.stores.vectors.search(query)
         return messages.Hits(hits=hits, watermark=self._freshness.seen(at, request.consistency), latest=at)
-
-    async def _search(self, queries: Sequence[VectorQuery]) -> Sequence[tuple[list[messages.Hit], int] | Exception]:
-        return await self._vector_projection.on_worker(self._searched, queries)
-
-    def _searched(self, queries: Sequence[VectorQuery]) -> list[tuple[list[messages.Hit], int] | Exception]:
-        """The answers, and where the store of vectors stands: what waited for it may see more than it asked for."""
-        at = self._vector_projection.stands_at
-        answers = self._vectors.search(queries)
-        return [answer if isinstance(answer, Exception) else (answer, at) for answer in answers]
 
     @handles(subjects.SHARD_SEARCH_TEXT)
     async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
-        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        asked = call.caller.tenant, request.query, request.k, request.type
-        hits, latest = await self._scan(_and_latest, self._scanned, self._scanned.search_text, *asked)
+        seen = await self._fresh(request.consistency, call, self.stores.texts)
+        hits, latest = await self.stores.texts.search_text(call.caller.tenant, request.query, request.k, request.type)
         return messages.Hits(hits=hits, watermark=seen, latest=latest)
 
     @handles(subjects.SHARD_EXPAND)
     async def expand(self, request: messages.Expand, call: Call) -> messages.Expanded:
-        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        asked = call.caller.tenant, request.entity_ids, request.relations, request.direction
-        narrow = len(request.entity_ids) <= MOST_IDS_ON_LOOP
-        if narrow:
-            edges, truncated = self._documents.expand(*asked, min(request.limit, MOST_EDGES_ON_LOOP))
-        if not narrow or (truncated and request.limit > MOST_EDGES_ON_LOOP):
-            (edges, truncated), latest = await self._scan(
-                _and_latest, self._scanned, self._scanned.expand, *asked, request.limit
-            )
-            lacking = [] if self._elsewhere is None else request.entity_ids
-            return messages.Expanded(edges=edges, truncated=truncated, lacking=lacking, watermark=seen, latest=latest)
-        ahead = self._walk_ahead(request, call.caller.tenant, edges)
-        lacking = self._lacking(call.caller.tenant, [*request.entity_ids, *ahead])
-        return messages.Expanded(
-            edges=edges,
-            truncated=truncated,
-            ahead=ahead,
-            lacking=lacking,
-            watermark=seen,
-            latest=self._documents.stands_at(),
+        seen = await self._fresh(request.consistency, call, self.stores.edges)
+        tenant, entity_ids = call.caller.tenant, request.entity_ids
+        walk = await self.stores.edges.expand(
+            tenant, entity_ids, request.relations, request.direction, request.limit, request.ahead
         )
-
-    def _lacking(self, tenant: str, entity_ids: Sequence[str]) -> list[str]:
-        """Those of which a device's hub may know more."""
-        if self._elsewhere is None:
-            return []
-        return [entity_id for entity_id in entity_ids if not self._documents.holds(tenant, entity_id)]
-
-    def _walk_ahead(self, request: messages.Expand, tenant: str, edges: list[tuple[str, str, str]]) -> list[str]:
-        """Add to `edges` those of the entities that they lead to and that are ours; returns these entities."""
-        ahead: list[str] = []
-        known = set(request.entity_ids)
-        reached = edges
-        for _ in range(request.ahead if request.direction == "out" else 0):
-            frontier = [
-                target
-                for target in dict.fromkeys(far for _, _, far in reached)
-                if target not in known and partition_of(tenant, target) in self.partitions
-            ]
-            if not 0 < len(frontier) <= MOST_IDS_ON_LOOP:
-                break
-            room = min(request.limit, MOST_EDGES_ON_LOOP) - len(edges)
-            reached, truncated = self._documents.expand(tenant, frontier, request.relations, "out", room)
-            if truncated:
-                break
-            edges += reached
-            ahead += frontier
-            known.update(frontier)
-        return ahead
+        return messages.Expanded(
+            edges=walk.edges,
+            truncated=walk.truncated,
+            ahead=walk.ahead,
+            lacking=[each for each in (*entity_ids, *walk.ahead) if not self._has_all_of(tenant, each)],
+            watermark=seen,
+            latest=walk.latest,
+        )
 
     # ── what others exchange about what is here ─────────────────────────────────────────────────────────────
 
     @handles(subjects.SHARD_LIST)
     async def list_entities(self, request: messages.ListEntities, call: Call) -> messages.Entities:
-        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        found = await self._scan(
-            partial(
-                self._scanned.list_entities,
-                call.caller.tenant,
-                request.after,
-                request.limit,
-                types=request.types,
-                held=request.held,
-                with_sites=request.with_sites,
-            )
+        seen = await self._fresh(request.consistency, call, self.stores.documents)
+        found = await self.stores.documents.list_entities(
+            call.caller.tenant,
+            request.after,
+            request.limit,
+            types=request.types,
+            held=request.held,
+            with_sites=request.with_sites,
         )
         fitting = _fitting(found)
         more = len(found) == request.limit or len(fitting) < len(found)
@@ -417,55 +341,71 @@ class Shard(Actor):
 
     @handles(subjects.SHARD_DESCRIBE)
     async def describe(self, request: messages.Describe, call: Call) -> messages.Descriptions:
-        seen = await self._freshness.wait(request.consistency, self._document_projection.watermark, call)
-        found = await self._scan(self._scanned.describe, call.caller.tenant, request.entity_ids)
+        seen = await self._fresh(request.consistency, call, self.stores.documents)
+        found = await self.stores.documents.describe(call.caller.tenant, request.entity_ids)
         return messages.Descriptions(entities=found, watermark=seen)
 
     @handles(subjects.SHARD_HELD)
     async def held(self, request: messages.AskHeld, call: Call) -> messages.Held:
-        entities, size = await self._scan(self._scanned.held)
+        entities, size = await self.stores.documents.held()
         return messages.Held(entities=entities, bytes=size)
 
     @handles(subjects.SHARD_ERASED)
     async def erased(self, request: messages.AskErased, call: Call) -> messages.Erased:
         """What is left is of the documents' watermark or later, which is the one that is told."""
         applied = messages.Consistency(level="session", token={self.site: request.sequences[-1]})
-        await self._freshness.wait(applied, self._vector_projection.watermark, call)
-        seen = await self._freshness.wait(applied, self._document_projection.watermark, call)
+        for facet in self.stores.facets:
+            await self._fresh(applied, call, facet)
+        seen = await self._fresh(applied, call, self.stores.documents)
         asked = call.caller.tenant, request.entity_id, request.sequences
-        events, has, left = await self._scan(self._scanned.erased, *asked)
+        events, has, left = await self.stores.documents.erased(*asked)
         return messages.Erased(events=events, has=has, left=left, watermark=seen)
 
     @handles(subjects.SHARD_FORGOTTEN)
     async def forgotten(self, request: messages.AskForgotten, call: Call) -> messages.Forgotten:
         applied = messages.Consistency(level="session", token={self.site: request.sequences[-1]})
-        seen = await self._freshness.wait(applied, self._document_projection.watermark, call)
-        found = await self._scan(self._scanned.forgotten, request.sequences)
+        seen = await self._fresh(applied, call, self.stores.documents)
+        found = await self.stores.documents.forgotten(request.sequences)
         return messages.Forgotten(sequences=found, watermark=seen)
 
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
-        documents, vectors = self._document_projection, self._vector_projection
-        counted = (
-            documents.on_worker(_told, documents, lambda: _counts(self._documents), True)
-            if request.digest
-            else self._scan(_told, documents, self._scanned.counts, False)
-        )
-        ((entities, edges), document_digest, document_mark), (count, vector_digest, vector_mark) = await asyncio.gather(
-            counted, vectors.on_worker(_told, vectors, self._vectors.count, request.digest)
+        facets = self.stores.facets
+        told = dict(
+            zip(facets, await asyncio.gather(*(facet.counted(digest=request.digest) for facet in facets)), strict=True)
         )
         return messages.ShardStatus(
             shard=self.name,
-            watermark={self.site: min(document_mark, vector_mark)},
+            watermark={self.site: min(counted.at for counted in told.values())},
             partitions=len(self.partitions),
-            entities=entities,
-            edges=edges,
-            vectors=count,
-            skipped=self._intake.undecodable + self._documents.rejected,
-            quarantined=dict(self._documents.quarantined),
-            digest=f"{document_digest}-{vector_digest}" if request.digest else None,
+            entities=told[self.stores.documents].things,
+            edges=told[self.stores.edges].edges,
+            vectors=told[self.stores.vectors].things,
+            skipped=self._intake.undecodable + self.stores.documents.rejected,
+            quarantined=dict(self.stores.documents.quarantined),
+            digest="-".join(counted.digest for counted in told.values()) if request.digest else None,
         )
+
+    # ── how fresh, and whether all of it ────────────────────────────────────────────────────────────────────
+
+    async def _fresh(self, consistency: messages.Consistency | None, call: Call, *facets: Facet) -> messages.Token:
+        """Wait until these stores are as fresh as is demanded. What a read of all of them then sees."""
+        places = [
+            (await self._freshness.wait(consistency, projection.watermark, call))[self.site]
+            for projection in dict.fromkeys(facet.projection for facet in facets)
+        ]
+        return self._freshness.seen(min(places), consistency)
+
+    @property
+    def _device(self) -> SqliteStore:
+        """A device's documents, which know what of the hub's they hold."""
+        assert isinstance(self.stores.documents, EmbeddedMemory), "a device keeps what it knows in itself"
+        return self.stores.documents.store
+
+    def _has_all_of(self, tenant: str, entity_id: str) -> bool:
+        """Whether nobody else knows more of it: a hub is asked by its devices, a device holds some."""
+        return self._elsewhere is None or self._device.holds(tenant, entity_id)
 
 
 def _fitting(entities: list[messages.ListedEntity]) -> list[messages.ListedEntity]:
@@ -477,23 +417,6 @@ def _fitting(entities: list[messages.ListedEntity]) -> list[messages.ListedEntit
 def _page(events: list[messages.TimelineEvent], limit: int, seen: messages.Token) -> messages.TimelinePage:
     more = len(events) == limit
     return messages.TimelinePage(events=events, next_after=events[-1].sequence if more else None, watermark=seen)
-
-
-def _and_latest(reader: SqliteReader, read: Callable[..., Result], *arguments: object) -> tuple[Result, int]:
-    """What is read, and the last place of the log that any of it may be from: that may be after what was waited for."""
-    return read(*arguments), reader.stands_at()
-
-
-def _told(projection: Projection, count: Callable[[], Count], digest: bool) -> tuple[Count, str, int]:
-    """The counts, the digest and the watermark of a store, of one moment where this runs on the store's thread."""
-    seen = projection.stands_at
-    return count(), projection.store.digest() if digest else "", seen
-
-
-def _counts(store: SqliteStore) -> tuple[int, int]:
-    """The counts, on the worker's thread: the loop and the scanner have readers of their own."""
-    with closing(store.reader()) as reader:
-        return reader.counts()
 
 
 def _entity_id(named: str | None, call: Call) -> str:

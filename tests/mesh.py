@@ -140,7 +140,7 @@ class PausableShard(Shard):
     async def caught_up(self) -> None:
         """Wait until every store has applied what the log holds now."""
         head = await self._ask_head()
-        for projection in self._projections:
+        for projection in self.stores.projections:
             await projection.watermark.reached(head)
 
 

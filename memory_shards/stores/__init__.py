@@ -4,18 +4,53 @@ A store is opened on a folder or URL and then lives on two sides:
 
 * `apply` runs on the store's own worker thread, never two at a time. It takes records in log order and commits
   their effects and the new watermark in one transaction. A record at or below the watermark has no effect.
-* `settle` runs there too, while no records wait: it finishes what they left undone.
-* reads run wherever the store's docstring says, while `apply` goes on.
+  `settle` runs there too, while no records wait: it finishes what they left undone. That side is `Store`.
+* reads run on the event loop, while `apply` goes on, and say what they saw. A shard asks `Documents`, `Edges`, `Texts`
+  and `Vectors`; one store may be several of them.
 
-What a store keeps is derived: deleting its files loses nothing, the log rebuilds them.
+What a store keeps is derived: deleting it loses nothing, the log rebuilds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from mnemesh.event import Record
+from mnemesh.messages import Description, Direction, Hit, Left, ListedEntity, Suspect, TimelineEvent
+from mnemesh.wire import Vector
+
+if TYPE_CHECKING:
+    from memory_shards.merge import Document
+    from memory_shards.projection import Projection
+    from memory_shards.stores.faiss_cpu import VectorQuery
+
+Edge: TypeAlias = dict[str, Any]
+"""An edge as readers see it: `{relation, target_id, properties?}`."""
+
+
+class Walk(NamedTuple):
+    """Edges (from, relation, to) in the direction walked, sorted where no hop was walked ahead.
+
+    `ahead` are the entities beyond those asked about whose edges are here too. Nothing in it is from after `latest`.
+    """
+
+    edges: list[tuple[str, str, str]]
+    truncated: bool
+    ahead: list[str]
+    latest: int
+
+
+class Counted(NamedTuple):
+    """How much there is, of one moment where a digest was asked for; else at least as new as `at` says.
+
+    `things` are entities of documents and vectors of vectors. Where only edges are kept there are no things.
+    """
+
+    things: int
+    edges: int
+    digest: str
+    at: int
 
 
 class Store(Protocol):
@@ -46,3 +81,107 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Release files and threads. The store is not used after."""
+
+
+class Facet(Protocol):
+    """What a shard needs of each of its stores, whatever it keeps."""
+
+    @property
+    def projection(self) -> Projection:
+        """What keeps it up to date."""
+
+    async def counted(self, *, digest: bool) -> Counted:
+        """How much it holds, and with `digest` a hash of all of it."""
+
+    async def close(self) -> None:
+        """Release what it reads with, and its projection."""
+
+
+class Documents(Facet, Protocol):
+    """What is remembered of each entity, and the history of that. Times are milliseconds since 1970."""
+
+    @property
+    def quarantined(self) -> Mapping[str, int]:
+        """How many events of each site were put aside."""
+
+    @property
+    def rejected(self) -> int:
+        """How many events broke a rule and were skipped."""
+
+    async def held(self) -> tuple[int, int]:
+        """How many entities are held for this device, and the bytes that its hub sent of them."""
+
+    async def get(
+        self, tenant: str, entity_id: str, as_of_ms: int | None = None, valid_at_ms: int | None = None
+    ) -> Document | None:
+        """What is remembered of an entity; `None` if nothing is. `edges` is `None` where they are in another store.
+
+        `as_of_ms`: what was recorded by then; `valid_at_ms`: what held then (now, if not given).
+        """
+
+    async def suspects(self, tenant: str, entity_id: str) -> list[Suspect]:
+        """What lost to a write that did not know of it."""
+
+    async def timeline(self, tenant: str, entity_id: str, after: int, limit: int) -> list[TimelineEvent]:
+        """The entity's events after sequence `after`, in log order."""
+
+    async def timeline_range(
+        self, tenant: str, start_ms: int | None, end_ms: int | None, type: str | None, after: int, limit: int
+    ) -> list[TimelineEvent]:
+        """All entities' events whose valid time starts in [`start_ms`, `end_ms`), after `after`, in log order."""
+
+    async def list_entities(
+        self, tenant: str, after: str, limit: int, *, types: Sequence[str] = (), held: bool, with_sites: bool
+    ) -> list[ListedEntity]:
+        """Entities in the order of their ids: those remembered (of `types`, if any), or those noted as `held`."""
+
+    async def describe(self, tenant: str, entity_ids: Sequence[str]) -> list[Description]:
+        """The types of these entities and who wrote them, in their order."""
+
+    async def erased(
+        self, tenant: str, entity_id: str, sequences: Sequence[int]
+    ) -> tuple[list[int], list[int], list[Left]]:
+        """How many events the forgets at these sequences erased, which of these are left, and what is left."""
+
+    async def forgotten(self, sequences: Sequence[int]) -> list[int]:
+        """Those of the log's sequences that are of forgets, or of what came after the forget that wins over it."""
+
+
+class Edges(Facet, Protocol):
+    """The graph. An edge belongs to the entity that it starts from."""
+
+    async def edges_of(self, tenant: str, entity_id: str) -> tuple[list[Edge], int]:
+        """The edges from an entity that hold now, by relation and target, and the place that none is after."""
+
+    async def expand(
+        self,
+        tenant: str,
+        entity_ids: Sequence[str],
+        relations: Sequence[str],
+        direction: Direction,
+        limit: int,
+        ahead: int = 0,
+    ) -> Walk:
+        """The edges one hop from `entity_ids` along `relations` (all if empty), at most `limit`.
+
+        Outward also those up to `ahead` hops on, as far as that is at hand.
+        """
+
+
+class Texts(Facet, Protocol):
+    """The full-text index."""
+
+    async def search_text(self, tenant: str, query: str, k: int, type: str | None) -> tuple[list[Hit], int]:
+        """The `k` entities whose text answers best to any word of `query`, and the place that no hit is after."""
+
+
+class Vectors(Facet, Protocol):
+    """The vector spaces. `run` works for searches, for ever."""
+
+    async def run(self) -> None: ...
+
+    async def search(self, query: VectorQuery) -> tuple[list[Hit], int]:
+        """The nearest, best first, and the place of the log that no hit is after. Raises `NotFound`, `BadRequest`."""
+
+    async def vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
+        """An entity's vectors by space, and the place that none is after."""

@@ -20,6 +20,7 @@ import msgspec
 
 from memory_shards import merge
 from memory_shards.merge import Document, State, edge_view
+from memory_shards.stores import Edge
 from memory_shards.stores.sqlite_schema import connect, history
 from memory_shards.suspects import suspects
 from mnemesh import wire
@@ -131,6 +132,11 @@ class SqliteReader:
             text=text,
             version=version,
         )
+
+    def edges_of(self, tenant: str, entity_id: str) -> list[Edge]:
+        """The edges that start from an entity and hold now, by relation and target."""
+        document = self.get(tenant, entity_id)
+        return [] if document is None else document.edges or []
 
     def _folded(self, tenant: str, entity_id: str, as_of_ms: int | None, valid_at_ms: int) -> Document | None:
         """What the history of an entity comes to."""
