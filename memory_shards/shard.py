@@ -148,12 +148,12 @@ class Shard(Actor):
         self._incarnation = state.incarnation
         origin = Origin(self.site, self.name, self.partitions, state.incarnation, self._folder)
         try:
-            self._opened = open_stores(self._urls, origin)
+            self._opened = await open_stores(self._urls, origin)
             if max(projection.watermark.value for projection in self._opened.projections) > state.last_sequence:
                 logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
                 await self._opened.close()
                 folders.clear(self._folder)
-                self._opened = open_stores(self._urls, origin)
+                self._opened = await open_stores(self._urls, origin, afresh=True)
         except sqlite3.DatabaseError as error:
             self.failed(error)
             raise

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import pytest_asyncio
+from backends import Backend
 from mesh import SHARDS, SPARE_TENANTS, Mesh
 from nats.aio.client import Client
 from sites import HubSite
+from store_servers import NotToBeHad, RedisServer, redis_cluster, running
 
 from cli.provision import even_shards, provision
 from cli.server import NatsServer, free_port
 from cli.server_config import ServerOptions
+from memory_shards.stores.by_url import EMBEDDED, StoreUrls
 from mnemesh import Memory
 from mnemesh.asker import Asker
 from mnemesh.connection import Link
+
+T = TypeVar("T")
 
 SITE = "hub"
 TENANTS = ("acme", "zeta")
@@ -180,3 +187,41 @@ async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
     """A hub of its own for one test, which devices reach."""
     async with HubSite(tmp_path / "hub").up() as hub:
         yield hub
+
+
+def _server_or_skip(make: Callable[[], T]) -> T:
+    """A server that tests need: where it is not to be had they are skipped, or fail where all are needed."""
+    try:
+        return make()
+    except NotToBeHad as missing:
+        if os.environ.get("MNEMESH_NEEDS_ALL_SERVERS"):
+            pytest.fail(f"{missing}, and MNEMESH_NEEDS_ALL_SERVERS is set")
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis that all tests share: each uses a site of its own, and leaves the process as it is."""
+    server = _server_or_skip(lambda: RedisServer(tmp_path_factory.mktemp("redis")))
+    with running(server):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Redis Cluster of three that all tests share."""
+    with redis_cluster(tmp_path_factory.mktemp("redis-cluster")) as nodes:
+        yield nodes[0].url
+
+
+URLS: dict[str, Callable[[pytest.FixtureRequest], StoreUrls]] = {
+    "embedded": lambda request: EMBEDDED,
+    "redis": lambda request: StoreUrls(attributes=request.getfixturevalue("redis_server").url),
+    "redis-cluster": lambda request: StoreUrls(attributes=request.getfixturevalue("redis_cluster_url")),
+}
+
+
+@pytest.fixture(params=URLS)
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
+    """The stores of a shard, by every choice of them in turn, for a site of the test's own."""
+    return Backend.of(URLS[request.param](request), tmp_path / "stores")

@@ -1,6 +1,6 @@
 """Which stores a shard has: chosen by URL, opened together.
 
-    attributes   sqlite:      edges   sqlite:      text   sqlite:      vectors   faiss:cpu
+    attributes   sqlite: | redis://…      edges   sqlite:      text   sqlite:      vectors   faiss:cpu
 
 What is kept in SQLite is kept in one file, in one transaction. Every other store is a projection of its own, which none
 of the others waits for.
@@ -8,9 +8,11 @@ of the others waits for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from memory_shards.merger import Part
@@ -19,7 +21,9 @@ from memory_shards.stores import Documents, Edges, Facet, Texts, Vectors
 from memory_shards.stores.embedded import EmbeddedMemory, EmbeddedVectors
 from memory_shards.stores.faiss_cpu import FaissStore
 from memory_shards.stores.sqlite import SqliteStore
-from mnemesh.errors import BadRequest
+from mnemesh.errors import BadRequest, MnemeshError
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class StoreUrls:
 
 
 KNOWN: Mapping[str, tuple[str, ...]] = {
-    "attributes": ("sqlite:",),
+    "attributes": ("sqlite:", "redis://", "rediss://"),
     "edges": ("sqlite:",),
     "text": ("sqlite:",),
     "vectors": ("faiss:cpu",),
@@ -84,19 +88,68 @@ class Stores:
             await facet.close()
 
 
-def open_stores(urls: StoreUrls, origin: Origin) -> Stores:
-    """Open what the URLs name. Raises what a store raises that cannot be opened."""
-    documents = _memory(urls, origin)
-    store = FaissStore(origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation)
-    return Stores(documents, documents, documents, EmbeddedVectors("vectors", store))
+async def open_stores(urls: StoreUrls, origin: Origin, *, afresh: bool = False) -> Stores:
+    """Open what the URLs name, each empty where it was built for another log, or where `afresh`.
+
+    Raises `BadRequest` or `Unavailable` that names the setting where a server is no good or not there, `sqlite3.Error`
+    where a file is not.
+    """
+    opened: list[Facet] = []
+    try:
+        memory = _memory(urls, origin)
+        opened.append(memory)
+        documents: Documents = memory
+        if not urls.attributes.startswith("sqlite:"):
+            documents = await _named("attributes", urls.attributes, _redis(urls.attributes, origin, afresh))
+            opened.append(documents)
+        faiss = FaissStore(origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation)
+        return Stores(documents, memory, memory, EmbeddedVectors("vectors", faiss))
+    except BaseException:
+        for facet in opened:
+            await facet.close()
+        raise
 
 
 def _memory(urls: StoreUrls, origin: Origin) -> EmbeddedMemory:
-    parts: frozenset[Part] = frozenset(("attributes", "edges", "text"))
+    """What is kept in SQLite: some text at least."""
+    parts = _embedded(urls)
     store = SqliteStore(
         origin.folder, site=origin.site, partitions=origin.partitions, incarnation=origin.incarnation, parts=parts
     )
-    return EmbeddedMemory("documents", store, origin.partitions)
+    name = "documents" if "attributes" in parts else "edges" if "edges" in parts else "texts"
+    return EmbeddedMemory(name, store, origin.partitions)
+
+
+def _embedded(urls: StoreUrls) -> frozenset[Part]:
+    """What is kept in SQLite."""
+    kept: Mapping[Part, str] = {"attributes": urls.attributes, "edges": urls.edges, "text": urls.text}
+    return frozenset(part for part, url in kept.items() if url == "sqlite:")
+
+
+async def _redis(url: str, origin: Origin, afresh: bool) -> Documents:
+    from memory_shards.stores.redis_reader import RedisDocuments
+    from memory_shards.stores.redis_store import RedisStore
+
+    store = await asyncio.to_thread(
+        RedisStore,
+        url,
+        site=origin.site,
+        shard=origin.shard,
+        partitions=origin.partitions,
+        incarnation=origin.incarnation,
+        afresh=afresh,
+    )
+    return RedisDocuments(url, store)
+
+
+async def _named(setting: str, url: str, opening: Awaitable[Opened]) -> Opened:
+    """What is opened. Whatever keeps it from that names the setting, and never the password."""
+    try:
+        return await opening
+    except MnemeshError as error:
+        raise type(error)(f"{setting} {_without_password(url)}: {error.message}") from error
+    except ImportError as error:
+        raise BadRequest(f"{setting} {_without_password(url)} needs a package: {error}") from error
 
 
 def _without_password(url: str) -> str:

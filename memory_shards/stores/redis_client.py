@@ -1,0 +1,62 @@
+"""Connections to Redis, or to the Redis Cluster that a URL leads to; what is no good for a store is said at the start.
+
+A URL is what redis-py takes: `redis://user:password@host:6379/0`, `rediss://` over TLS. Whether it is a cluster the
+server says. Looks at `mnemesh` only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import redis
+import redis.asyncio
+from redis.asyncio.cluster import RedisCluster as AsyncCluster
+from redis.cluster import RedisCluster
+
+from mnemesh.errors import BadRequest, MnemeshError, Unavailable
+
+AnyRedis: TypeAlias = Any
+"""A client of a server or of a cluster: redis-py gives them the same methods and no type in common."""
+
+OLDEST = (6, 2)
+TIMEOUT_S = 5.0
+
+
+def open_sync(url: str) -> tuple[AnyRedis, bool]:
+    """A client for a thread, and whether it is one of a cluster.
+
+    Raises `Unavailable` where nobody answers, `BadRequest` where what answers is no good.
+    """
+    timeouts = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
+    try:
+        client = redis.Redis.from_url(url, **timeouts)
+        if not _is_cluster(client):
+            return client, False
+        client.close()
+        return RedisCluster.from_url(url, **timeouts), True
+    except (redis.RedisError, ValueError) as error:
+        raise refusal(error) from error
+
+
+def open_async(url: str, *, is_cluster: bool) -> AnyRedis:
+    """A client for the event loop. It connects when it is used."""
+    kind = AsyncCluster if is_cluster else redis.asyncio.Redis
+    return kind.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+
+
+def _is_cluster(client: AnyRedis) -> bool:
+    """Raises `BadRequest` if the server would lose what a store writes, or cannot do what it needs."""
+    told: dict[str, Any] = client.info()
+    version = str(told["redis_version"])
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        raise BadRequest(f"Redis {version} is too old: it must be {'.'.join(map(str, OLDEST))} or later")
+    if (policy := told.get("maxmemory_policy", "noeviction")) != "noeviction" and told.get("maxmemory"):
+        raise BadRequest(f"its maxmemory-policy is {policy}, which drops what is remembered: set it to noeviction")
+    return bool(told.get("cluster_enabled"))
+
+
+def refusal(error: Exception) -> MnemeshError:
+    """What redis-py says, as an error of ours: without the URL, which holds the password."""
+    if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError | ValueError):
+        return BadRequest(f"Redis refuses: {str(error)[:200]}")
+    return Unavailable(f"Redis cannot be reached: {str(error)[:200]}")

@@ -1,0 +1,154 @@
+"""How documents lie in Redis: the keys of a partition, and what is in them.
+
+All keys of a partition begin with `mnemesh:{<site>.<partition>}`, so Redis Cluster keeps them in one hash slot, and one
+transaction can write them. Then the tenant, so that an ACL can say `~mnemesh:*:<tenant>:*`.
+
+    …:<tenant>:entity:<id>   hash    what is so now: attributes as JSON by their names, and `:type`, `:text`, `:spaces`,
+                                     `:version`, `:exact_from`. Gone when it is forgotten, or all of it has expired.
+    …:<tenant>:ledger:<id>   string  what merging needs (`Stored`), also of what was forgotten
+    …:<tenant>:events:<id>   stream  its history; an entry's id is the log's sequence, its field `e` a `Kept`
+    …:<tenant>:ids           zset    the ids of those that are remembered, in the order of their bytes
+    …:<tenant>:gone          zset    the ids of the others
+    …:<tenant>:log           zset    "<sequence> <id>" of each event by its sequence
+    …:<tenant>:valid         zset    the same by `valid_from`
+    …:tenants                set     the tenants that have any of these
+    …:erasures               hash    the sequence of each forget, and how many events it erased
+    …:quarantine             hash    the sequence of each event that is put aside, and a `Quarantined`
+    …:meta                   hash    `applied`: up to which sequence; `incarnation` and `layout` of what is here
+
+and a key for each shard, `mnemesh:{<site>.shard.<name>}`: a hash of its `watermark` and of what that counts. Looks at
+`memory_shards.merge` and `merger`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from memory_shards.merge import Ledger, State
+from memory_shards.merger import Kept, Quarantined
+
+LAYOUT = 1
+"""Goes up with every change of the above; what was written by another is rebuilt."""
+
+
+class Stored(msgspec.Struct, array_like=True):
+    """What merging needs of an entity beside its history."""
+
+    ledger: Ledger
+    alive: bool
+    type: str | None
+    exact_from: int
+    version: int
+    size: int
+
+
+class Keys:
+    """The keys of one partition of a site."""
+
+    def __init__(self, site: str, partition: int) -> None:
+        self._prefix = f"mnemesh:{{{site}.{partition}}}:".encode()
+        self.meta = self._prefix + b"meta"
+        self.erasures = self._prefix + b"erasures"
+        self.quarantine = self._prefix + b"quarantine"
+        self.tenants = self._prefix + b"tenants"
+        self.every = self._prefix + b"*"
+        self._tenants: dict[str, Tenant] = {}
+
+    def of(self, tenant: str) -> Tenant:
+        """The keys of a tenant in it."""
+        found = self._tenants.get(tenant)
+        if found is None:
+            found = self._tenants[tenant] = Tenant(self._prefix + tenant.encode() + b":")
+        return found
+
+
+class Tenant:
+    """The keys of one tenant in one partition."""
+
+    __slots__ = ("_entity", "_events", "_ledger", "gone", "ids", "log", "valid")
+
+    def __init__(self, prefix: bytes) -> None:
+        self.ids = prefix + b"ids"
+        self.gone = prefix + b"gone"
+        self.log = prefix + b"log"
+        self.valid = prefix + b"valid"
+        self._entity = prefix + b"entity:"
+        self._ledger = prefix + b"ledger:"
+        self._events = prefix + b"events:"
+
+    def entity(self, entity_id: str) -> bytes:
+        return self._entity + entity_id.encode()
+
+    def ledger(self, entity_id: str) -> bytes:
+        return self._ledger + entity_id.encode()
+
+    def events(self, entity_id: str) -> bytes:
+        return self._events + entity_id.encode()
+
+
+def shard_key(site: str, shard: str) -> bytes:
+    return f"mnemesh:{{{site}.shard.{shard}}}".encode()
+
+
+# ── what is in them ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+EVENT = b"e"
+TYPE, TEXT, SPACES, VERSION, EXACT_FROM = b":type", b":text", b":spaces", b":version", b":exact_from"
+
+_stored_encoder = msgspec.msgpack.Encoder()
+_stored_decoder = msgspec.msgpack.Decoder(Stored)
+_kept_decoder = msgspec.msgpack.Decoder(Kept)
+_quarantined_decoder = msgspec.msgpack.Decoder(Quarantined)
+_json_encode = msgspec.json.Encoder().encode
+_json_decode = msgspec.json.Decoder().decode
+
+encode = _stored_encoder.encode
+"""A `Stored`, `Kept` or `Quarantined` as MessagePack."""
+
+decode_stored = _stored_decoder.decode
+decode_kept = _kept_decoder.decode
+decode_quarantined = _quarantined_decoder.decode
+
+
+def fields_of(state: State, version: int) -> dict[bytes, bytes]:
+    """The hash of an entity: its attributes, and all else that a reader is told."""
+    fields = {field(name): _json_encode(value) for name, value in state.attributes.items()}
+    fields[VERSION] = b"%d" % version
+    if state.exact_from:
+        fields[EXACT_FROM] = b"%d" % state.exact_from
+    if state.type is not None:
+        fields[TYPE] = _json_encode(state.type)
+    if state.text is not None:
+        fields[TEXT] = _json_encode(state.text)
+    if spaces := state.spaces:
+        fields[SPACES] = _json_encode(spaces)
+    return fields
+
+
+def field(attribute: str) -> bytes:
+    """The field of an attribute. Those that begin with a colon get another one, so that none is one of ours."""
+    name = attribute.encode()
+    return b":" + name if name.startswith(b":") else name
+
+
+def attributes_in(fields: dict[bytes, bytes]) -> dict[str, Any]:
+    """The attributes of an entity's hash."""
+    return {
+        (name[1:] if name.startswith(b"::") else name).decode(): _json_decode(value)
+        for name, value in fields.items()
+        if not name.startswith(b":") or name.startswith(b"::")
+    }
+
+
+def text_in(value: bytes | None) -> str | None:
+    """A field that holds a text."""
+    found: str | None = None if value is None else _json_decode(value)
+    return found
+
+
+def names_in(value: bytes | None) -> list[str]:
+    """A field that holds names."""
+    found: list[str] = [] if value is None else _json_decode(value)
+    return found

@@ -1,0 +1,323 @@
+"""The store `redis:`: documents and their history in Redis, or in Redis Cluster (`redis_layout` says how they lie).
+
+    watch what is applied → the entities that the records name → merge (`memory_shards.merger`) → one transaction
+
+Where the server is one, a batch is one transaction, with its watermark. A cluster takes one for each partition, which
+lies in one slot with up to where it is applied; the watermark follows when all of them are there. So effects are once
+in either, and whoever applies while another does fails: what both watch has changed.
+
+`apply` runs on the worker thread, over a client of its own; the reads are `redis_reader`'s. Looks at
+`memory_shards.merge` and `merger`, `redis_layout`, `redis_client` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from memory_shards.merge import NEVER, State, fold
+from memory_shards.merger import Kept, Merger, Name, Touched
+from memory_shards.stores import redis_layout as layout
+from memory_shards.stores.redis_client import AnyRedis, open_sync
+from memory_shards.stores.redis_layout import EVENT, Keys, Stored
+from mnemesh.event import Record
+
+logger = logging.getLogger("mnemesh.redis")
+
+_CLEARED_AT_ONCE = 500
+
+
+class RedisStore:
+    """Writes the documents of some partitions of a site's log. Several shards, also of other sites, may share a server.
+
+    What was written for another incarnation of the log is cleared. `shard` names whose watermark it is.
+    """
+
+    def __init__(
+        self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str, afresh: bool = False
+    ) -> None:
+        self._client, self.in_cluster = open_sync(url)
+        self.keys: Mapping[int, Keys] = {partition: Keys(site, partition) for partition in sorted(partitions)}
+        self._site = site
+        self._shard = layout.shard_key(site, shard)
+        self._counts = f"{layout.LAYOUT} {incarnation} {sorted(self.keys)}".encode()
+        self._written_by = f"{layout.LAYOUT} {incarnation}".encode()
+        self.rejected = 0
+        self.quarantined: Counter[str] = Counter()
+        """How many events of each site were put aside."""
+        self._clear_others(afresh)
+        watermark, counts = self._client.hmget(self._shard, "watermark", "counts")
+        self._watermark = int(watermark) if watermark and counts == self._counts and not afresh else 0
+        for put_aside in self._each(lambda pipe, keys: pipe.hvals(keys.quarantine)):
+            self.quarantined.update(layout.decode_quarantined(raw).site for raw in put_aside)
+
+    @property
+    def watermark(self) -> int:
+        """The last log sequence applied and committed."""
+        return self._watermark
+
+    def shows(self, record: Record) -> bool:
+        """Each of them: it is in the entity's timeline."""
+        return True
+
+    @property
+    def is_settled(self) -> bool:
+        """Always: what records erase is gone when they are committed."""
+        return True
+
+    def settle(self) -> None:
+        """There is nothing left to do."""
+
+    def apply(self, records: Sequence[Record], watermark: int) -> None:
+        """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
+
+        Raises `redis.RedisError` where Redis cannot be reached or another applies; whatever had an effect then has none
+        when it is tried again.
+        """
+        if watermark <= self._watermark:
+            return
+        by_partition: dict[int, list[Record]] = defaultdict(list)
+        for record in records:
+            by_partition[record.partition].append(record)
+        if not self.in_cluster:
+            self._commit(by_partition, watermark)
+        else:
+            for partition, some in by_partition.items():
+                self._commit({partition: some}, None)
+            self._client.hset(self._shard, mapping={"watermark": watermark, "counts": self._counts})
+        self._watermark = watermark
+
+    def _commit(self, records: Mapping[int, Sequence[Record]], watermark: int | None) -> None:
+        """Apply what is not applied yet of some partitions, in one transaction."""
+        with self._client.pipeline(transaction=True) as transaction:
+            transaction.watch(
+                *(self.keys[partition].meta for partition in records), *([self._shard] if watermark else [])
+            )
+            fresh = self._fresh(records)
+            batch = _Batch(self._client, self.keys, fresh, site=self._site, put_aside=self.quarantined)
+            transaction.multi()
+            batch.write(transaction)
+            if watermark is not None:
+                transaction.hset(self._shard, mapping={"watermark": watermark, "counts": self._counts})
+            transaction.execute()
+        self.rejected += batch.rejected
+        self.quarantined.update(batch.quarantined)
+
+    def _fresh(self, records: Mapping[int, Sequence[Record]]) -> list[Record]:
+        with self._client.pipeline(transaction=False) as reading:
+            for partition in records:
+                reading.hget(self.keys[partition].meta, "applied")
+            applied = dict(zip(records, map(int, (found or 0 for found in reading.execute())), strict=True))
+        fresh = [each for some in records.values() for each in some if each.sequence > applied[each.partition]]
+        return sorted(fresh, key=lambda record: record.sequence)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._client.close()
+
+    def digest(self) -> str:
+        raise NotImplementedError("its reader tells it")
+
+    def _each(self, ask: Any) -> list[Any]:
+        """What a command says of each partition."""
+        with self._client.pipeline(transaction=False) as reading:
+            for keys in self.keys.values():
+                ask(reading, keys)
+            return reading.execute()  # type: ignore[no-any-return]
+
+    def _clear_others(self, afresh: bool) -> None:
+        """Clear the partitions that were written for another log, and note for which they are now."""
+        found = self._each(lambda pipe, keys: pipe.hget(keys.meta, "for"))
+        for keys, written_for in zip(self.keys.values(), found, strict=True):
+            if written_for == self._written_by and not afresh:
+                continue
+            if written_for is not None:
+                logger.warning("%s was written for another log: cleared", keys.meta.decode())
+            self._clear(keys)
+            self._client.hset(keys.meta, "for", self._written_by)
+
+    def _clear(self, keys: Keys) -> None:
+        """Delete all of a partition; its meta last, so that a clearing that was cut off begins anew."""
+        for tenant in self._client.smembers(keys.tenants):
+            names = keys.of(tenant.decode())
+            for index in (names.ids, names.gone):
+                for entity_id, _ in self._client.zscan_iter(index, count=_CLEARED_AT_ONCE):
+                    known = entity_id.decode()
+                    self._client.delete(names.entity(known), names.ledger(known), names.events(known))
+            self._client.delete(names.ids, names.gone, names.log, names.valid)
+        self._client.delete(keys.tenants, keys.erasures, keys.quarantine)
+        self._client.delete(keys.meta)
+
+
+class _Batch:
+    """Records on their way into Redis: what they name is read when it is made, `write` adds the commands."""
+
+    def __init__(
+        self,
+        client: AnyRedis,
+        keys: Mapping[int, Keys],
+        records: Sequence[Record],
+        *,
+        site: str,
+        put_aside: Mapping[str, int],
+    ) -> None:
+        self.quarantined: Counter[str] = Counter()
+        self._client = client
+        self._keys = keys
+        self._records = records
+        self._partitions = {(each.event.tenant, each.event.entity_id): each.partition for each in records}
+        self._put_aside = self._quarantines() if any(put_aside.get(each.event.site) for each in records) else {}
+        self._known: dict[Name, Stored] = {}
+        self._stamped: dict[Name, tuple[dict[str, Any], Any]] = {}
+        self._read: dict[Name, list[Kept]] = {}
+        self._merger = Merger(self._load(), self._history, site=site, put_aside=put_aside)
+        for record in records:
+            self._merger.take(record)
+
+    @property
+    def rejected(self) -> int:
+        """How many of the records break a rule."""
+        return self._merger.rejected
+
+    def _load(self) -> dict[Name, Touched]:
+        with self._client.pipeline(transaction=False) as reading:
+            for tenant, entity_id in self._partitions:
+                reading.get(self._of(tenant, entity_id).ledger(entity_id))
+            found = reading.execute()
+        loaded = {}
+        for name, raw in zip(self._partitions, found, strict=True):
+            if raw is None:
+                loaded[name] = Touched()
+                continue
+            stored = self._known[name] = layout.decode_stored(raw)
+            ledger = stored.ledger
+            self._stamped[name] = dict(ledger.attributes), ledger.text
+            state = State(ledger, stored.alive, stored.type, None, {}, {}, stored.exact_from)
+            loaded[name] = Touched(state, version=stored.version, size=stored.size)
+        return loaded
+
+    def _history(self, name: Name) -> list[Kept]:
+        if name not in self._read:
+            tenant, entity_id = name
+            entries = self._client.xrange(self._of(tenant, entity_id).events(entity_id))
+            self._read[name] = [layout.decode_kept(fields[EVENT]) for _, fields in entries]
+        return self._read[name]
+
+    def _of(self, tenant: str, entity_id: str) -> layout.Tenant:
+        return self._keys[self._partitions[tenant, entity_id]].of(tenant)
+
+    def _quarantines(self) -> dict[tuple[str, str], list[tuple[int, bytes]]]:
+        """Where the events that were put aside are, by site and event id: (partition, field)."""
+        found = defaultdict(list)
+        for partition in {record.partition for record in self._records}:
+            for sequence, raw in self._client.hgetall(self._keys[partition].quarantine).items():
+                told = layout.decode_quarantined(raw)
+                found[told.site, told.event_id].append((partition, sequence))
+        return found
+
+    def write(self, pipe: Any) -> None:
+        """Add the commands that write what the records come to, and up to where each partition is applied."""
+        for name, entity in self._merger.dirty.items():
+            self._write_entity(pipe, name, entity)
+        self._write_indices(pipe)
+        partition_of = {record.sequence: record.partition for record in self._records}
+        for sequence, events in self._merger.erasures:
+            pipe.hset(self._keys[partition_of[sequence]].erasures, sequence, events)
+        for again in self._merger.restamped:
+            for partition, field in self._put_aside.pop(again, []):
+                pipe.hdel(self._keys[partition].quarantine, field)
+                self.quarantined[again[0]] -= 1
+        for sequence, told in self._merger.quarantined.items():
+            pipe.hset(self._keys[partition_of[sequence]].quarantine, sequence, layout.encode(told))
+        self.quarantined.update(self._merger.uncounted)
+        last = {record.partition: record.sequence for record in self._records}
+        for partition, sequence in last.items():
+            pipe.hset(self._keys[partition].meta, "applied", sequence)
+
+    def _write_entity(self, pipe: Any, name: Name, entity: Touched) -> None:
+        tenant, entity_id = name
+        keys = self._of(tenant, entity_id)
+        state = entity.state
+        hash_key = keys.entity(entity_id)
+        if entity.erases is not None:
+            self._rewrite_history(pipe, name, entity)
+        for kept in entity.added:
+            pipe.xadd(keys.events(entity_id), {EVENT: layout.encode(kept)}, id=f"{kept.sequence}-0")
+        if not state.alive:
+            pipe.delete(hash_key)
+        elif entity.erases is not None or state.exact_from == NEVER:
+            self._rewrite(pipe, name, entity)
+        else:
+            fields = layout.fields_of(state, entity.version)
+            pipe.hset(hash_key, mapping=fields)
+            if gone := [field for field in self._gone(name, state) if field not in fields]:
+                pipe.hdel(hash_key, *gone)
+        stored = Stored(state.ledger, state.alive, state.type, state.exact_from, entity.version, entity.size)
+        pipe.set(keys.ledger(entity_id), layout.encode(stored))
+
+    def _gone(self, name: Name, state: State) -> list[bytes]:
+        """The fields that the records took away, and some that they wrote."""
+        before, text = self._stamped.get(name, ({}, None))
+        gone = [layout.field(each) for each, key in state.ledger.attributes.items() if before.get(each) != key]
+        if state.ledger.text != text:
+            gone.append(layout.TEXT)
+        return [*gone, layout.SPACES]
+
+    def _rewrite_history(self, pipe: Any, name: Name, entity: Touched) -> None:
+        """Put what a forget has left in place of what there was."""
+        tenant, entity_id = name
+        keys = self._of(tenant, entity_id)
+        left = entity.history or []
+        pipe.delete(keys.events(entity_id))
+        for kept in left:
+            pipe.xadd(keys.events(entity_id), {EVENT: layout.encode(kept)}, id=f"{kept.sequence}-0")
+        if erased := set(self._history(name)).difference(left):
+            members = [_member(kept.sequence, entity_id) for kept in erased]
+            pipe.zrem(keys.log, *members)
+            pipe.zrem(keys.valid, *members)
+
+    def _rewrite(self, pipe: Any, name: Name, entity: Touched) -> None:
+        """Write all of an entity; where all of it ends, have Redis drop it then. The history stays."""
+        tenant, entity_id = name
+        hash_key = self._of(tenant, entity_id).entity(entity_id)
+        kept = [*(self._history(name) if entity.history is None else entity.history), *entity.added]
+        changes = [each.change() for each in kept]
+        whole = fold(changes)
+        whole.exact_from = entity.state.exact_from
+        pipe.delete(hash_key)
+        pipe.hset(hash_key, mapping=layout.fields_of(whole, entity.version))
+        ends = [change.valid_to for change in changes if change.patch is not None]
+        if None not in ends:
+            pipe.pexpireat(hash_key, max(end for end in ends if end is not None))
+
+    def _write_indices(self, pipe: Any) -> None:
+        """Many members a command."""
+        indices: dict[bytes, dict[bytes, int]] = defaultdict(dict)
+        removed: dict[bytes, list[bytes]] = defaultdict(list)
+        tenants: dict[bytes, set[str]] = defaultdict(set)
+        for (tenant, entity_id), entity in self._merger.dirty.items():
+            partition = self._keys[self._partitions[tenant, entity_id]]
+            keys = partition.of(tenant)
+            known = self._known.get((tenant, entity_id))
+            if known is None:
+                tenants[partition.tenants].add(tenant)
+            if known is None or known.alive != entity.state.alive:
+                here, there = (keys.ids, keys.gone) if entity.state.alive else (keys.gone, keys.ids)
+                indices[here][entity_id.encode()] = 0
+                removed[there].append(entity_id.encode())
+            for kept in entity.added:
+                indices[keys.log][_member(kept.sequence, entity_id)] = kept.sequence
+                indices[keys.valid][_member(kept.sequence, entity_id)] = kept.valid_from
+        for key, members in removed.items():
+            pipe.zrem(key, *members)
+        for key, scores in indices.items():
+            pipe.zadd(key, scores)
+        for key, names in tenants.items():
+            pipe.sadd(key, *names)
+
+
+def _member(sequence: int, entity_id: str) -> bytes:
+    """An event in the indices by sequence and by time."""
+    return b"%d %s" % (sequence, entity_id.encode())

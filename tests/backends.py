@@ -1,0 +1,55 @@
+"""Every backend of a shard's stores, each on the real thing, for tests that must pass on all of them alike.
+
+A `Backend` opens the stores of one shard of a site of its own, so that tests which share a server do not meet. What it
+is told, `applied` brings to every store that has something of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+from memory_shards.stores.by_url import Origin, Stores, StoreUrls, open_stores
+from mnemesh.event import Record
+from mnemesh.ids import PARTITIONS
+
+_SITES = count(1)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Some stores by URL, for one shard with all partitions of a site that nobody else uses."""
+
+    urls: StoreUrls
+    origin: Origin
+
+    @classmethod
+    def of(cls, urls: StoreUrls, folder: Path) -> Backend:
+        return cls(urls, Origin(f"site{next(_SITES)}", "s0", frozenset(range(PARTITIONS)), "1", folder))
+
+    def elsewhere(self, folder: Path) -> Backend:
+        """The same backend for another site."""
+        return Backend.of(self.urls, folder)
+
+    def of_log(self, incarnation: str) -> Backend:
+        """The same stores, for another log."""
+        return Backend(self.urls, replace(self.origin, incarnation=incarnation))
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Stores]:
+        stores = await open_stores(self.urls, self.origin)
+        try:
+            yield stores
+        finally:
+            await stores.close()
+
+
+async def apply(stores: Stores, records: Sequence[Record], watermark: int | None = None) -> None:
+    """Have every store apply these, in one go, and stand at `watermark` (that of the last, if none is given)."""
+    for projection in stores.projections:
+        at = records[-1].sequence if watermark is None else watermark
+        await projection.on_worker(projection.store.apply, records, at)
+        projection.watermark.advance(projection.store.watermark)

@@ -1,0 +1,174 @@
+"""The servers that stores are tested against: real ones, on free ports, in temporary folders, stopped by process id.
+
+    python -m tests.store_servers    installs what is missing, into caches that the next run finds
+
+What cannot be had is said: the tests that need it are skipped with the reason, and fail instead where
+MNEMESH_NEEDS_ALL_SERVERS is set, as CI does. Versions are those of `constraints.txt`, of Debian, and those below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import redis
+
+from cli.server import free_port
+
+NEO4J_VERSION = "5.26.16"
+START_S = 60.0
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnemesh"
+NEO4J_JARS = CACHE / f"neo4j-{NEO4J_VERSION}"
+POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>mnemesh</groupId><artifactId>neo4j-for-tests</artifactId><version>1</version>
+  <dependencies>
+    <dependency><groupId>org.neo4j.app</groupId><artifactId>neo4j-server</artifactId><version>{NEO4J_VERSION}</version></dependency>
+    <dependency><groupId>org.neo4j</groupId><artifactId>neo4j</artifactId><version>{NEO4J_VERSION}</version></dependency>
+  </dependencies>
+</project>
+"""
+
+
+class NotToBeHad(Exception):
+    """A server that this machine cannot run, and why."""
+
+
+# ── installing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def install() -> None:
+    """Get what is missing, as far as this machine can; says what it cannot."""
+    for what, get in (("Redis", _install_redis), ("Neo4j", _install_neo4j)):
+        try:
+            get()
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"{what} is not to be had, and its tests will not run: {error}", file=sys.stderr)
+
+
+def _install_redis() -> None:
+    if shutil.which("redis-server") is None:
+        _run("apt-get", "install", "--yes", "--no-install-recommends", "redis-server", "redis-tools")
+
+
+def _install_neo4j() -> None:
+    """214 jars, whole or not at all."""
+    if NEO4J_JARS.exists():
+        return
+    making = CACHE / f"making-neo4j-{os.getpid()}"
+    making.mkdir(parents=True)
+    try:
+        (making / "pom.xml").write_text(POM)
+        copy = ("dependency:copy-dependencies", "-DincludeScope=runtime", "-DoutputDirectory=lib")
+        _run("mvn", "--quiet", "--batch-mode", *copy, cwd=making)
+        (making / "lib").rename(NEO4J_JARS)
+    finally:
+        shutil.rmtree(making)
+
+
+def _run(*command: str, cwd: Path | None = None) -> None:
+    subprocess.run(command, check=True, cwd=cwd, stdout=subprocess.DEVNULL, timeout=600)
+
+
+# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Server:
+    """A server process, which a test may stop, pause and start again."""
+
+    def __init__(self, command: list[str], folder: Path, answers: Callable[[], object]) -> None:
+        self._command = command
+        self._folder = folder
+        self._answers = answers
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                self._answers()
+            except Exception:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
+
+    def send(self, signum: signal.Signals) -> None:
+        assert self._process is not None, "it was started"
+        self._process.send_signal(signum)
+
+    def kill(self) -> None:
+        """Without notice, as a machine dies."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class RedisServer(Server):
+    """One Redis, with what it wrote kept in its folder."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            raise NotToBeHad("redis-server is not installed (apt-get install redis-server)")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        kept = ("--appendonly", "yes", "--appendfsync", "everysec", "--save", "")
+        command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), *kept, *flags]
+        super().__init__(command, folder, self._ping)
+
+    def _ping(self) -> None:
+        with redis.Redis(port=self.port, socket_timeout=1, retry=None) as client:
+            try:
+                client.ping()
+            except redis.AuthenticationError:
+                return
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[None]:
+    """Have it run while the block does."""
+    server.start()
+    try:
+        yield
+    finally:
+        server.kill()
+
+
+@contextlib.contextmanager
+def redis_cluster(folder: Path) -> Iterator[list[RedisServer]]:
+    """Three of them that share the slots. The URL of any leads to all."""
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for number in range(3):
+            ports = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+            nodes.append(RedisServer(folder / str(number), *ports))
+            stack.enter_context(running(nodes[-1]))
+        addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+        _run("redis-cli", "--cluster", "create", *addresses, "--cluster-yes")
+        deadline = time.monotonic() + START_S
+        for node in nodes:
+            with redis.Redis(port=node.port) as client:
+                while client.cluster("info")["cluster_state"] != "ok":
+                    if time.monotonic() > deadline:
+                        raise TimeoutError("the nodes of the cluster do not find together")
+                    time.sleep(0.05)
+        yield nodes
+
+
+if __name__ == "__main__":
+    install()
