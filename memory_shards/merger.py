@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import msgspec
+
 from memory_shards import merge
-from memory_shards.merge import Change, Mark, Patch, State
+from memory_shards.merge import Change, Ledger, Mark, Patch, State
 from mnemesh import wire
 from mnemesh.event import Event, Record
 from mnemesh.messages import HeldState
@@ -77,6 +79,17 @@ class Quarantined(NamedTuple):
     hlc: int
 
 
+class Stored(msgspec.Struct, array_like=True):
+    """What a store that is outside keeps for merging, beside an entity's history."""
+
+    ledger: Ledger
+    alive: bool
+    type: str | None
+    exact_from: int
+    version: int
+    size: int
+
+
 class Touched:
     """An entity that records are merged into. A new one has the defaults.
 
@@ -122,6 +135,17 @@ class Touched:
         self.added: list[Kept] = []
         self.cleared = False
         self.erases: Mark | None = None
+
+    @classmethod
+    def of(cls, stored: Stored) -> Touched:
+        """One that was stored before; of its attributes, text and edges only what changes will be there."""
+        state = State(stored.ledger, stored.alive, stored.type, None, {}, {}, stored.exact_from)
+        return cls(state, version=stored.version, size=stored.size)
+
+    def stored(self) -> Stored:
+        """What to store of it."""
+        state = self.state
+        return Stored(state.ledger, state.alive, state.type, state.exact_from, self.version, self.size)
 
     @property
     def is_gone(self) -> bool:
@@ -208,6 +232,8 @@ class Merger:
             self._forget(name, entity, change)
         else:
             entity.state.put(change)
+            if self._is_partial and not says_anything(patch):
+                return True
         entity.size += len(body)
         entity.added.append(
             Kept(
@@ -280,6 +306,11 @@ def parts_of(patch: Patch, parts: frozenset[Part]) -> Patch:
         remove_edges=patch.remove_edges if with_edges else [],
         text=patch.text if "text" in parts else None,
     )
+
+
+def says_anything(patch: Patch) -> bool:
+    """Whether a patch says more than a type, where attributes and vectors are left out."""
+    return bool(patch.edges or patch.remove_edges) or patch.text is not None
 
 
 def body_of(event: Event, patch: Patch, *, whole: bool) -> bytes:

@@ -15,7 +15,7 @@ from backends import Backend
 from mesh import SHARDS, SPARE_TENANTS, Mesh
 from nats.aio.client import Client
 from sites import HubSite
-from store_servers import NotToBeHad, RedisServer, redis_cluster, running
+from store_servers import Neo4jServer, NotToBeHad, RedisServer, redis_cluster, running
 
 from cli.provision import even_shards, provision
 from cli.server import NatsServer, free_port
@@ -214,9 +214,21 @@ def redis_cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         yield nodes[0].url
 
 
+@pytest.fixture(scope="session")
+def neo4j_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neo4jServer]:
+    """A Neo4j that all tests share: each uses a site of its own, and leaves the process as it is."""
+    server = _server_or_skip(lambda: Neo4jServer(tmp_path_factory.mktemp("neo4j")))
+    with running(server):
+        yield server
+
+
 URLS: dict[str, Callable[[pytest.FixtureRequest], StoreUrls]] = {
     "embedded": lambda request: EMBEDDED,
     "redis": lambda request: StoreUrls(attributes=request.getfixturevalue("redis_server").url),
+    "neo4j": lambda request: StoreUrls(edges=request.getfixturevalue("neo4j_server").url),
+    "redis-neo4j": lambda request: StoreUrls(
+        attributes=request.getfixturevalue("redis_server").url, edges=request.getfixturevalue("neo4j_server").url
+    ),
     "redis-cluster": lambda request: StoreUrls(attributes=request.getfixturevalue("redis_cluster_url")),
 }
 

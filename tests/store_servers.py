@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import neo4j
 import redis
+from neo4j.exceptions import AuthError
 
 from cli.server import free_port
 
@@ -137,6 +139,46 @@ class RedisServer(Server):
                 client.ping()
             except redis.AuthenticationError:
                 return
+
+
+class Neo4jServer(Server):
+    """One Neo4j community server, of which the first start sets the password."""
+
+    PASSWORD = "mnemesh-tests"
+    CONF = """server.bolt.listen_address=127.0.0.1:{port}
+server.bolt.advertised_address=127.0.0.1:{port}
+server.http.enabled=false
+server.https.enabled=false
+server.memory.heap.initial_size=512m
+server.memory.heap.max_size=512m
+server.memory.pagecache.size=64m
+dbms.usage_report.enabled=false
+"""
+    OPENED = ("java.nio", "java.io", "sun.nio.ch", "java.util.concurrent")
+    """Packages of java.base that Neo4j's own launcher opens to it."""
+
+    def __init__(self, folder: Path) -> None:
+        java = shutil.which("java")
+        if java is None or not NEO4J_JARS.exists():
+            raise NotToBeHad(f"Neo4j is not installed: it needs OpenJDK 17 or later, and its jars in {NEO4J_JARS}")
+        (folder / "conf").mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.url = f"bolt://neo4j:{self.PASSWORD}@127.0.0.1:{self.port}"
+        (folder / "conf" / "neo4j.conf").write_text(self.CONF.format(port=self.port))
+        opened = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in self.OPENED]
+        command = [java, "-Xmx512m", *opened, "-cp", f"{NEO4J_JARS}/*", "org.neo4j.server.CommunityEntryPoint"]
+        super().__init__([*command, f"--home-dir={folder}", f"--config-dir={folder / 'conf'}"], folder, self._ask)
+
+    def _ask(self) -> None:
+        try:
+            self._as(self.PASSWORD, "neo4j", "RETURN 1")
+        except AuthError:
+            first = f"ALTER CURRENT USER SET PASSWORD FROM 'neo4j' TO '{self.PASSWORD}'"
+            self._as("neo4j", "system", first)
+
+    def _as(self, password: str, database: str, cypher: str) -> None:
+        with neo4j.GraphDatabase.driver(f"bolt://127.0.0.1:{self.port}", auth=("neo4j", password)) as driver:
+            driver.execute_query(cypher, database_=database)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 """Which stores a shard has: chosen by URL, opened together.
 
-    attributes   sqlite: | redis://…      edges   sqlite:      text   sqlite:      vectors   faiss:cpu
+    attributes   sqlite: | redis://…
+    edges        sqlite: | bolt://… | neo4j://…
+    text         sqlite:
+    vectors      faiss:cpu
 
 What is kept in SQLite is kept in one file, in one transaction. Every other store is a projection of its own, which none
 of the others waits for.
@@ -9,7 +12,7 @@ of the others waits for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -45,7 +48,7 @@ class StoreUrls:
 
 KNOWN: Mapping[str, tuple[str, ...]] = {
     "attributes": ("sqlite:", "redis://", "rediss://"),
-    "edges": ("sqlite:",),
+    "edges": ("sqlite:", "bolt://", "bolt+s://", "bolt+ssc://", "neo4j://", "neo4j+s://", "neo4j+ssc://"),
     "text": ("sqlite:",),
     "vectors": ("faiss:cpu",),
 }
@@ -102,8 +105,12 @@ async def open_stores(urls: StoreUrls, origin: Origin, *, afresh: bool = False) 
         if not urls.attributes.startswith("sqlite:"):
             documents = await _named("attributes", urls.attributes, _redis(urls.attributes, origin, afresh))
             opened.append(documents)
+        edges: Edges = memory
+        if not urls.edges.startswith("sqlite:"):
+            edges = await _named("edges", urls.edges, _neo4j(urls.edges, origin, afresh))
+            opened.append(edges)
         faiss = FaissStore(origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation)
-        return Stores(documents, memory, memory, EmbeddedVectors("vectors", faiss))
+        return Stores(documents, edges, memory, EmbeddedVectors("vectors", faiss))
     except BaseException:
         for facet in opened:
             await facet.close()
@@ -130,8 +137,20 @@ async def _redis(url: str, origin: Origin, afresh: bool) -> Documents:
     from memory_shards.stores.redis_reader import RedisDocuments
     from memory_shards.stores.redis_store import RedisStore
 
-    store = await asyncio.to_thread(
-        RedisStore,
+    return RedisDocuments(url, await _opened(RedisStore, url, origin, afresh))
+
+
+async def _neo4j(url: str, origin: Origin, afresh: bool) -> Edges:
+    from memory_shards.stores.neo4j_reader import Neo4jEdges
+    from memory_shards.stores.neo4j_store import Neo4jStore
+
+    return Neo4jEdges(await _opened(Neo4jStore, url, origin, afresh))
+
+
+async def _opened(store: Callable[..., Opened], url: str, origin: Origin, afresh: bool) -> Opened:
+    """A store that is outside, opened beside the event loop."""
+    return await asyncio.to_thread(
+        store,
         url,
         site=origin.site,
         shard=origin.shard,
@@ -139,7 +158,6 @@ async def _redis(url: str, origin: Origin, afresh: bool) -> Documents:
         incarnation=origin.incarnation,
         afresh=afresh,
     )
-    return RedisDocuments(url, store)
 
 
 async def _named(setting: str, url: str, opening: Awaitable[Opened]) -> Opened:

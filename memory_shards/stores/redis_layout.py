@@ -26,22 +26,11 @@ from typing import Any
 
 import msgspec
 
-from memory_shards.merge import Ledger, State
-from memory_shards.merger import Kept, Quarantined
+from memory_shards.merge import State
+from memory_shards.merger import Kept, Quarantined, Stored
 
 LAYOUT = 1
 """Goes up with every change of the above; what was written by another is rebuilt."""
-
-
-class Stored(msgspec.Struct, array_like=True):
-    """What merging needs of an entity beside its history."""
-
-    ledger: Ledger
-    alive: bool
-    type: str | None
-    exact_from: int
-    version: int
-    size: int
 
 
 class Keys:

@@ -15,12 +15,12 @@ from itertools import islice
 from typing import Any
 
 from memory_shards.merge import Change, Document, fold
-from memory_shards.merger import Kept
+from memory_shards.merger import Kept, Stored
 from memory_shards.projection import Projection
 from memory_shards.stores import Counted
 from memory_shards.stores import redis_layout as layout
 from memory_shards.stores.redis_client import open_async
-from memory_shards.stores.redis_layout import EVENT, Keys, Stored, Tenant
+from memory_shards.stores.redis_layout import EVENT, Keys, Tenant
 from memory_shards.stores.redis_store import RedisStore
 from memory_shards.suspects import suspects
 from mnemesh import wire

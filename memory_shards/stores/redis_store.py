@@ -18,10 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from memory_shards.merge import NEVER, State, fold
-from memory_shards.merger import Kept, Merger, Name, Touched
+from memory_shards.merger import Kept, Merger, Name, Stored, Touched
 from memory_shards.stores import redis_layout as layout
 from memory_shards.stores.redis_client import AnyRedis, open_sync
-from memory_shards.stores.redis_layout import EVENT, Keys, Stored
+from memory_shards.stores.redis_layout import EVENT, Keys
 from mnemesh.event import Record
 
 logger = logging.getLogger("mnemesh.redis")
@@ -192,10 +192,8 @@ class _Batch:
                 loaded[name] = Touched()
                 continue
             stored = self._known[name] = layout.decode_stored(raw)
-            ledger = stored.ledger
-            self._stamped[name] = dict(ledger.attributes), ledger.text
-            state = State(ledger, stored.alive, stored.type, None, {}, {}, stored.exact_from)
-            loaded[name] = Touched(state, version=stored.version, size=stored.size)
+            self._stamped[name] = dict(stored.ledger.attributes), stored.ledger.text
+            loaded[name] = Touched.of(stored)
         return loaded
 
     def _history(self, name: Name) -> list[Kept]:
@@ -254,8 +252,7 @@ class _Batch:
             pipe.hset(hash_key, mapping=fields)
             if gone := [field for field in self._gone(name, state) if field not in fields]:
                 pipe.hdel(hash_key, *gone)
-        stored = Stored(state.ledger, state.alive, state.type, state.exact_from, entity.version, entity.size)
-        pipe.set(keys.ledger(entity_id), layout.encode(stored))
+        pipe.set(keys.ledger(entity_id), layout.encode(entity.stored()))
 
     def _gone(self, name: Name, state: State) -> list[bytes]:
         """The fields that the records took away, and some that they wrote."""

@@ -1,0 +1,197 @@
+"""The reads of the store `neo4j:`, on the event loop. A walk is one query, however many hops it takes.
+
+An entity whose edges have validities that begin or end is not known by its edges alone: its history is folded. Looks at
+`neo4j_client`, `neo4j_store`, `memory_shards.merge` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import msgspec
+import neo4j
+
+from memory_shards.merge import State, edge_view, fold
+from memory_shards.projection import Projection
+from memory_shards.stores import Counted, Edge, Walk
+from memory_shards.stores.neo4j_client import key_of
+from memory_shards.stores.neo4j_store import Neo4jStore, decode_kept, decode_stored
+from mnemesh import wire
+from mnemesh.clock import wall_ms
+from mnemesh.messages import Direction
+
+MOST_APPLIED = 1_000
+"""Records in one transaction."""
+
+MOST_AHEAD = 1_000
+"""Entities of one hop from which a walk goes on by itself."""
+
+_EDGES_OF = """
+MATCH (s:Shard {key: $shard})
+OPTIONAL MATCH (e:Entity {key: $key})
+RETURN s.watermark AS latest, coalesce(e.exact_from, 0) AS exact_from,
+    [(e)-[r:EDGE]->(t) | [r.relation, t.id, r._properties]] AS edges
+"""
+_HISTORY = "MATCH (:Entity {key: $key})-[:SAID]->(v:Event) RETURN v.kept ORDER BY v.sequence"
+_IN = """
+MATCH (t:Entity)<-[r:EDGE|GONE]-(s:Entity) WHERE t.key IN $keys {relations}
+    AND (type(r) = 'EDGE' OR s.exact_from > $now)
+RETURN t.id AS near, r.relation AS relation, s.id AS far, s.key AS source, coalesce(s.exact_from, 0) > $now AS inexact
+ORDER BY near, relation, far LIMIT $limit
+"""
+_FIRST_HOP = """
+MATCH (s:Entity)-[r:EDGE|GONE]->(t:Entity) WHERE s.key IN $keys {relations}
+    AND (type(r) = 'EDGE' OR s.exact_from > $now)
+RETURN s.id AS near, r.relation AS relation, t.id AS far, s.key AS source, coalesce(s.exact_from, 0) > $now AS inexact
+ORDER BY near, relation, far LIMIT $limit
+"""
+_WALK_BEGINS = (
+    "MATCH (s:Entity) WHERE s.key IN $keys WITH collect(s) AS known, collect(s) AS front, [] AS walked, [] AS from\n"
+)
+_WALK_GOES_ON = """
+CALL (front) {{
+    UNWIND front AS s
+    MATCH (s)-[r:EDGE]->(t:Entity) WHERE coalesce(s.exact_from, 0) <= $now {relations}
+    WITH s, r, t LIMIT $limit
+    RETURN collect([s.id, r.relation, t.id]) AS edges, collect(DISTINCT t) AS reached
+}}
+WITH known, walked + edges AS walked, from + [s IN front | s.id] AS from,
+    [t IN reached WHERE t.partition IN $partitions AND coalesce(t.exact_from, 0) <= $now AND NOT t IN known] AS front
+WITH known + front AS known, walked, from, CASE WHEN size(front) > $ahead THEN [] ELSE front END AS front
+"""
+_WALK_ENDS = "MATCH (m:Shard {key: $shard}) RETURN walked, from, m.watermark AS latest"
+_COUNT = "MATCH (s:Shard {key: $shard}) RETURN coalesce(s.edges, 0) AS edges, s.watermark AS at"
+_DIGESTED = """
+MATCH (e:Entity) WHERE e.site = $site AND e.partition IN $partitions AND e.ledger IS NOT NULL
+RETURN e.tenant, e.id, e.ledger,
+    [(e)-[r:EDGE|GONE]->(t) | [r.relation, t.id, type(r), r._valid_from, r._stamp, r._site, r._properties]] AS edges,
+    [(e)-[:SAID]->(v) | [v.stamp, v.site]] AS events
+ORDER BY e.key
+"""
+
+
+class Neo4jEdges:
+    """Edges in Neo4j. Belongs to the event loop."""
+
+    def __init__(self, store: Neo4jStore) -> None:
+        self.projection = Projection("edges", store, most=MOST_APPLIED)
+        self.store = store
+        self._driver = neo4j.AsyncGraphDatabase.driver(store.target.uri, **store.target.options)
+
+    async def close(self) -> None:
+        await self._driver.close()
+        await self.projection.close()
+
+    async def edges_of(self, tenant: str, entity_id: str) -> tuple[list[Edge], int]:
+        key = key_of(self.store.site, tenant, entity_id)
+        found = await self._ask(_EDGES_OF, shard=self.store.shard_key, key=key)
+        if not found:
+            return [], 0
+        ((latest, exact_from, edges),) = found
+        if exact_from > wall_ms():
+            state = await self._folded(key)
+            return [
+                edge_view(relation, target, edge.properties)
+                for (relation, target), edge in sorted(state.edges.items())
+                if not edge.removed
+            ], latest or 0
+        return [
+            edge_view(relation, target, raw and msgspec.json.decode(raw)) for relation, target, raw in sorted(edges)
+        ], latest or 0
+
+    async def _folded(self, key: str) -> State:
+        """What an entity's history comes to now."""
+        history = [decode_kept(kept) for (kept,) in await self._ask(_HISTORY, key=key)]
+        return fold((kept.change() for kept in history), valid_at_ms=wall_ms())
+
+    async def expand(
+        self,
+        tenant: str,
+        entity_ids: Sequence[str],
+        relations: Sequence[str],
+        direction: Direction,
+        limit: int,
+        ahead: int = 0,
+    ) -> Walk:
+        keys = [key_of(self.store.site, tenant, entity_id) for entity_id in dict.fromkeys(entity_ids)]
+        asked: dict[str, Any] = {
+            "keys": keys,
+            "relations": list(relations),
+            "now": wall_ms(),
+            "limit": limit + 1,
+            "shard": self.store.shard_key,
+            "partitions": self.store.partitions,
+            "ahead": MOST_AHEAD,
+        }
+        latest = await self._stands_at()
+        if direction == "out" and ahead:
+            walk = await self._walk_ahead(asked, set(entity_ids), bool(relations), ahead)
+            if walk is not None:
+                return walk
+        ways = {"out": [_FIRST_HOP], "in": [_IN], "both": [_FIRST_HOP, _IN]}[direction]
+        found: set[tuple[str, str, str]] = set()
+        for cypher in ways:
+            rows = await self._ask(_with(cypher, bool(relations)), **asked)
+            found.update(await self._holding(rows, outward=cypher is _FIRST_HOP))
+        edges = sorted(found)
+        return Walk(edges[:limit], len(edges) > limit, [], max(latest, await self._stands_at()))
+
+    async def _walk_ahead(
+        self, asked: dict[str, Any], starts: set[str], with_relations: bool, ahead: int
+    ) -> Walk | None:
+        """All hops at once; `None` where that found too much, or began at what is not known by its edges alone."""
+        ((walked, walked_from, latest),) = await self._ask(_walk(ahead, with_relations), **asked) or [([], [], 0)]
+        if len(walked) >= asked["limit"] or not starts.issubset(walked_from):
+            return None
+        edges = [(near, relation, far) for near, relation, far in walked]
+        return Walk(edges, False, [each for each in walked_from if each not in starts], latest or 0)
+
+    async def _holding(self, rows: Iterable[Sequence[Any]], *, outward: bool) -> list[tuple[str, str, str]]:
+        """Those edges that hold now, as they are walked."""
+        states: dict[str, State] = {}
+        held = []
+        for near, relation, far, source, inexact in rows:
+            if inexact:
+                if source not in states:
+                    states[source] = await self._folded(source)
+                edge = states[source].edges.get((relation, far if outward else near))
+                if edge is None or edge.removed:
+                    continue
+            held.append((near, relation, far))
+        return held
+
+    async def counted(self, *, digest: bool) -> Counted:
+        ((edges, at),) = await self._ask(_COUNT, shard=self.store.shard_key) or [(0, 0)]
+        return Counted(0, edges, await self._digest() if digest else "", at or 0)
+
+    async def _digest(self) -> str:
+        hashed = hashlib.blake2b(digest_size=16)
+        asked = {"site": self.store.site, "partitions": self.store.partitions}
+        async with self._driver.session(database=self.store.target.database) as session:
+            async for tenant, entity_id, ledger, edges, events in await session.run(_DIGESTED, asked):
+                tombstone = decode_stored(ledger).ledger.tombstone
+                if edges or events or tombstone:
+                    hashed.update(wire.encode([tenant, entity_id, tombstone, sorted(edges), sorted(events)]))
+        return hashed.hexdigest()
+
+    async def _stands_at(self) -> int:
+        ((_, at),) = await self._ask(_COUNT, shard=self.store.shard_key) or [(0, 0)]
+        return at or 0
+
+    async def _ask(self, cypher: str, **asked: Any) -> list[Any]:
+        """The rows of a query."""
+        async with self._driver.session(database=self.store.target.database, default_access_mode="READ") as session:
+            return await (await session.run(cypher, asked)).values()
+
+
+def _with(cypher: str, relations: bool) -> str:
+    return cypher.format(relations="AND r.relation IN $relations" if relations else "")
+
+
+@cache
+def _walk(hops_ahead: int, relations: bool) -> str:
+    """The query that takes one hop and so many more."""
+    return _WALK_BEGINS + (1 + hops_ahead) * _with(_WALK_GOES_ON, relations) + _WALK_ENDS

@@ -1,0 +1,354 @@
+"""The store `neo4j:`: the graph in Neo4j (`neo4j_client` says how it lies). A batch is one transaction.
+
+    lock the shard's node → what the records name → merge (`memory_shards.merger`) → write, with the watermark
+
+The lock makes whoever applies for the same shard wait, and see what was applied before. Several shards may share a
+server: an edge leads to the same node, whosever entity that is. Where their transactions wait for each other in a
+circle, Neo4j ends one, and it is tried again.
+
+`apply` runs on the worker thread, over a driver that blocks: packing a batch would hold the event loop for long. Reads
+are `neo4j_reader`'s. Looks at `memory_shards.merge` and `merger`, `neo4j_client` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+import neo4j
+from neo4j.exceptions import DriverError, Neo4jError
+
+from memory_shards.merge import Edge
+from memory_shards.merger import Kept, Merger, Name, Stored, Touched
+from memory_shards.stores import neo4j_client
+from memory_shards.stores.neo4j_client import LAYOUT, Target, key_of
+from mnemesh.event import Record
+from mnemesh.ids import partition_of
+
+logger = logging.getLogger("mnemesh.neo4j")
+
+EdgeKey: TypeAlias = tuple[Name, str, str]
+"""((tenant, source id), relation, target id)."""
+
+_LOCK = """
+MERGE (s:Shard {key: $shard}) SET s.locked = true
+RETURN s.watermark AS watermark, s.counts AS counts, coalesce(s.rejected, 0) AS rejected
+"""
+_MARK = """
+MATCH (s:Shard {key: $shard})
+SET s.watermark = $watermark, s.counts = $counts, s.edges = coalesce(s.edges, 0) + $edges,
+    s.rejected = coalesce(s.rejected, 0) + $rejected
+"""
+_LOAD = "UNWIND $keys AS key MATCH (e:Entity {key: key}) RETURN key, e.ledger AS ledger"
+_HISTORY = "MATCH (:Entity {key: $key})-[:SAID]->(v:Event) RETURN v.kept AS kept ORDER BY v.sequence"
+_THERE = """
+UNWIND $wanted AS w
+MATCH (:Entity {key: w.source})-[r:EDGE|GONE {relation: w.relation}]->(:Entity {key: w.target})
+RETURN w.place AS place, type(r) = 'EDGE' AS holds, r._valid_from AS valid_from, r._stamp AS stamp, r._site AS site
+"""
+_ERASE = """
+UNWIND $erased AS w MATCH (e:Entity {key: w.key})
+CALL (e, w) {
+    MATCH (e)-[:SAID]->(v:Event)
+    WHERE w.all OR v.stamp < w.stamp OR (v.stamp = w.stamp AND v.site < w.site) DETACH DELETE v }
+CALL (e) {
+    MATCH (e)-[r:EDGE|GONE]->() WITH r, type(r) AS kind DELETE r
+    RETURN sum(CASE kind WHEN 'EDGE' THEN 1 ELSE 0 END) AS edges }
+RETURN sum(edges) AS edges
+"""
+_LED_TO = (
+    "UNWIND $keys AS key MATCH (:Entity {key: key})-[:EDGE|GONE]->(t:Entity) RETURN collect(DISTINCT t.key) AS keys"
+)
+_PUT_ENTITIES = """
+UNWIND $entities AS w
+MERGE (e:Entity {key: w.key})
+SET e.site = w.site, e.tenant = w.tenant, e.id = w.id, e.partition = w.partition, e.type = w.type,
+    e.exact_from = w.exact_from, e.ledger = w.ledger
+FOREACH (_ IN CASE WHEN w.alive THEN [1] ELSE [] END | REMOVE e:Forgotten)
+FOREACH (_ IN CASE WHEN w.alive THEN [] ELSE [1] END | SET e:Forgotten)
+"""
+_PUT_TARGETS = """
+UNWIND $targets AS w
+MERGE (e:Entity {key: w.key})
+ON CREATE SET e.site = w.site, e.tenant = w.tenant, e.id = w.id, e.partition = w.partition
+"""
+_TAKE_EDGES = """
+UNWIND $edges AS w
+MATCH (:Entity {key: w.source})-[r:EDGE|GONE {relation: w.relation}]->(:Entity {key: w.target}) DELETE r
+"""
+_PUT_EDGES = """
+UNWIND $edges AS w MATCH (s:Entity {key: w.source}) MATCH (t:Entity {key: w.target})
+CREATE (s)-[r:EDGE]->(t) SET r = w.values
+"""
+_PUT_GONE = _PUT_EDGES.replace(":EDGE", ":GONE")
+_PUT_EVENTS = """
+UNWIND $events AS w MATCH (e:Entity {key: w.key})
+CREATE (e)-[:SAID]->(:Event {sequence: w.sequence, stamp: w.stamp, site: w.site, kept: w.kept})
+"""
+_DROP_LONELY = """
+UNWIND $keys AS key MATCH (e:Entity {key: key}) WHERE e.ledger IS NULL AND NOT (e)--() DELETE e
+"""
+_CLEAR = """
+MATCH (e:Entity) WHERE e.site = $site AND e.partition IN $partitions AND e.ledger IS NOT NULL
+WITH e LIMIT $most
+CALL (e) { MATCH (e)-[:SAID]->(v:Event) DETACH DELETE v }
+CALL (e) { MATCH (e)-[r:EDGE|GONE]->() DELETE r }
+REMOVE e.ledger, e.type, e.exact_from, e:Forgotten
+RETURN count(e) AS cleared
+"""
+_CLEAR_TARGETS = """
+MATCH (e:Entity) WHERE e.site = $site AND e.ledger IS NULL AND NOT (e)--() WITH e LIMIT $most DELETE e
+RETURN count(e) AS cleared
+"""
+_FORGET_SHARD = "MATCH (s:Shard {key: $shard}) DELETE s"
+
+_CLEARED_AT_ONCE = 2_000
+
+encode_stored = msgspec.msgpack.Encoder().encode
+decode_stored = msgspec.msgpack.Decoder(Stored).decode
+decode_kept = msgspec.msgpack.Decoder(Kept).decode
+_to_json = msgspec.json.Encoder().encode
+
+
+class Neo4jStore:
+    """Writes the edges of some partitions of a site's log. What was written for another log is cleared."""
+
+    def __init__(
+        self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str, afresh: bool = False
+    ) -> None:
+        self.target = Target.of(url)
+        self.site = site
+        self.partitions = sorted(partitions)
+        self.shard_key = f"{site}.{shard}"
+        self._counts = f"{LAYOUT} {incarnation} {self.partitions}"
+        self._driver = neo4j_client.open_sync(self.target)
+        self._watermark = 0
+        self.rejected = 0
+        try:
+            with self._session() as session:
+                there = session.execute_write(lambda tx: tx.run(_LOCK, shard=self.shard_key).single(strict=True))
+                if there["counts"] != self._counts or afresh:
+                    self._clear(session, is_new=there["counts"] is None)
+                else:
+                    self._watermark, self.rejected = there["watermark"], there["rejected"]
+        except (Neo4jError, DriverError) as error:
+            self._driver.close()
+            raise neo4j_client.refusal(error) from error
+
+    def _session(self) -> neo4j.Session:
+        return self._driver.session(database=self.target.database)
+
+    @property
+    def watermark(self) -> int:
+        """The last log sequence applied and committed."""
+        return self._watermark
+
+    def shows(self, record: Record) -> bool:
+        """Each that a walk may come by; the stamps of the others are needed as well, but nobody sees them."""
+        event = record.event
+        return event.op != "put" or not event.body.keys().isdisjoint(("edges", "remove_edges"))
+
+    @property
+    def is_settled(self) -> bool:
+        """Always: what records erase is gone when they are committed."""
+        return True
+
+    def settle(self) -> None:
+        """There is nothing left to do."""
+
+    def apply(self, records: Sequence[Record], watermark: int) -> None:
+        """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
+
+        Raises what the driver raises where Neo4j cannot be reached; nothing of the call has had an effect then, or all.
+        """
+        if watermark <= self._watermark:
+            return
+        with self._session() as session:
+            self._watermark, rejected = session.execute_write(self._apply, records, watermark)
+        self.rejected += rejected
+
+    def _apply(self, tx: neo4j.ManagedTransaction, records: Sequence[Record], watermark: int) -> tuple[int, int]:
+        """Where the store stands then, and how many records broke a rule. May run several times, until one commits."""
+        there = tx.run(_LOCK, shard=self.shard_key).single(strict=True)
+        stands = (there["watermark"] or 0) if there["counts"] == self._counts else 0
+        if watermark <= stands:
+            return stands, 0
+        batch = _Batch(tx, self.site, [record for record in records if record.sequence > stands])
+        edges = batch.write()
+        told = {"watermark": watermark, "counts": self._counts, "edges": edges, "rejected": batch.rejected}
+        tx.run(_MARK, told | {"shard": self.shard_key}).consume()
+        return watermark, batch.rejected
+
+    def _clear(self, session: neo4j.Session, *, is_new: bool) -> None:
+        """Begin from empty, a piece at a time. Nodes that edges of others lead to stay."""
+        if not is_new:
+            logger.warning("the edges of %s were written for another log: cleared", self.shard_key)
+        asked = {"site": self.site, "partitions": self.partitions, "most": _CLEARED_AT_ONCE}
+        for statement in (_CLEAR, _CLEAR_TARGETS):
+            while session.execute_write(_count_of, statement, asked):
+                pass
+        session.execute_write(lambda tx: tx.run(_FORGET_SHARD, shard=self.shard_key).consume())
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._driver.close()
+
+    def digest(self) -> str:
+        raise NotImplementedError("its reader tells it")
+
+
+def _count_of(tx: neo4j.ManagedTransaction, cypher: str, asked: dict[str, Any]) -> int:
+    """The number that a statement says."""
+    count: int = tx.run(cypher, asked).single(strict=True)[0]
+    return count
+
+
+class _Batch:
+    """Records on their way into Neo4j, in a transaction that its maker owns."""
+
+    def __init__(self, tx: neo4j.ManagedTransaction, site: str, records: Sequence[Record]) -> None:
+        self._tx = tx
+        self._site = site
+        names = dict.fromkeys((record.event.tenant, record.event.entity_id) for record in records)
+        self._keys = {name: key_of(site, *name) for name in names}
+        self._merger = Merger(self._load(), self._history, site=site, put_aside={}, parts=frozenset(("edges",)))
+        for record in records:
+            self._merger.take(record)
+
+    @property
+    def rejected(self) -> int:
+        """How many of the records break a rule."""
+        return self._merger.rejected
+
+    def _load(self) -> dict[Name, Touched]:
+        names = {key: name for name, key in self._keys.items()}
+        loaded = {name: Touched() for name in self._keys}
+        for key, ledger in self._tx.run(_LOAD, keys=list(names)).values():
+            if ledger is not None:
+                loaded[names[key]] = Touched.of(decode_stored(ledger))
+        return loaded
+
+    def _history(self, name: Name) -> list[Kept]:
+        return [decode_kept(kept) for (kept,) in self._tx.run(_HISTORY, key=self._keys[name]).values()]
+
+    def write(self) -> int:
+        """Write what the records come to; returns by how many more edges hold."""
+        dirty = self._merger.dirty
+        if not dirty:
+            return 0
+        erased, lonely = self._erase()
+        self._put_entities()
+        gained = self._put_edges(
+            {
+                (name, relation, target): edge
+                for name, entity in dirty.items()
+                for (relation, target), edge in entity.state.edges.items()
+            }
+        )
+        events = [
+            {
+                "key": self._keys[name],
+                "sequence": kept.sequence,
+                "stamp": kept.stamp,
+                "site": kept.site,
+                "kept": encode_stored(kept),
+            }
+            for name, entity in dirty.items()
+            for kept in entity.added
+            if kept.op == "put"
+        ]
+        if events:
+            self._tx.run(_PUT_EVENTS, events=events).consume()
+        if lonely:
+            self._tx.run(_DROP_LONELY, keys=lonely).consume()
+        return gained - erased
+
+    def _erase(self) -> tuple[int, list[str]]:
+        """Take out what forgets win over; returns how many edges went, and what they led to."""
+        erased = []
+        for name, entity in self._merger.dirty.items():
+            if entity.cleared or entity.erases is not None:
+                stamp, site = entity.erases or (0, "")
+                erased.append({"key": self._keys[name], "all": entity.cleared, "stamp": stamp, "site": site})
+        if not erased:
+            return 0, []
+        keys = [each["key"] for each in erased]
+        led_to: list[str] = self._tx.run(_LED_TO, keys=keys).single(strict=True)["keys"]
+        edges: int = self._tx.run(_ERASE, erased=erased).single(strict=True)["edges"]
+        return edges, led_to
+
+    def _put_entities(self) -> None:
+        entities = []
+        for (tenant, entity_id), entity in self._merger.dirty.items():
+            state = entity.state
+            entities.append(
+                {
+                    "key": self._keys[tenant, entity_id],
+                    "site": self._site,
+                    "tenant": tenant,
+                    "id": entity_id,
+                    "partition": entity.partition,
+                    "type": state.type,
+                    "alive": state.alive,
+                    "exact_from": state.exact_from or None,
+                    "ledger": encode_stored(entity.stored()),
+                }
+            )
+        self._tx.run(_PUT_ENTITIES, entities=entities).consume()
+
+    def _put_edges(self, edges: dict[EdgeKey, Edge]) -> int:
+        """Put in those whose keys win; returns by how many more hold."""
+        if not edges:
+            return 0
+        there = self._there(edges)
+        winners = {each: edge for each, edge in edges.items() if each not in there or edge.key >= there[each][1]}
+        replaced = [self._place(*each) for each in winners if each in there]
+        if replaced:
+            self._tx.run(_TAKE_EDGES, edges=replaced).consume()
+        targets = {(tenant, target): None for (tenant, _), _, target in winners}
+        self._tx.run(
+            _PUT_TARGETS,
+            targets=[
+                {
+                    "key": key_of(self._site, tenant, target),
+                    "site": self._site,
+                    "tenant": tenant,
+                    "id": target,
+                    "partition": partition_of(tenant, target),
+                }
+                for tenant, target in targets
+            ],
+        ).consume()
+        held = sum(holds for each, (holds, _) in there.items() if each in winners)
+        for statement, removed in ((_PUT_EDGES, False), (_PUT_GONE, True)):
+            rows = [
+                self._place(*each) | {"values": _values(each[1], edge)}
+                for each, edge in winners.items()
+                if edge.removed == removed
+            ]
+            if rows:
+                self._tx.run(statement, edges=rows).consume()
+        return sum(not edge.removed for edge in winners.values()) - held
+
+    def _there(self, edges: Iterable[EdgeKey]) -> dict[EdgeKey, tuple[bool, tuple[int, int, str]]]:
+        """Those of these edges that are there: whether they hold, and their keys."""
+        asked = list(edges)
+        wanted = [self._place(*each) | {"place": place} for place, each in enumerate(asked)]
+        return {
+            asked[place]: (holds, tuple(key)) for place, holds, *key in self._tx.run(_THERE, wanted=wanted).values()
+        }
+
+    def _place(self, name: Name, relation: str, target: str) -> dict[str, Any]:
+        return {"source": self._keys[name], "relation": relation, "target": key_of(self._site, name[0], target)}
+
+
+def _values(relation: str, edge: Edge) -> dict[str, Any]:
+    """The properties of a relationship."""
+    valid_from, stamp, site = edge.key
+    values = neo4j_client.simple(edge.properties) if not edge.removed else {}
+    values |= {"relation": relation, "_valid_from": valid_from, "_stamp": stamp, "_site": site}
+    if edge.properties and not edge.removed:
+        values["_properties"] = _to_json(edge.properties).decode()
+    return values
