@@ -32,10 +32,17 @@ class Intake:
 
     def __init__(self, *, site: str, kind: SiteKind, partitions: Iterable[int], origins: Origins) -> None:
         self._site = site
+        self._kind: SiteKind = kind
         self._is_hub = kind == "hub"
         self._partitions = {str(partition): partition for partition in partitions}
         self._origins = origins
         self.undecodable = 0
+
+    def of_one_store(self) -> Intake:
+        """One that reads the same for a store that follows the log by itself; what it counts, nobody is told."""
+        return Intake(
+            site=self._site, kind=self._kind, partitions=self._partitions.values(), origins=Origins(may_go_back=True)
+        )
 
     def records(self, batch: Sequence[Stored]) -> list[Record]:
         """The events of our partitions."""

@@ -10,9 +10,10 @@ Every replica of a shard reads the same log and listens in the same queue group;
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,7 @@ from memory_shards import folder as folders
 from memory_shards.elsewhere import OF_HUB, Elsewhere
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.intake import Intake
+from memory_shards.lease import Lease
 from memory_shards.origins import Origins
 from memory_shards.stores import Facet
 from memory_shards.stores.by_url import EMBEDDED, Origin, Stores, StoreUrls, open_stores
@@ -39,6 +41,7 @@ from mnemesh.clock import to_ms
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
 from mnemesh.errors import BadRequest, NotFound
+from mnemesh.event import Record
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import from_token, to_token
@@ -135,8 +138,15 @@ class Shard(Actor):
         return gauges
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
-        applying = {f"apply.{projection.name}": projection.run for projection in self.stores.projections}
-        return {"follow": self._follow, "search": self.stores.vectors.run, **applying}
+        works: dict[str, Callable[[], Awaitable[None]]] = {"follow": self._follow, "search": self.stores.vectors.run}
+        for embedded in self.stores.embedded:
+            works[f"apply.{embedded.name}"] = embedded.run
+        if self.stores.outside:
+            lease = Lease(self.asker.inbox, subjects.LEASES.name, f"{self.site}.{self.name}", self.instance)
+            works["lease"] = lease.run
+            for outside in self.stores.outside:
+                works[f"apply.{outside.name}"] = partial(outside.run, self._followed, lease)
+        return works
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,13 +188,21 @@ class Shard(Actor):
 
     async def _follow(self) -> None:
         """Bring every event of our partitions to every projection, from where the slowest one stands."""
-        projections = self.stores.projections
+        projections = self.stores.embedded
         after = min(projection.offered for projection in projections)
         follower = Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation)
         async for batch in follower.batches(MOST_FOLLOWED):
             records = self._intake.records(batch)
             for projection in projections:
                 await projection.offer(records, batch[-1].sequence)
+
+    async def _followed(self, after: int) -> AsyncGenerator[tuple[list[Record], int], None]:
+        """The log from there on for one store alone: batches of our partitions' records, each with its last place."""
+        intake = self._intake.of_one_store()
+        follower = Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation)
+        async with contextlib.aclosing(follower.batches(MOST_FOLLOWED)) as batches:
+            async for batch in batches:
+                yield intake.records(batch), batch[-1].sequence
 
     async def _ask_head(self) -> int:
         return (await stream_state(self.asker.inbox, self._log)).last_sequence

@@ -19,6 +19,11 @@ class Watermark:
     def value(self) -> int:
         return self._value
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for it to grow."""
+        return any(not waiter.done() for _, _, waiter in self._waiters)
+
     def advance(self, value: int) -> None:
         """Move up to `value` and wake whoever waited for it."""
         self._value = max(self._value, value)

@@ -22,11 +22,18 @@ from mnemesh.wire import Vector
 
 if TYPE_CHECKING:
     from memory_shards.merge import Document
+    from memory_shards.outside import OutsideProjection
     from memory_shards.projection import Projection
     from memory_shards.stores.faiss_cpu import VectorQuery
 
+AnyProjection: TypeAlias = "Projection | OutsideProjection"
+
 Edge: TypeAlias = dict[str, Any]
 """An edge as readers see it: `{relation, target_id, properties?}`."""
+
+
+class WentBack(Exception):
+    """A server has less of the log than it had: it was restored, or another took over that had not heard of all."""
 
 
 class Walk(NamedTuple):
@@ -87,7 +94,7 @@ class Facet(Protocol):
     """What a shard needs of each of its stores, whatever it keeps."""
 
     @property
-    def projection(self) -> Projection:
+    def projection(self) -> AnyProjection:
         """What keeps it up to date."""
 
     async def counted(self, *, digest: bool) -> Counted:

@@ -11,22 +11,20 @@ of the others waits for.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from memory_shards.merger import Part
+from memory_shards.outside import OutsideProjection
 from memory_shards.projection import Projection
-from memory_shards.stores import Documents, Edges, Facet, Texts, Vectors
+from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Texts, Vectors
 from memory_shards.stores.embedded import EmbeddedMemory, EmbeddedVectors
 from memory_shards.stores.faiss_cpu import FaissStore
 from memory_shards.stores.sqlite import SqliteStore
-from mnemesh.errors import BadRequest, MnemeshError
-
-Opened = TypeVar("Opened")
+from mnemesh.errors import BadRequest
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,16 @@ class Origin:
     incarnation: str
     folder: Path
 
+    @property
+    def outside(self) -> dict[str, Any]:
+        """What a store takes that is a server."""
+        return {
+            "site": self.site,
+            "shard": self.shard,
+            "partitions": self.partitions,
+            "incarnation": self.incarnation,
+        }
+
 
 @dataclass(frozen=True)
 class Stores:
@@ -82,8 +90,18 @@ class Stores:
         return list(dict.fromkeys((self.documents, self.edges, self.texts, self.vectors)))
 
     @property
-    def projections(self) -> list[Projection]:
+    def projections(self) -> list[AnyProjection]:
         return [facet.projection for facet in self.facets]
+
+    @property
+    def embedded(self) -> list[Projection]:
+        """Those of stores that are files of this process, which follow the log together."""
+        return [projection for projection in self.projections if isinstance(projection, Projection)]
+
+    @property
+    def outside(self) -> list[OutsideProjection]:
+        """Those of stores that are servers."""
+        return [projection for projection in self.projections if isinstance(projection, OutsideProjection)]
 
     async def close(self) -> None:
         """Release all of them."""
@@ -94,23 +112,29 @@ class Stores:
 async def open_stores(urls: StoreUrls, origin: Origin, *, afresh: bool = False) -> Stores:
     """Open what the URLs name, each empty where it was built for another log, or where `afresh`.
 
-    Raises `BadRequest` or `Unavailable` that names the setting where a server is no good or not there, `sqlite3.Error`
-    where a file is not.
+    A server that is not there is opened later. Raises `BadRequest` that names the setting where one is no good,
+    `sqlite3.Error` where a file is.
     """
     opened: list[Facet] = []
+    settings: list[tuple[str, Facet]] = []
     try:
         memory = _memory(urls, origin)
         opened.append(memory)
         documents: Documents = memory
         if not urls.attributes.startswith("sqlite:"):
-            documents = await _named("attributes", urls.attributes, _redis(urls.attributes, origin, afresh))
-            opened.append(documents)
+            documents = _redis(urls.attributes, origin)
+            settings.append(("attributes", documents))
         edges: Edges = memory
         if not urls.edges.startswith("sqlite:"):
-            edges = await _named("edges", urls.edges, _neo4j(urls.edges, origin, afresh))
-            opened.append(edges)
+            edges = _neo4j(urls.edges, origin)
+            settings.append(("edges", edges))
         faiss = FaissStore(origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation)
-        return Stores(documents, edges, memory, EmbeddedVectors("vectors", faiss))
+        stores = Stores(documents, edges, memory, EmbeddedVectors("vectors", faiss))
+        opened = stores.facets
+        for setting, outside in settings:
+            assert isinstance(outside.projection, OutsideProjection), "it is a server"
+            await _open(setting, getattr(urls, setting), outside.projection, afresh)
+        return stores
     except BaseException:
         for facet in opened:
             await facet.close()
@@ -133,41 +157,26 @@ def _embedded(urls: StoreUrls) -> frozenset[Part]:
     return frozenset(part for part, url in kept.items() if url == "sqlite:")
 
 
-async def _redis(url: str, origin: Origin, afresh: bool) -> Documents:
+def _redis(url: str, origin: Origin) -> Documents:
     from memory_shards.stores.redis_reader import RedisDocuments
     from memory_shards.stores.redis_store import RedisStore
 
-    return RedisDocuments(url, await _opened(RedisStore, url, origin, afresh))
+    return RedisDocuments(RedisStore(url, **origin.outside))
 
 
-async def _neo4j(url: str, origin: Origin, afresh: bool) -> Edges:
+def _neo4j(url: str, origin: Origin) -> Edges:
     from memory_shards.stores.neo4j_reader import Neo4jEdges
     from memory_shards.stores.neo4j_store import Neo4jStore
 
-    return Neo4jEdges(await _opened(Neo4jStore, url, origin, afresh))
+    return Neo4jEdges(Neo4jStore(url, **origin.outside))
 
 
-async def _opened(store: Callable[..., Opened], url: str, origin: Origin, afresh: bool) -> Opened:
-    """A store that is outside, opened beside the event loop."""
-    return await asyncio.to_thread(
-        store,
-        url,
-        site=origin.site,
-        shard=origin.shard,
-        partitions=origin.partitions,
-        incarnation=origin.incarnation,
-        afresh=afresh,
-    )
-
-
-async def _named(setting: str, url: str, opening: Awaitable[Opened]) -> Opened:
-    """What is opened. Whatever keeps it from that names the setting, and never the password."""
+async def _open(setting: str, url: str, projection: OutsideProjection, afresh: bool) -> None:
+    """What is no good names the setting, and never the password."""
     try:
-        return await opening
-    except MnemeshError as error:
-        raise type(error)(f"{setting} {_without_password(url)}: {error.message}") from error
-    except ImportError as error:
-        raise BadRequest(f"{setting} {_without_password(url)} needs a package: {error}") from error
+        await projection.open(afresh=afresh)
+    except BadRequest as error:
+        raise BadRequest(f"{setting} {_without_password(url)}: {error.message}") from error
 
 
 def _without_password(url: str) -> str:

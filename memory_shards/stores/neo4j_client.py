@@ -8,7 +8,7 @@
             one that was removed last, whose key may win over what comes late
     (:Entity)-[:SAID]->(:Event {sequence, stamp, site, kept})
             what its events said of edges (`merger.Kept`)
-    (:Shard {key, counts, watermark, edges, rejected})
+    (:Shard {key, counts, watermark, edges})
             up to where a shard has applied its log, and how many edges it has
 
 `key` is `<site>.<tenant>.<token of the id>`, for an index takes no more than 8 KB. A relation is a property and no
@@ -25,11 +25,14 @@ from urllib.parse import unquote, urlsplit
 import neo4j
 from neo4j.exceptions import AuthError, ClientError, ConfigurationError, DriverError, Neo4jError
 
-from mnemesh.errors import BadRequest, MnemeshError, Unavailable
+from mnemesh.errors import BadRequest
 from mnemesh.ids import to_token
 
 LAYOUT = 1
 """Goes up with every change of the above; what was written by another is rebuilt."""
+
+OUTAGES: tuple[type[Exception], ...] = (Neo4jError, DriverError, OSError)
+"""What the driver raises where the server does not do what it is asked."""
 
 OLDEST = (5, 23)
 CONNECT_S = 5.0
@@ -70,7 +73,10 @@ class Target(NamedTuple):
 
 
 def open_sync(target: Target) -> neo4j.Driver:
-    """A driver for a thread, once the server is there and its schema is. Raises `Unavailable`, `BadRequest`."""
+    """A driver for a thread, once the server is there and its schema is.
+
+    Raises `BadRequest` where the server is no good, one of `OUTAGES` where it is not there.
+    """
     driver = None
     try:
         driver = neo4j.GraphDatabase.driver(target.uri, **target.options)
@@ -80,18 +86,13 @@ def open_sync(target: Target) -> neo4j.Driver:
         with driver.session(database=target.database) as session:
             for statement in SCHEMA:
                 session.run(statement).consume()
-    except (Neo4jError, DriverError, ValueError) as error:
+    except BaseException as error:
         if driver is not None:
             driver.close()
-        raise refusal(error) from error
+        if isinstance(error, AuthError | ClientError | ConfigurationError | ValueError):
+            raise BadRequest(f"Neo4j refuses: {str(error)[:200]}") from error
+        raise
     return driver
-
-
-def refusal(error: Exception) -> MnemeshError:
-    """What the driver says, as an error of ours."""
-    if isinstance(error, AuthError | ClientError | ConfigurationError | ValueError):
-        return BadRequest(f"Neo4j refuses: {str(error)[:200]}")
-    return Unavailable(f"Neo4j cannot be reached: {str(error)[:200]}")
 
 
 def key_of(site: str, tenant: str, entity_id: str) -> str:

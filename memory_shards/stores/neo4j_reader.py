@@ -15,7 +15,7 @@ import msgspec
 import neo4j
 
 from memory_shards.merge import State, edge_view, fold
-from memory_shards.projection import Projection
+from memory_shards.outside import OutsideProjection
 from memory_shards.stores import Counted, Edge, Walk
 from memory_shards.stores.neo4j_client import key_of
 from memory_shards.stores.neo4j_store import Neo4jStore, decode_kept, decode_stored
@@ -77,7 +77,7 @@ class Neo4jEdges:
     """Edges in Neo4j. Belongs to the event loop."""
 
     def __init__(self, store: Neo4jStore) -> None:
-        self.projection = Projection("edges", store, most=MOST_APPLIED)
+        self.projection = OutsideProjection("edges", store, most=MOST_APPLIED)
         self.store = store
         self._driver = neo4j.AsyncGraphDatabase.driver(store.target.uri, **store.target.options)
 
@@ -183,8 +183,12 @@ class Neo4jEdges:
 
     async def _ask(self, cypher: str, **asked: Any) -> list[Any]:
         """The rows of a query."""
-        async with self._driver.session(database=self.store.target.database, default_access_mode="READ") as session:
-            return await (await session.run(cypher, asked)).values()
+
+        async def rows() -> list[Any]:
+            async with self._driver.session(database=self.store.target.database, default_access_mode="READ") as session:
+                return await (await session.run(cypher, asked)).values()
+
+        return await self.projection.read(rows)
 
 
 def _with(cypher: str, relations: bool) -> str:

@@ -18,11 +18,10 @@ from typing import Any, TypeAlias
 
 import msgspec
 import neo4j
-from neo4j.exceptions import DriverError, Neo4jError
 
 from memory_shards.merge import Edge
 from memory_shards.merger import Kept, Merger, Name, Stored, Touched
-from memory_shards.stores import neo4j_client
+from memory_shards.stores import WentBack, neo4j_client
 from memory_shards.stores.neo4j_client import LAYOUT, Target, key_of
 from mnemesh.event import Record
 from mnemesh.ids import partition_of
@@ -34,13 +33,13 @@ EdgeKey: TypeAlias = tuple[Name, str, str]
 
 _LOCK = """
 MERGE (s:Shard {key: $shard}) SET s.locked = true
-RETURN s.watermark AS watermark, s.counts AS counts, coalesce(s.rejected, 0) AS rejected
+RETURN s.watermark AS watermark, s.counts AS counts
 """
 _MARK = """
 MATCH (s:Shard {key: $shard})
-SET s.watermark = $watermark, s.counts = $counts, s.edges = coalesce(s.edges, 0) + $edges,
-    s.rejected = coalesce(s.rejected, 0) + $rejected
+SET s.watermark = $watermark, s.counts = $counts, s.edges = coalesce(s.edges, 0) + $edges
 """
+_STANDS = "MATCH (s:Shard {key: $shard, counts: $counts}) RETURN s.watermark AS watermark"
 _LOAD = "UNWIND $keys AS key MATCH (e:Entity {key: key}) RETURN key, e.ledger AS ledger"
 _HISTORY = "MATCH (:Entity {key: $key})-[:SAID]->(v:Event) RETURN v.kept AS kept ORDER BY v.sequence"
 _THERE = """
@@ -113,50 +112,42 @@ _to_json = msgspec.json.Encoder().encode
 
 
 class Neo4jStore:
-    """Writes the edges of some partitions of a site's log. What was written for another log is cleared."""
+    """Writes the edges of some partitions of a site's log. What was written for another is cleared when it is opened."""
 
-    def __init__(
-        self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str, afresh: bool = False
-    ) -> None:
+    outages = neo4j_client.OUTAGES
+
+    def __init__(self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str) -> None:
         self.target = Target.of(url)
         self.site = site
         self.partitions = sorted(partitions)
         self.shard_key = f"{site}.{shard}"
         self._counts = f"{LAYOUT} {incarnation} {self.partitions}"
-        self._driver = neo4j_client.open_sync(self.target)
+        self._opened: neo4j.Driver | None = None
         self._watermark = 0
-        self.rejected = 0
-        try:
-            with self._session() as session:
-                there = session.execute_write(lambda tx: tx.run(_LOCK, shard=self.shard_key).single(strict=True))
-                if there["counts"] != self._counts or afresh:
-                    self._clear(session, is_new=there["counts"] is None)
-                else:
-                    self._watermark, self.rejected = there["watermark"], there["rejected"]
-        except (Neo4jError, DriverError) as error:
-            self._driver.close()
-            raise neo4j_client.refusal(error) from error
-
-    def _session(self) -> neo4j.Session:
-        return self._driver.session(database=self.target.database)
 
     @property
     def watermark(self) -> int:
-        """The last log sequence applied and committed."""
+        """Where it stood when it was last asked, or applied."""
         return self._watermark
 
-    def shows(self, record: Record) -> bool:
-        """Each that a walk may come by; the stamps of the others are needed as well, but nobody sees them."""
-        event = record.event
-        return event.op != "put" or not event.body.keys().isdisjoint(("edges", "remove_edges"))
+    def open(self, *, afresh: bool = False) -> None:
+        """Connect, and clear what was written for another log. Raises `BadRequest` on a server that is no good."""
+        self._opened = neo4j_client.open_sync(self.target)
+        with self._session() as session:
+            there = session.execute_write(lambda tx: tx.run(_LOCK, shard=self.shard_key).single(strict=True))
+            if there["counts"] != self._counts or afresh:
+                self._clear(session, is_new=there["counts"] is None)
+        self._watermark = self.look()
 
-    @property
-    def is_settled(self) -> bool:
-        """Always: what records erase is gone when they are committed."""
-        return True
+    def look(self) -> int:
+        """Where the server stands."""
+        with self._session() as session:
+            there = session.execute_read(lambda tx: tx.run(_STANDS, shard=self.shard_key, counts=self._counts).single())
+        return 0 if there is None else there["watermark"]
 
-    def settle(self) -> None:
-        """There is nothing left to do."""
+    def _session(self) -> neo4j.Session:
+        assert self._opened is not None, "it is opened first"
+        return self._opened.session(database=self.target.database)
 
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
@@ -166,20 +157,20 @@ class Neo4jStore:
         if watermark <= self._watermark:
             return
         with self._session() as session:
-            self._watermark, rejected = session.execute_write(self._apply, records, watermark)
-        self.rejected += rejected
+            self._watermark = session.execute_write(self._apply, records, watermark)
 
-    def _apply(self, tx: neo4j.ManagedTransaction, records: Sequence[Record], watermark: int) -> tuple[int, int]:
-        """Where the store stands then, and how many records broke a rule. May run several times, until one commits."""
+    def _apply(self, tx: neo4j.ManagedTransaction, records: Sequence[Record], watermark: int) -> int:
+        """Where the store stands then. May run several times, until one commits."""
         there = tx.run(_LOCK, shard=self.shard_key).single(strict=True)
-        stands = (there["watermark"] or 0) if there["counts"] == self._counts else 0
+        stands: int = (there["watermark"] or 0) if there["counts"] == self._counts else 0
+        if stands < self._watermark:
+            raise WentBack(f"it stands at {stands}, and stood at {self._watermark}")
         if watermark <= stands:
-            return stands, 0
+            return stands
         batch = _Batch(tx, self.site, [record for record in records if record.sequence > stands])
-        edges = batch.write()
-        told = {"watermark": watermark, "counts": self._counts, "edges": edges, "rejected": batch.rejected}
-        tx.run(_MARK, told | {"shard": self.shard_key}).consume()
-        return watermark, batch.rejected
+        told = {"shard": self.shard_key, "watermark": watermark, "counts": self._counts, "edges": batch.write()}
+        tx.run(_MARK, told).consume()
+        return watermark
 
     def _clear(self, session: neo4j.Session, *, is_new: bool) -> None:
         """Begin from empty, a piece at a time. Nodes that edges of others lead to stay."""
@@ -193,10 +184,8 @@ class Neo4jStore:
 
     def close(self) -> None:
         """Let go of the connections."""
-        self._driver.close()
-
-    def digest(self) -> str:
-        raise NotImplementedError("its reader tells it")
+        if self._opened is not None:
+            self._opened.close()
 
 
 def _count_of(tx: neo4j.ManagedTransaction, cypher: str, asked: dict[str, Any]) -> int:
@@ -216,11 +205,6 @@ class _Batch:
         self._merger = Merger(self._load(), self._history, site=site, put_aside={}, parts=frozenset(("edges",)))
         for record in records:
             self._merger.take(record)
-
-    @property
-    def rejected(self) -> int:
-        """How many of the records break a rule."""
-        return self._merger.rejected
 
     def _load(self) -> dict[Name, Touched]:
         names = {key: name for name, key in self._keys.items()}

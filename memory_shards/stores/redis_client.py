@@ -13,10 +13,13 @@ import redis.asyncio
 from redis.asyncio.cluster import RedisCluster as AsyncCluster
 from redis.cluster import RedisCluster
 
-from mnemesh.errors import BadRequest, MnemeshError, Unavailable
+from mnemesh.errors import BadRequest
 
 AnyRedis: TypeAlias = Any
 """A client of a server or of a cluster: redis-py gives them the same methods and no type in common."""
+
+OUTAGES: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+"""What redis-py raises where the server does not do what it is asked."""
 
 OLDEST = (6, 2)
 TIMEOUT_S = 5.0
@@ -25,7 +28,7 @@ TIMEOUT_S = 5.0
 def open_sync(url: str) -> tuple[AnyRedis, bool]:
     """A client for a thread, and whether it is one of a cluster.
 
-    Raises `Unavailable` where nobody answers, `BadRequest` where what answers is no good.
+    Raises `BadRequest` where what answers is no good, one of `OUTAGES` where nobody does.
     """
     timeouts = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
     try:
@@ -34,8 +37,8 @@ def open_sync(url: str) -> tuple[AnyRedis, bool]:
             return client, False
         client.close()
         return RedisCluster.from_url(url, **timeouts), True
-    except (redis.RedisError, ValueError) as error:
-        raise refusal(error) from error
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError, ValueError) as error:
+        raise BadRequest(f"Redis refuses: {str(error)[:200]}") from error
 
 
 def open_async(url: str, *, is_cluster: bool) -> AnyRedis:
@@ -53,10 +56,3 @@ def _is_cluster(client: AnyRedis) -> bool:
     if (policy := told.get("maxmemory_policy", "noeviction")) != "noeviction" and told.get("maxmemory"):
         raise BadRequest(f"its maxmemory-policy is {policy}, which drops what is remembered: set it to noeviction")
     return bool(told.get("cluster_enabled"))
-
-
-def refusal(error: Exception) -> MnemeshError:
-    """What redis-py says, as an error of ours: without the URL, which holds the password."""
-    if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError | ValueError):
-        return BadRequest(f"Redis refuses: {str(error)[:200]}")
-    return Unavailable(f"Redis cannot be reached: {str(error)[:200]}")

@@ -16,10 +16,10 @@ from typing import Any
 
 from memory_shards.merge import Change, Document, fold
 from memory_shards.merger import Kept, Stored
-from memory_shards.projection import Projection
+from memory_shards.outside import OutsideProjection
 from memory_shards.stores import Counted
 from memory_shards.stores import redis_layout as layout
-from memory_shards.stores.redis_client import open_async
+from memory_shards.stores.redis_client import AnyRedis, open_async
 from memory_shards.stores.redis_layout import EVENT, Keys, Tenant
 from memory_shards.stores.redis_store import RedisStore
 from memory_shards.suspects import suspects
@@ -37,15 +37,23 @@ _NAMES_A_PAGE = 500
 class RedisDocuments:
     """Documents in Redis. Belongs to the event loop."""
 
-    def __init__(self, url: str, store: RedisStore) -> None:
-        self.projection = Projection("documents", store, most=MOST_APPLIED)
+    def __init__(self, store: RedisStore) -> None:
+        self.projection = OutsideProjection("documents", store, most=MOST_APPLIED)
         self.store = store
-        self._client = open_async(url, is_cluster=store.in_cluster)
+        self._opened: AnyRedis = None
         self._keys = store.keys
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._opened is not None:
+            await self._opened.aclose()
         await self.projection.close()
+
+    @property
+    def _client(self) -> AnyRedis:
+        """Made once the store was opened, which tells whether there is a cluster."""
+        if self._opened is None:
+            self._opened = open_async(self.store.url, is_cluster=self.store.in_cluster)
+        return self._opened
 
     @property
     def quarantined(self) -> Mapping[str, int]:
@@ -63,7 +71,8 @@ class RedisDocuments:
     ) -> Document | None:
         now = wall_ms()
         if as_of_ms is None and valid_at_ms is None:
-            fields = await self._client.hgetall(self._of(tenant, entity_id).entity(entity_id))
+            key = self._of(tenant, entity_id).entity(entity_id)
+            fields = await self.projection.read(lambda: self._client.hgetall(key))
             if not fields:
                 return None
             if int(fields.get(layout.EXACT_FROM, 0)) <= now:
@@ -92,12 +101,13 @@ class RedisDocuments:
         return suspects(await self._changes(tenant, entity_id))
 
     async def _changes(self, tenant: str, entity_id: str) -> list[Change]:
-        entries = await self._client.xrange(self._of(tenant, entity_id).events(entity_id))
+        key = self._of(tenant, entity_id).events(entity_id)
+        entries = await self.projection.read(lambda: self._client.xrange(key))
         return [kept.change() for kept in _kept_in(entries)]
 
     async def timeline(self, tenant: str, entity_id: str, after: int, limit: int) -> list[TimelineEvent]:
         key = self._of(tenant, entity_id).events(entity_id)
-        entries = await self._client.xrange(key, min=f"{after + 1}-0", count=limit)
+        entries = await self.projection.read(lambda: self._client.xrange(key, min=f"{after + 1}-0", count=limit))
         return [_event(entity_id, kept) for kept in _kept_in(entries)]
 
     async def timeline_range(
@@ -273,9 +283,13 @@ class RedisDocuments:
 
     async def _ask(self, ask: Callable[[Any], object]) -> list[Any]:
         """What the commands that `ask` adds to a pipeline say."""
-        async with self._client.pipeline(transaction=False) as pipe:
-            ask(pipe)
-            return await pipe.execute()  # type: ignore[no-any-return]
+
+        async def asked() -> list[Any]:
+            async with self._client.pipeline(transaction=False) as pipe:
+                ask(pipe)
+                return await pipe.execute()  # type: ignore[no-any-return]
+
+        return await self.projection.read(asked)
 
     async def _each(self, ask: Callable[[Any, Keys], object]) -> list[Any]:
         """What a command says of each partition."""

@@ -15,12 +15,13 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from memory_shards.merge import NEVER, State, fold
 from memory_shards.merger import Kept, Merger, Name, Stored, Touched
+from memory_shards.stores import WentBack
 from memory_shards.stores import redis_layout as layout
-from memory_shards.stores.redis_client import AnyRedis, open_sync
+from memory_shards.stores.redis_client import OUTAGES, AnyRedis, open_sync
 from memory_shards.stores.redis_layout import EVENT, Keys
 from mnemesh.event import Record
 
@@ -28,47 +29,62 @@ logger = logging.getLogger("mnemesh.redis")
 
 _CLEARED_AT_ONCE = 500
 
+PutAside: TypeAlias = dict[tuple[str, str], list[tuple[int, bytes]]]
+"""Events that are put aside, by site and event id: the partition, and the field of its `quarantine`."""
+
 
 class RedisStore:
     """Writes the documents of some partitions of a site's log. Several shards, also of other sites, may share a server.
 
-    What was written for another incarnation of the log is cleared. `shard` names whose watermark it is.
+    What was written for another incarnation of the log is cleared when it is opened. `shard` names whose watermark it is.
     """
 
-    def __init__(
-        self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str, afresh: bool = False
-    ) -> None:
-        self._client, self.in_cluster = open_sync(url)
+    outages = OUTAGES
+
+    def __init__(self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str) -> None:
+        self.url = url
         self.keys: Mapping[int, Keys] = {partition: Keys(site, partition) for partition in sorted(partitions)}
+        self.in_cluster = False
+        self._client: AnyRedis = None
         self._site = site
         self._shard = layout.shard_key(site, shard)
         self._counts = f"{layout.LAYOUT} {incarnation} {sorted(self.keys)}".encode()
-        self._written_by = f"{layout.LAYOUT} {incarnation}".encode()
+        self._written_for = f"{layout.LAYOUT} {incarnation}".encode()
+        self._watermark = 0
         self.rejected = 0
         self.quarantined: Counter[str] = Counter()
         """How many events of each site were put aside."""
-        self._clear_others(afresh)
-        watermark, counts = self._client.hmget(self._shard, "watermark", "counts")
-        self._watermark = int(watermark) if watermark and counts == self._counts and not afresh else 0
-        for put_aside in self._each(lambda pipe, keys: pipe.hvals(keys.quarantine)):
-            self.quarantined.update(layout.decode_quarantined(raw).site for raw in put_aside)
 
     @property
     def watermark(self) -> int:
-        """The last log sequence applied and committed."""
+        """Where it stood when it was last asked, or applied."""
         return self._watermark
 
-    def shows(self, record: Record) -> bool:
-        """Each of them: it is in the entity's timeline."""
-        return True
+    def open(self, *, afresh: bool = False) -> None:
+        """Connect, and clear what was written for another log. Raises `BadRequest` on a server that is no good."""
+        self._client, self.in_cluster = open_sync(self.url)
+        self._clear_others(afresh)
+        if afresh:
+            self._client.delete(self._shard)
+        self._watermark = self.look()
+        self.quarantined.clear()
+        for put_aside in self._each(lambda pipe, keys: pipe.hvals(keys.quarantine)):
+            self.quarantined.update(layout.decode_quarantined(raw).site for raw in put_aside)
 
-    @property
-    def is_settled(self) -> bool:
-        """Always: what records erase is gone when they are committed."""
-        return True
-
-    def settle(self) -> None:
-        """There is nothing left to do."""
+    def look(self) -> int:
+        """Where the server stands: where a node of a cluster lost some of a partition, no further than that has."""
+        told = self._client.hgetall(self._shard)
+        if told.get(b"counts") != self._counts:
+            return 0
+        self.rejected = int(told.get(b"rejected", 0))
+        watermark = int(told[b"watermark"])
+        if not self.in_cluster:
+            return watermark
+        has = self._each(lambda pipe, keys: pipe.hget(keys.meta, "applied"))
+        for partition, applied in zip(self.keys, has, strict=True):
+            if int(applied or 0) < int(told.get(b"%d" % partition, 0)):
+                watermark = min(watermark, int(applied or 0))
+        return watermark
 
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
@@ -84,41 +100,57 @@ class RedisStore:
         if not self.in_cluster:
             self._commit(by_partition, watermark)
         else:
-            for partition, some in by_partition.items():
-                self._commit({partition: some}, None)
-            self._client.hset(self._shard, mapping={"watermark": watermark, "counts": self._counts})
+            rejected = sum(self._commit({partition: some}, None) for partition, some in by_partition.items())
+            reached = {str(partition): some[-1].sequence for partition, some in by_partition.items()}
+            self._client.hset(self._shard, mapping=self._told(watermark) | reached)
+            self._client.hincrby(self._shard, "rejected", rejected)
         self._watermark = watermark
 
-    def _commit(self, records: Mapping[int, Sequence[Record]], watermark: int | None) -> None:
-        """Apply what is not applied yet of some partitions, in one transaction."""
+    def _told(self, watermark: int) -> dict[str, Any]:
+        return {"watermark": watermark, "counts": self._counts}
+
+    def _commit(self, records: Mapping[int, Sequence[Record]], watermark: int | None) -> int:
+        """Apply what is not applied yet of some partitions, in one transaction. How many records broke a rule.
+
+        With a `watermark` it is that of the server, which must stand where we know it to.
+        """
+        watched = [self.keys[partition].meta for partition in records]
         with self._client.pipeline(transaction=True) as transaction:
-            transaction.watch(
-                *(self.keys[partition].meta for partition in records), *([self._shard] if watermark else [])
-            )
-            fresh = self._fresh(records)
-            batch = _Batch(self._client, self.keys, fresh, site=self._site, put_aside=self.quarantined)
+            transaction.watch(*watched, *([self._shard] if watermark is not None else []))
+            if watermark is not None and (stands := self.look()) < self._watermark:
+                raise WentBack(f"it stands at {stands}, and stood at {self._watermark}")
+            fresh, put_aside = self._fresh(records)
+            batch = _Batch(self._client, self.keys, fresh, site=self._site, put_aside=put_aside)
             transaction.multi()
             batch.write(transaction)
             if watermark is not None:
-                transaction.hset(self._shard, mapping={"watermark": watermark, "counts": self._counts})
+                transaction.hset(self._shard, mapping=self._told(max(stands, watermark)))
+                transaction.hincrby(self._shard, "rejected", batch.rejected)
             transaction.execute()
         self.rejected += batch.rejected
         self.quarantined.update(batch.quarantined)
+        return batch.rejected
 
-    def _fresh(self, records: Mapping[int, Sequence[Record]]) -> list[Record]:
+    def _fresh(self, records: Mapping[int, Sequence[Record]]) -> tuple[list[Record], PutAside]:
+        """What is not applied yet, in log order; and what is put aside in the same partitions."""
         with self._client.pipeline(transaction=False) as reading:
             for partition in records:
                 reading.hget(self.keys[partition].meta, "applied")
-            applied = dict(zip(records, map(int, (found or 0 for found in reading.execute())), strict=True))
+                reading.hgetall(self.keys[partition].quarantine)
+            found = reading.execute()
+        applied = dict(zip(records, (int(each or 0) for each in found[::2]), strict=True))
+        put_aside: PutAside = defaultdict(list)
+        for partition, quarantine in zip(records, found[1::2], strict=True):
+            for sequence, raw in quarantine.items():
+                told = layout.decode_quarantined(raw)
+                put_aside[told.site, told.event_id].append((partition, sequence))
         fresh = [each for some in records.values() for each in some if each.sequence > applied[each.partition]]
-        return sorted(fresh, key=lambda record: record.sequence)
+        return sorted(fresh, key=lambda record: record.sequence), put_aside
 
     def close(self) -> None:
         """Let go of the connection."""
-        self._client.close()
-
-    def digest(self) -> str:
-        raise NotImplementedError("its reader tells it")
+        if self._client is not None:
+            self._client.close()
 
     def _each(self, ask: Any) -> list[Any]:
         """What a command says of each partition."""
@@ -131,12 +163,12 @@ class RedisStore:
         """Clear the partitions that were written for another log, and note for which they are now."""
         found = self._each(lambda pipe, keys: pipe.hget(keys.meta, "for"))
         for keys, written_for in zip(self.keys.values(), found, strict=True):
-            if written_for == self._written_by and not afresh:
+            if written_for == self._written_for and not afresh:
                 continue
             if written_for is not None:
                 logger.warning("%s was written for another log: cleared", keys.meta.decode())
             self._clear(keys)
-            self._client.hset(keys.meta, "for", self._written_by)
+            self._client.hset(keys.meta, "for", self._written_for)
 
     def _clear(self, keys: Keys) -> None:
         """Delete all of a partition; its meta last, so that a clearing that was cut off begins anew."""
@@ -161,18 +193,19 @@ class _Batch:
         records: Sequence[Record],
         *,
         site: str,
-        put_aside: Mapping[str, int],
+        put_aside: PutAside,
     ) -> None:
         self.quarantined: Counter[str] = Counter()
         self._client = client
         self._keys = keys
         self._records = records
         self._partitions = {(each.event.tenant, each.event.entity_id): each.partition for each in records}
-        self._put_aside = self._quarantines() if any(put_aside.get(each.event.site) for each in records) else {}
+        self._put_aside = put_aside
         self._known: dict[Name, Stored] = {}
         self._stamped: dict[Name, tuple[dict[str, Any], Any]] = {}
         self._read: dict[Name, list[Kept]] = {}
-        self._merger = Merger(self._load(), self._history, site=site, put_aside=put_aside)
+        sites = Counter(event_site for event_site, _ in put_aside)
+        self._merger = Merger(self._load(), self._history, site=site, put_aside=sites)
         for record in records:
             self._merger.take(record)
 
@@ -205,15 +238,6 @@ class _Batch:
 
     def _of(self, tenant: str, entity_id: str) -> layout.Tenant:
         return self._keys[self._partitions[tenant, entity_id]].of(tenant)
-
-    def _quarantines(self) -> dict[tuple[str, str], list[tuple[int, bytes]]]:
-        """Where the events that were put aside are, by site and event id: (partition, field)."""
-        found = defaultdict(list)
-        for partition in {record.partition for record in self._records}:
-            for sequence, raw in self._client.hgetall(self._keys[partition].quarantine).items():
-                told = layout.decode_quarantined(raw)
-                found[told.site, told.event_id].append((partition, sequence))
-        return found
 
     def write(self, pipe: Any) -> None:
         """Add the commands that write what the records come to, and up to where each partition is applied."""

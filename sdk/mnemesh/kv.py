@@ -28,6 +28,11 @@ async def create(inbox: Inbox, bucket: str, key: str, value: bytes) -> int:
     return await _write(inbox, bucket, key, value, {EXPECTED: "0"})
 
 
+async def update(inbox: Inbox, bucket: str, key: str, value: bytes, revision: int) -> int:
+    """Set a key that is at this revision (0: that never was). Raises `Conflict` if it is at another."""
+    return await _write(inbox, bucket, key, value, {EXPECTED: str(revision)})
+
+
 async def delete(inbox: Inbox, bucket: str, key: str) -> None:
     """Put a delete marker on a key, as `nats kv del` does."""
     await _write(inbox, bucket, key, b"", {OPERATION: "DEL"})
@@ -35,11 +40,17 @@ async def delete(inbox: Inbox, bucket: str, key: str) -> None:
 
 async def get(inbox: Inbox, bucket: str, key: str) -> bytes | None:
     """The value of a key; `None` where it has none."""
+    return (await entry(inbox, bucket, key))[1]
+
+
+async def entry(inbox: Inbox, bucket: str, key: str) -> tuple[int, bytes | None]:
+    """The revision of a key (0 where it never was) and its value; `None` where it has none."""
     try:
         stored = await last_of(inbox, f"KV_{bucket}", f"$KV.{bucket}.{key}")
     except NotFound:
-        return None
-    return None if stored.message.headers.get(OPERATION) in ("DEL", "PURGE") else stored.message.data
+        return 0, None
+    is_gone = stored.message.headers.get(OPERATION) in ("DEL", "PURGE")
+    return stored.sequence, None if is_gone else stored.message.data
 
 
 async def keys(inbox: Inbox, bucket: str) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "3dbb77804a61"
+CONTRACT = "1a2f1137d159"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -604,9 +604,10 @@ SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves 
 SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
 POLICIES = Bucket(name="mnemesh_policies", about="what may leave, as set here or handed by the hub; its enrolment")
 SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of its devices, revoked or not")
+LEASES = Bucket(name="mnemesh_leases", about="which replica of a shard applies the log to the stores that they share")
 RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site and, at a hub, at its devices")
 
-BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, RECEIPTS)
+BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, LEASES, RECEIPTS)
 
 
 LOG_DUPLICATE_WINDOW_S = {"hub": 120, "device": 45}

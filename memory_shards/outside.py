@@ -1,0 +1,181 @@
+"""The projection of a store that is a server of its own, which replicas and shards share.
+
+    while this replica has the lease    where does the store stand → follow the log from there → apply
+    while another has it                ask where the store stands
+    while the store is not there        try again, ever less often
+
+Unlike `Projection` it follows the log by itself, so nothing that is slow or away delays another store. A store that
+comes back with less than it had (a snapshot, a failover) is found by its own watermark, and is given the rest again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from memory_shards.breaker import Breaker
+from memory_shards.lease import Lease
+from memory_shards.stores import WentBack
+from memory_shards.watermark import Watermark
+from mnemesh.errors import MnemeshError, Unavailable
+from mnemesh.event import Record
+
+logger = logging.getLogger("mnemesh.outside")
+
+Result = TypeVar("Result")
+
+LOOK_EVERY_S = 0.5
+"""How often a store is asked where it stands, to find one that went back, or what another replica applied."""
+LOOK_WHILE_AWAITED_S = 0.01
+FIRST_BACKOFF_S = 0.2
+LONGEST_BACKOFF_S = 5.0
+
+
+class OutsideStore(Protocol):
+    """What such a store does on its worker thread. All of it raises one of `outages` where the server is not there."""
+
+    outages: tuple[type[Exception], ...]
+
+    @property
+    def watermark(self) -> int:
+        """Where the store stood when it was last asked, or applied."""
+
+    def open(self, *, afresh: bool = False) -> None:
+        """Connect, have empty what was written for another log (all, if `afresh`), and ask where it stands.
+
+        Raises `BadRequest` on a server that is no good.
+        """
+
+    def look(self) -> int:
+        """Where the server stands now."""
+
+    def apply(self, records: Sequence[Record], watermark: int) -> None:
+        """Commit the effects of `records` and then stand at `watermark`; what was applied already has no effect."""
+
+    def close(self) -> None:
+        """Let go of the connections."""
+
+
+Follow: TypeAlias = Callable[[int], AsyncGenerator[tuple[list[Record], int], None]]
+"""The log's records of the shard's partitions after a sequence, in batches, each with its last sequence."""
+
+
+class OutsideProjection:
+    """Keeps one outside store up to date while this replica has the lease. Reads of it go through its `breaker`."""
+
+    def __init__(self, name: str, store: OutsideStore, *, most: int) -> None:
+        self.name = name
+        self.store = store
+        self.breaker = Breaker(f"the store of {name}", store.outages)
+        self.watermark = Watermark()
+        self.applied = 0
+        self._most = most
+        self._is_open = False
+        self._mendable: tuple[type[Exception], ...] = (*store.outages, WentBack)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"store-{name}")
+
+    async def open(self, *, afresh: bool = False) -> None:
+        """Open the store; one that is not there is opened later. Raises `BadRequest` where it is no good."""
+        try:
+            await self.on_worker(lambda: self.store.open(afresh=afresh))
+        except self.store.outages as error:
+            logger.warning("the store of %s is not there yet: %s", self.name, str(error)[:200])
+            for _ in range(3):
+                self.breaker.failed(error)
+        else:
+            self._is_open = True
+            self.watermark.advance(self.store.watermark)
+
+    async def run(self, follow: Follow, lease: Lease) -> None:
+        """Apply what comes while the lease is held, for ever."""
+        backoff = FIRST_BACKOFF_S
+        while True:
+            began = asyncio.get_running_loop().time()
+            try:
+                if not self._is_open:
+                    await self.on_worker(self.store.open)
+                    self._is_open = True
+                if lease.is_held:
+                    await _first_of(lease.lost.wait(), self._apply_from(follow), self._look_on())
+                else:
+                    await _first_of(lease.taken.wait(), self._look_on())
+            except self._mendable as error:
+                if not isinstance(error, WentBack):
+                    self.breaker.failed(error)
+                if asyncio.get_running_loop().time() - began > LONGEST_BACKOFF_S:
+                    backoff = FIRST_BACKOFF_S
+                logger.warning("the store of %s: %s; trying again", self.name, str(error)[:200])
+                await asyncio.sleep(backoff)
+                backoff = min(LONGEST_BACKOFF_S, backoff * 2)
+            else:
+                backoff = FIRST_BACKOFF_S
+
+    async def _apply_from(self, follow: Follow) -> None:
+        await self._look()
+        async with contextlib.aclosing(follow(self.watermark.value)) as batches:
+            async for records, last in batches:
+                await self._apply(records, last)
+
+    async def _apply(self, records: Sequence[Record], last: int) -> None:
+        for start in range(0, max(1, len(records)), self._most):
+            chunk = records[start : start + self._most]
+            reached = last if start + self._most >= len(records) else chunk[-1].sequence
+            await self.on_worker(self.store.apply, chunk, reached)
+            self.breaker.answered()
+            self.applied += len(chunk)
+            self.watermark.advance(reached)
+
+    async def _look_on(self) -> None:
+        """Learn where the store stands, again and again."""
+        while True:
+            await self._look()
+            awaited = self.watermark.is_awaited
+            await asyncio.sleep(LOOK_WHILE_AWAITED_S if awaited else LOOK_EVERY_S)
+
+    async def _look(self) -> None:
+        stands = await self.on_worker(self.store.look)
+        self.breaker.answered()
+        if stands < self.watermark.value:
+            before = self.watermark.value
+            self.watermark.begin_anew()
+            self.watermark.advance(stands)
+            raise WentBack(f"it had {before} events of the log and has {stands}")
+        self.watermark.advance(stands)
+
+    @property
+    def stands_at(self) -> int:
+        """Up to where reads see the log, as far as is known; they may see more."""
+        return max(self.watermark.value, self.store.watermark)
+
+    async def on_worker(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """Run a blocking call on the store's thread, in turn with `apply`."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)
+
+    async def read(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """A read through the breaker. Raises `Unavailable` where the store is not there."""
+        if not self._is_open:
+            raise Unavailable(f"the store of {self.name} is not there yet")
+        return await self.breaker.call(work)
+
+    async def close(self) -> None:
+        """Close the store after what its thread is doing now."""
+        with contextlib.suppress(MnemeshError, *self.store.outages):
+            await self.on_worker(self.store.close)
+        self._worker.shutdown(wait=True)
+
+
+async def _first_of(*works: Coroutine[Any, Any, object]) -> None:
+    """Do them together until one ends. What that raises is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
