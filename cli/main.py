@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--shards", type=int, default=2, help="how many shards (default: %(default)s)")
     command.add_argument("--replicas", type=int, default=1, help="processes of each shard (default: %(default)s)")
+    up.add_store_flags(command)
     command.add_argument("--metrics-port", type=int, default=9464, help="first of the services' ports; 0: free ones")
     command.set_defaults(run=lambda flags: run_process(lambda stop: up.up(up.options(flags), stop)))
 
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--site", default="hub", help="site whose log it serves (default: %(default)s)")
     command.add_argument("--shard", default="s0", help="name in the shard map (default: %(default)s)")
     command.add_argument("--folder", type=Path, help="where the shard's stores are (default: mnemesh-data/shards/NAME)")
+    up.add_store_flags(command)
     command.add_argument("--metrics-host", default="127.0.0.1")
     command.add_argument("--metrics-port", type=int, default=0, help="0: a free one, which the log names")
     command.add_argument("--until-stdin-closes", action="store_true", help="also drain when standard input ends")
@@ -120,6 +122,7 @@ def _run(flags: argparse.Namespace) -> int:
         site=flags.site,
         shard=flags.shard,
         folder=flags.folder or DATA / "shards" / flags.shard,
+        stores=up.stores(flags),
         metrics_host=flags.metrics_host,
         metrics_port=flags.metrics_port,
         until_stdin_closes=flags.until_stdin_closes,

@@ -12,8 +12,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +22,7 @@ from cli.keeping import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, heal, keep
 from cli.provision import even_shards, provision, sites_of
 from cli.server import NatsServer
 from cli.server_config import ServerOptions
+from memory_shards.stores.urls import EMBEDDED, StoreUrls, environment
 from mnemesh.asker import Asker
 from mnemesh.discovery import ping_all
 from mnemesh.errors import Unavailable
@@ -47,6 +48,7 @@ class MeshOptions:
     tenants: Sequence[str] = ("demo",)
     agents: Sequence[tuple[str, str]] = (("demo", "alice"),)
     metrics_port: int = 0
+    stores: StoreUrls = EMBEDDED
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Child:
     name: str
     command: list[str]
     log_file: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
     failures: int = 0
@@ -138,7 +141,9 @@ class Mesh:
             command = [sys.executable, "-m", "cli.main", "run", *arguments]
             command += ["--site", self.options.server.site, "--metrics-port", str(port)]
             command += ["--credentials", str(self.server.credentials.load(role).path), "--until-stdin-closes"]
-            children.append(Child(name, command, data / "logs" / f"{name}.log"))
+            urls = asdict(self.options.stores) if role == "shard" else {}
+            told = {environment(setting): url for setting, url in urls.items()}
+            children.append(Child(name, command, data / "logs" / f"{name}.log", told))
         return children
 
     async def ready(self) -> None:
@@ -201,6 +206,7 @@ async def spawn(child: Child) -> asyncio.subprocess.Process:
             stdin=asyncio.subprocess.PIPE,
             stdout=descriptor,
             stderr=descriptor,
+            env=os.environ | child.environment,
             start_new_session=True,
         )
     finally:

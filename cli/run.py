@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memory_shards.shard import Shard
+from memory_shards.stores.urls import EMBEDDED, StoreUrls
 from mnemesh import kv, subjects
 from mnemesh.actor import Actor
 from mnemesh.connection import Link, LinkOptions
@@ -30,13 +31,14 @@ PATIENCE_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What one service needs. `shard` and `folder` are the shard's alone."""
+    """What one service needs. `shard`, `folder` and `stores` are the shard's alone."""
 
     service: str
     link: LinkOptions
     site: str
     shard: str = ""
     folder: Path = Path("mnemesh-data")
+    stores: StoreUrls = EMBEDDED
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 0
     until_stdin_closes: bool = False
@@ -82,7 +84,15 @@ async def _actor(options: RunOptions, link: Link) -> Actor:
     if options.service == "hub":
         return Hub(link, site=options.site)
     partitions = await _partitions(link, options.shard)
-    return Shard(link, name=options.shard, site=options.site, partitions=partitions, folder=options.folder, guard=guard)
+    return Shard(
+        link,
+        name=options.shard,
+        site=options.site,
+        partitions=partitions,
+        folder=options.folder,
+        guard=guard,
+        stores=options.stores,
+    )
 
 
 async def _partitions(link: Link, shard: str) -> frozenset[int]:

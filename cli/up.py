@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from cli.mesh import Mesh, MeshOptions
 from cli.server_config import ServerOptions
+from memory_shards.stores.urls import KNOWN, StoreUrls, environment
 from mnemesh.errors import BadRequest
 from mnemesh.host import until_stopped
 from mnemesh.ids import PARTITIONS, check_name
@@ -32,6 +35,23 @@ def add_flags(command: argparse.ArgumentParser, data: Path) -> None:
     command.add_argument("--agent", action="append", help="TENANT.AGENT to make; may be repeated (default: demo.alice)")
 
 
+def add_store_flags(command: argparse.ArgumentParser) -> None:
+    """Where the shards keep what."""
+    for field in fields(StoreUrls):
+        command.add_argument(
+            f"--{field.name}",
+            metavar="URL",
+            default=os.environ.get(environment(field.name), field.default),
+            help=f"store of the {field.name}: {' '.join(KNOWN[field.name])} (default: ${environment(field.name)}, "
+            f"else {field.default})",
+        )
+
+
+def stores(flags: argparse.Namespace) -> StoreUrls:
+    """The stores that the flags name. Raises `BadRequest`."""
+    return StoreUrls(**{field.name: getattr(flags, field.name) for field in fields(StoreUrls)})
+
+
 def options(flags: argparse.Namespace) -> MeshOptions:
     """What the flags describe. Raises `BadRequest` that says which one cannot be."""
     if not 1 <= flags.shards <= PARTITIONS:
@@ -49,6 +69,7 @@ def options(flags: argparse.Namespace) -> MeshOptions:
         tenants=tenants,
         agents=agents,
         metrics_port=flags.metrics_port,
+        stores=stores(flags),
     )
 
 

@@ -29,11 +29,12 @@ from memory_shards.intake import Intake
 from memory_shards.lease import Lease
 from memory_shards.origins import Origins
 from memory_shards.stores import Facet
-from memory_shards.stores.by_url import EMBEDDED, Origin, Stores, StoreUrls, open_stores
+from memory_shards.stores.by_url import Origin, Stores, open_stores
 from memory_shards.stores.embedded import EmbeddedMemory
 from memory_shards.stores.faiss_cpu import VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.sqlite_schema import is_corrupt
+from memory_shards.stores.urls import EMBEDDED, StoreUrls
 from mnemesh import messages, subjects
 from mnemesh.actor import Actor, handles
 from mnemesh.call import Call

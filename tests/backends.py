@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from memory_shards.stores.by_url import Origin, Stores, StoreUrls, open_stores
+from memory_shards.stores.by_url import Origin, Stores, open_stores
+from memory_shards.stores.urls import StoreUrls
 from mnemesh.event import Record
 from mnemesh.ids import PARTITIONS
 

@@ -20,7 +20,7 @@ from store_servers import Neo4jServer, NotToBeHad, RedisServer, redis_cluster, r
 from cli.provision import even_shards, provision
 from cli.server import NatsServer, free_port
 from cli.server_config import ServerOptions
-from memory_shards.stores.by_url import EMBEDDED, StoreUrls
+from memory_shards.stores.urls import EMBEDDED, StoreUrls
 from mnemesh import Memory
 from mnemesh.asker import Asker
 from mnemesh.connection import Link

@@ -1,9 +1,4 @@
-"""Which stores a shard has: chosen by URL, opened together.
-
-    attributes   sqlite: | redis://…
-    edges        sqlite: | bolt://… | neo4j://…
-    text         sqlite:
-    vectors      faiss:cpu
+"""The stores of a shard, as its URLs choose them (`urls`), opened together.
 
 What is kept in SQLite is kept in one file, in one transaction. Every other store is a projection of its own, which none
 of the others waits for.
@@ -12,10 +7,9 @@ of the others waits for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from memory_shards.merger import Part
 from memory_shards.outside import OutsideProjection
@@ -24,34 +18,8 @@ from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Texts, 
 from memory_shards.stores.embedded import EmbeddedMemory, EmbeddedVectors
 from memory_shards.stores.faiss_cpu import FaissStore
 from memory_shards.stores.sqlite import SqliteStore
+from memory_shards.stores.urls import StoreUrls, without_password
 from mnemesh.errors import BadRequest
-
-
-@dataclass(frozen=True)
-class StoreUrls:
-    """Where a shard keeps what: a URL each. Raises `BadRequest` on one that it does not know."""
-
-    attributes: str = "sqlite:"
-    edges: str = "sqlite:"
-    text: str = "sqlite:"
-    vectors: str = "faiss:cpu"
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            url, known = getattr(self, field.name), KNOWN[field.name]
-            if not any(url == scheme or (scheme.endswith("://") and url.startswith(scheme)) for scheme in known):
-                told = _without_password(url)
-                raise BadRequest(f"{field.name}: {told!r} is no store of this kind; it may be {' or '.join(known)}")
-
-
-KNOWN: Mapping[str, tuple[str, ...]] = {
-    "attributes": ("sqlite:", "redis://", "rediss://"),
-    "edges": ("sqlite:", "bolt://", "bolt+s://", "bolt+ssc://", "neo4j://", "neo4j+s://", "neo4j+ssc://"),
-    "text": ("sqlite:",),
-    "vectors": ("faiss:cpu",),
-}
-
-EMBEDDED = StoreUrls()
 
 
 @dataclass(frozen=True)
@@ -176,10 +144,4 @@ async def _open(setting: str, url: str, projection: OutsideProjection, afresh: b
     try:
         await projection.open(afresh=afresh)
     except BadRequest as error:
-        raise BadRequest(f"{setting} {_without_password(url)}: {error.message}") from error
-
-
-def _without_password(url: str) -> str:
-    """A URL as it may be told."""
-    parts = urlsplit(url)
-    return url if parts.password is None else url.replace(f":{parts.password}@", ":…@")
+        raise BadRequest(f"{setting} {without_password(url)}: {error.message}") from error

@@ -112,7 +112,7 @@ _to_json = msgspec.json.Encoder().encode
 
 
 class Neo4jStore:
-    """Writes the edges of some partitions of a site's log. What was written for another is cleared when it is opened."""
+    """Writes the edges of some partitions of a site's log. What was written for another is cleared as it is opened."""
 
     outages = neo4j_client.OUTAGES
 

@@ -36,7 +36,7 @@ PutAside: TypeAlias = dict[tuple[str, str], list[tuple[int, bytes]]]
 class RedisStore:
     """Writes the documents of some partitions of a site's log. Several shards, also of other sites, may share a server.
 
-    What was written for another incarnation of the log is cleared when it is opened. `shard` names whose watermark it is.
+    What was written for another incarnation of the log is cleared as it is opened. `shard` names whose watermark it is.
     """
 
     outages = OUTAGES
