@@ -22,7 +22,7 @@ types: $(VENV)/dev $(VENV)/demo
 contract: $(VENV)/dev
 	$(BIN)/mnemesh contract check
 
-unit: $(VENV)/dev $(VENV)/demo
+unit: $(VENV)/dev $(VENV)/demo $(VENV)/servers
 	$(BIN)/pytest $(ARGS)
 
 demo: $(VENV)/demo
@@ -49,7 +49,12 @@ $(VENV)/base: pyproject.toml sdk/pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable '.[dev,edge]'
+	$(PIP) --editable '.[dev,edge,redis,neo4j]'
+	touch $@
+
+# Redis and Neo4j, which stores are tested against: from Debian and Maven, as far as this machine can have them.
+$(VENV)/servers: $(VENV)/dev tests/store_servers.py
+	PYTHONPATH=. $(BIN)/python -m tests.store_servers
 	touch $@
 
 $(VENV)/demo: $(VENV)/base

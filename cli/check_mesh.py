@@ -201,6 +201,12 @@ async def lag(asker: Asker, options: ServerOptions, found: list[Service]) -> Asy
                 current = False
                 yield warning(f"a replica of shard {shard} cannot say where it stands: {error}", "see its log")
                 continue
+            for store in status.missing:
+                current = False
+                yield warning(
+                    f"the store of the {store} of shard {shard} does not answer",
+                    "see whether its server runs; what it lacks comes to it when it is back",
+                )
             if status.skipped:
                 yield warning(
                     f"a replica of shard {shard} skipped {status.skipped:,} events that it could not read",

@@ -51,7 +51,7 @@ class OutsideStore(Protocol):
         """
 
     def look(self) -> int:
-        """Where the server stands now."""
+        """Where the server stands now, which is the `watermark` from then on."""
 
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records` and then stand at `watermark`; what was applied already has no effect."""
@@ -130,9 +130,12 @@ class OutsideProjection:
             self.watermark.advance(reached)
 
     async def _look_on(self) -> None:
-        """Learn where the store stands, again and again."""
+        """Learn where the store stands, again and again. Raises `WentBack`."""
         while True:
+            before = self.watermark.value
             await self._look()
+            if self.watermark.value < before:
+                raise WentBack(f"it stood at {before} of the log and stands at {self.watermark.value}")
             awaited = self.watermark.is_awaited
             await asyncio.sleep(LOOK_WHILE_AWAITED_S if awaited else LOOK_EVERY_S)
 
@@ -140,10 +143,7 @@ class OutsideProjection:
         stands = await self.on_worker(self.store.look)
         self.breaker.answered()
         if stands < self.watermark.value:
-            before = self.watermark.value
             self.watermark.begin_anew()
-            self.watermark.advance(stands)
-            raise WentBack(f"it had {before} events of the log and has {stands}")
         self.watermark.advance(stands)
 
     @property
@@ -154,6 +154,11 @@ class OutsideProjection:
     async def on_worker(self, work: Callable[..., Result], *arguments: object) -> Result:
         """Run a blocking call on the store's thread, in turn with `apply`."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)
+
+    def check(self) -> None:
+        """Raises `Unavailable` where the store is known not to be there."""
+        if self.breaker.is_open or not self._is_open:
+            raise Unavailable(f"{self.breaker.name} does not answer", retry_after_ms=round(FIRST_BACKOFF_S * 1000))
 
     async def read(self, work: Callable[[], Awaitable[Result]]) -> Result:
         """A read through the breaker. Raises `Unavailable` where the store is not there."""

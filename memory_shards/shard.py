@@ -9,7 +9,6 @@ Every replica of a shard reads the same log and listens in the same queue group;
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import sqlite3
@@ -28,7 +27,8 @@ from memory_shards.freshness import Freshness, LogHead
 from memory_shards.intake import Intake
 from memory_shards.lease import Lease
 from memory_shards.origins import Origins
-from memory_shards.stores import Facet
+from memory_shards.outside import OutsideProjection
+from memory_shards.stores import Counted, Facet
 from memory_shards.stores.by_url import Origin, Stores, open_stores
 from memory_shards.stores.embedded import EmbeddedMemory
 from memory_shards.stores.faiss_cpu import VectorQuery
@@ -41,7 +41,7 @@ from mnemesh.call import Call
 from mnemesh.clock import to_ms
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
-from mnemesh.errors import BadRequest, NotFound
+from mnemesh.errors import BadRequest, NotFound, Unavailable
 from mnemesh.event import Record
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
@@ -238,7 +238,7 @@ class Shard(Actor):
 
     async def _get_context(self, entity_id: str, request: messages.GetContext, call: Call) -> messages.Context:
         tenant = call.caller.tenant
-        seen = await self._fresh(request.consistency, call, self.stores.documents, self.stores.edges)
+        seen = await self._fresh(request.consistency, call, self.stores.documents)
         document = await self.stores.documents.get(
             tenant,
             entity_id,
@@ -248,9 +248,16 @@ class Shard(Actor):
         if document is None:
             raise NotFound(f"nothing is remembered of {entity_id[:200]!r} (as of {self.site} {seen[self.site]})")
         edges, latest = document.edges, document.version
+        missing = []
         if edges is None:
-            edges, at = await self.stores.edges.edges_of(tenant, entity_id)
-            latest = max(latest, at)
+            try:
+                places = await self._fresh(request.consistency, call, self.stores.edges)
+                edges, at = await self.stores.edges.edges_of(tenant, entity_id)
+            except Unavailable:
+                edges, missing = [], ["edges"]
+            else:
+                seen = self._freshness.seen(min(places[self.site], seen[self.site]), request.consistency)
+                latest = max(latest, at)
         vectors = None
         if request.include_vectors:
             await self._fresh(request.consistency, call, self.stores.vectors)
@@ -270,6 +277,7 @@ class Shard(Actor):
             version=document.version,
             watermark=seen,
             latest=latest,
+            missing=missing,
             vectors=vectors,
             suspects=suspects,
         )
@@ -390,10 +398,14 @@ class Shard(Actor):
     @handles(subjects.SHARD_STATUS)
     async def status(self, request: messages.Status, call: Call) -> messages.ShardStatus:
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
-        facets = self.stores.facets
-        told = dict(
-            zip(facets, await asyncio.gather(*(facet.counted(digest=request.digest) for facet in facets)), strict=True)
-        )
+        told: dict[Facet, Counted] = {}
+        missing = []
+        for facet in self.stores.facets:
+            try:
+                told[facet] = await facet.counted(digest=request.digest)
+            except Unavailable:
+                told[facet] = Counted(0, 0, "", facet.projection.watermark.value)
+                missing.append(facet.projection.name)
         return messages.ShardStatus(
             shard=self.name,
             watermark={self.site: min(counted.at for counted in told.values())},
@@ -403,17 +415,23 @@ class Shard(Actor):
             vectors=told[self.stores.vectors].things,
             skipped=self._intake.undecodable + self.stores.documents.rejected,
             quarantined=dict(self.stores.documents.quarantined),
+            stores={facet.projection.name: counted.at for facet, counted in told.items()},
+            missing=missing,
             digest="-".join(counted.digest for counted in told.values()) if request.digest else None,
         )
 
     # ── how fresh, and whether all of it ────────────────────────────────────────────────────────────────────
 
     async def _fresh(self, consistency: messages.Consistency | None, call: Call, *facets: Facet) -> messages.Token:
-        """Wait until these stores are as fresh as is demanded. What a read of all of them then sees."""
-        places = [
-            (await self._freshness.wait(consistency, projection.watermark, call))[self.site]
-            for projection in dict.fromkeys(facet.projection for facet in facets)
-        ]
+        """Wait until these stores are as fresh as is demanded. What a read of all of them then sees.
+
+        Raises `Unavailable` at once where one is known not to be there, `Stale` in time.
+        """
+        places = []
+        for projection in dict.fromkeys(facet.projection for facet in facets):
+            if isinstance(projection, OutsideProjection):
+                projection.check()
+            places.append((await self._freshness.wait(consistency, projection.watermark, call))[self.site])
         return self._freshness.seen(min(places), consistency)
 
     @property

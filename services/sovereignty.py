@@ -291,6 +291,7 @@ def reduced_context(context: messages.Context, leaves: Leaves) -> messages.Conte
         text=context.text if leaves.tells_text else None,
         version=context.version,
         watermark=context.watermark,
+        missing=context.missing,
         vectors=vectors and {space: vector for space, vector in vectors.items() if leaves.tells_vectors(space)},
     )
 

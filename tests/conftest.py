@@ -189,7 +189,7 @@ async def hub(tmp_path: Path) -> AsyncIterator[HubSite]:
         yield hub
 
 
-def _server_or_skip(make: Callable[[], T]) -> T:
+def server_or_skip(make: Callable[[], T]) -> T:
     """A server that tests need: where it is not to be had they are skipped, or fail where all are needed."""
     try:
         return make()
@@ -202,7 +202,7 @@ def _server_or_skip(make: Callable[[], T]) -> T:
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis that all tests share: each uses a site of its own, and leaves the process as it is."""
-    server = _server_or_skip(lambda: RedisServer(tmp_path_factory.mktemp("redis")))
+    server = server_or_skip(lambda: RedisServer(tmp_path_factory.mktemp("redis")))
     with running(server):
         yield server
 
@@ -217,7 +217,7 @@ def redis_cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
 @pytest.fixture(scope="session")
 def neo4j_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neo4jServer]:
     """A Neo4j that all tests share: each uses a site of its own, and leaves the process as it is."""
-    server = _server_or_skip(lambda: Neo4jServer(tmp_path_factory.mktemp("neo4j")))
+    server = server_or_skip(lambda: Neo4jServer(tmp_path_factory.mktemp("neo4j")))
     with running(server):
         yield server
 

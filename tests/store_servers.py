@@ -58,6 +58,7 @@ def install() -> None:
 
 def _install_redis() -> None:
     if shutil.which("redis-server") is None:
+        _run("apt-get", "update")
         _run("apt-get", "install", "--yes", "--no-install-recommends", "redis-server", "redis-tools")
 
 
@@ -177,8 +178,11 @@ dbms.usage_report.enabled=false
             self._as("neo4j", "system", first)
 
     def _as(self, password: str, database: str, cypher: str) -> None:
-        with neo4j.GraphDatabase.driver(f"bolt://127.0.0.1:{self.port}", auth=("neo4j", password)) as driver:
-            driver.execute_query(cypher, database_=database)
+        with (
+            neo4j.GraphDatabase.driver(f"bolt://127.0.0.1:{self.port}", auth=("neo4j", password)) as driver,
+            driver.session(database=database) as session,
+        ):
+            session.run(cypher).consume()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ OUTAGES: tuple[type[Exception], ...] = (Neo4jError, DriverError, OSError)
 
 OLDEST = (5, 23)
 CONNECT_S = 5.0
-RETRY_S = 10.0
+RETRY_S = 2.0
+"""How long a transaction is tried again that met another; where the server is away, the projection tries again."""
 _INTEGERS = range(-(1 << 63), 1 << 63)
 
 SCHEMA = (

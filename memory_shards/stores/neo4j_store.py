@@ -137,13 +137,14 @@ class Neo4jStore:
             there = session.execute_write(lambda tx: tx.run(_LOCK, shard=self.shard_key).single(strict=True))
             if there["counts"] != self._counts or afresh:
                 self._clear(session, is_new=there["counts"] is None)
-        self._watermark = self.look()
+        self.look()
 
     def look(self) -> int:
-        """Where the server stands."""
+        """Where the server stands now."""
         with self._session() as session:
             there = session.execute_read(lambda tx: tx.run(_STANDS, shard=self.shard_key, counts=self._counts).single())
-        return 0 if there is None else there["watermark"]
+        self._watermark = 0 if there is None else there["watermark"]
+        return self._watermark
 
     def _session(self) -> neo4j.Session:
         assert self._opened is not None, "it is opened first"

@@ -66,12 +66,17 @@ class RedisStore:
         self._clear_others(afresh)
         if afresh:
             self._client.delete(self._shard)
-        self._watermark = self.look()
+        self.look()
         self.quarantined.clear()
         for put_aside in self._each(lambda pipe, keys: pipe.hvals(keys.quarantine)):
             self.quarantined.update(layout.decode_quarantined(raw).site for raw in put_aside)
 
     def look(self) -> int:
+        """Where the server stands now."""
+        self._watermark = self._stands()
+        return self._watermark
+
+    def _stands(self) -> int:
         """Where the server stands: where a node of a cluster lost some of a partition, no further than that has."""
         told = self._client.hgetall(self._shard)
         if told.get(b"counts") != self._counts:
@@ -117,7 +122,7 @@ class RedisStore:
         watched = [self.keys[partition].meta for partition in records]
         with self._client.pipeline(transaction=True) as transaction:
             transaction.watch(*watched, *([self._shard] if watermark is not None else []))
-            if watermark is not None and (stands := self.look()) < self._watermark:
+            if watermark is not None and (stands := self._stands()) < self._watermark:
                 raise WentBack(f"it stands at {stands}, and stood at {self._watermark}")
             fresh, put_aside = self._fresh(records)
             batch = _Batch(self._client, self.keys, fresh, site=self._site, put_aside=put_aside)

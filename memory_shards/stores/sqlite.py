@@ -68,7 +68,7 @@ class SqliteStore(SqliteReader):
         self._watermark: int = meta.get("watermark", 0)
         self._rejected: int = meta.get("rejected", 0)
         self._erasing = meta.get("erasing", 0)
-        super().__init__(self._file)
+        super().__init__(self._file, with_edges="edges" in parts)
 
     @property
     def watermark(self) -> int:
@@ -134,7 +134,7 @@ class SqliteStore(SqliteReader):
 
     def reader(self) -> SqliteReader:
         """Another reader of the same file, for another thread. Who asks for it closes it."""
-        return SqliteReader(self._file)
+        return SqliteReader(self._file, with_edges=self._with_edges)
 
     def digest(self) -> str:
         """A hash of the state, the tombstones and each entity's events in order: equal where the same log was applied.

@@ -89,6 +89,7 @@ class Batch:
         self._erased_more = False
         self._connection = connection
         self._records = records
+        self._parts = parts
         self._ids: dict[Name, int] = {}
         loaded = self._load({(record.event.tenant, record.event.entity_id) for record in records})
         self._merger = Merger(loaded, self._history, site=site, put_aside=put_aside, parts=parts)
@@ -172,7 +173,7 @@ class Batch:
                 self._erase(id, entity)
             if entity.is_gone:
                 released.append((id,))
-                if entity.text_before is not None:
+                if entity.text_before is not None and "text" in self._parts:
                     unindexed.append((id, entity.text_before))
                 continue
             doc: Doc = state.attributes, state.spaces
@@ -196,10 +197,10 @@ class Batch:
             )
             for kept in entity.added:
                 events.append((kept.sequence, id, tenant, *kept[1:]))
-            for (relation, target), edge in state.edges.items():
+            for (relation, target), edge in state.edges.items() if "edges" in self._parts else ():
                 properties = wire.encode(edge.properties) if edge.properties else None
                 edges.append((id, relation, target, tenant, edge.removed, *edge.key, properties))
-            if state.text != entity.text_before:
+            if state.text != entity.text_before and "text" in self._parts:
                 if entity.text_before is not None:
                     unindexed.append((id, entity.text_before))
                 if state.text is not None:

@@ -94,9 +94,10 @@ _WORD = re.compile(r"[0-9A-Za-z\u0080-\U0010ffff]+")
 
 
 class SqliteReader:
-    """Reads `memory.db`. A read that starts after a commit sees it."""
+    """Reads `memory.db`, which may be one without edges. A read that starts after a commit sees it."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, with_edges: bool = True) -> None:
+        self._with_edges = with_edges
         self._connection = connect(file)
         self._connection.execute("PRAGMA query_only = ON")
         self._snapshot = _Snapshot(self._connection)
@@ -127,7 +128,7 @@ class SqliteReader:
             entity_id=entity_id,
             type=type,
             attributes=attributes,
-            edges=[edge_view(relation, to, raw and wire.decode(raw)) for relation, to, raw, *_ in sorted(edges)],
+            edges=_seen(edges) if self._with_edges else None,
             spaces=spaces,
             text=text,
             version=version,
@@ -351,6 +352,11 @@ class _Snapshot:
 
     def __exit__(self, *_: object) -> None:
         self._connection.execute("COMMIT")
+
+
+def _seen(rows: Iterable[tuple[Any, ...]]) -> list[Edge]:
+    """Edges as readers see them, by relation and target."""
+    return [edge_view(relation, to, raw and wire.decode(raw)) for relation, to, raw, *_ in sorted(rows)]
 
 
 def _places(values: Sequence[object]) -> str:

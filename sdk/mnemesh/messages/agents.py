@@ -123,7 +123,8 @@ class Context(Reply, frozen=True, kw_only=True):
     """What is remembered of one entity. `version` is the log sequence of its last event.
 
     Nothing in it is from after `latest` of the site's log. Not `complete`: this device has what it wrote itself, and
-    its hub, out of reach now, may have more. `suspects` are there if asked for.
+    its hub, out of reach now, may have more. `missing` names what could not be told, for its store is not there:
+    `edges`. `suspects` are there if asked for.
     """
 
     entity_id: str
@@ -137,6 +138,7 @@ class Context(Reply, frozen=True, kw_only=True):
     latest: int = 0
     vectors: dict[str, Vector] | None = None
     complete: bool = True
+    missing: list[str] = []
     suspects: list[Suspect] | None = None
 
 

@@ -173,7 +173,8 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     """Where a replica stands. `digest` is a hash over all that it holds, to compare replicas with.
 
     `skipped` events of the log have no effect: they could not be read, or broke a rule. Nor have those `quarantined`,
-    by the site that they came from: they are stamped further ahead of the hub's clock than may be.
+    by the site that they came from: they are stamped further ahead of the hub's clock than may be. `stores` tells up to
+    where each store has the log, `missing` which of them do not answer: what they hold is not counted.
     """
 
     shard: str
@@ -184,4 +185,6 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     vectors: int
     skipped: int = 0
     quarantined: dict[str, int] = {}
+    stores: dict[str, int] = {}
+    missing: list[str] = []
     digest: str | None = None
