@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from memory_shards.breaker import Breaker
+from memory_shards.freshness import REPLY_MARGIN_S
 from memory_shards.lease import Lease
 from memory_shards.stores import WentBack
 from memory_shards.watermark import Watermark
@@ -44,14 +45,17 @@ class OutsideStore(Protocol):
     def watermark(self) -> int:
         """Where the store stood when it was last asked, or applied."""
 
-    def open(self, *, afresh: bool = False) -> None:
-        """Connect, have empty what was written for another log (all, if `afresh`), and ask where it stands.
+    def open(self) -> None:
+        """Connect. Raises `BadRequest` on a server that is no good."""
 
-        Raises `BadRequest` on a server that is no good.
+    def look(self) -> int | None:
+        """Where the server stands now, which is the `watermark` from then on.
+
+        `None` where what it has is of another log, until `begin`.
         """
 
-    def look(self) -> int:
-        """Where the server stands now, which is the `watermark` from then on."""
+    def begin(self, *, afresh: bool) -> None:
+        """Have empty what was written for another log (all, if `afresh`), and stand at 0 then. Only who applies may."""
 
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records` and then stand at `watermark`; what was applied already has no effect."""
@@ -62,6 +66,9 @@ class OutsideStore(Protocol):
 
 Follow: TypeAlias = Callable[[int], AsyncGenerator[tuple[list[Record], int], None]]
 """The log's records of the shard's partitions after a sequence, in batches, each with its last sequence."""
+
+Head: TypeAlias = Callable[[], Awaitable[int]]
+"""The last sequence of the log."""
 
 
 class OutsideProjection:
@@ -75,22 +82,20 @@ class OutsideProjection:
         self.applied = 0
         self._most = most
         self._is_open = False
+        self._is_ours = asyncio.Event()
         self._mendable: tuple[type[Exception], ...] = (*store.outages, WentBack)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"store-{name}")
 
-    async def open(self, *, afresh: bool = False) -> None:
+    async def open(self) -> None:
         """Open the store; one that is not there is opened later. Raises `BadRequest` where it is no good."""
         try:
-            await self.on_worker(lambda: self.store.open(afresh=afresh))
+            await self.on_worker(self.store.open)
+            self._is_open = True
+            await self._look()
         except self.store.outages as error:
             logger.warning("the store of %s is not there yet: %s", self.name, str(error)[:200])
-            for _ in range(3):
-                self.breaker.failed(error)
-        else:
-            self._is_open = True
-            self.watermark.advance(self.store.watermark)
 
-    async def run(self, follow: Follow, lease: Lease) -> None:
+    async def run(self, follow: Follow, head: Head, lease: Lease) -> None:
         """Apply what comes while the lease is held, for ever."""
         backoff = FIRST_BACKOFF_S
         while True:
@@ -100,7 +105,8 @@ class OutsideProjection:
                     await self.on_worker(self.store.open)
                     self._is_open = True
                 if lease.is_held:
-                    await _first_of(lease.lost.wait(), self._apply_from(follow), self._look_on())
+                    await self.begin(head)
+                    await _first_of(lease.lost.wait(), self._apply_all(follow), self._look_on())
                 else:
                     await _first_of(lease.taken.wait(), self._look_on())
             except self._mendable as error:
@@ -114,8 +120,15 @@ class OutsideProjection:
             else:
                 backoff = FIRST_BACKOFF_S
 
-    async def _apply_from(self, follow: Follow) -> None:
+    async def begin(self, head: Head) -> None:
+        """Make the store ready to apply to: empty, where it is of another log, or has more than the log."""
         await self._look()
+        ends_before = self.watermark.value > await head()
+        if not self._is_ours.is_set() or ends_before:
+            await self.on_worker(lambda: self.store.begin(afresh=ends_before))
+            await self._look()
+
+    async def _apply_all(self, follow: Follow) -> None:
         async with contextlib.aclosing(follow(self.watermark.value)) as batches:
             async for records, last in batches:
                 await self._apply(records, last)
@@ -142,9 +155,13 @@ class OutsideProjection:
     async def _look(self) -> None:
         stands = await self.on_worker(self.store.look)
         self.breaker.answered()
-        if stands < self.watermark.value:
+        if stands is None:
+            self._is_ours.clear()
+        else:
+            self._is_ours.set()
+        if (stands or 0) < self.watermark.value:
             self.watermark.begin_anew()
-        self.watermark.advance(stands)
+        self.watermark.advance(stands or 0)
 
     @property
     def stands_at(self) -> int:
@@ -155,15 +172,20 @@ class OutsideProjection:
         """Run a blocking call on the store's thread, in turn with `apply`."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)
 
-    def check(self) -> None:
-        """Raises `Unavailable` where the store is known not to be there."""
-        if self.breaker.is_open or not self._is_open:
-            raise Unavailable(f"{self.breaker.name} does not answer", retry_after_ms=round(FIRST_BACKOFF_S * 1000))
+    async def ready(self, deadline: float) -> None:
+        """Return once the store is one of this log's. Raises `Unavailable` at once where it does not answer."""
+        if not self.breaker.is_open and not self._is_ours.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline - REPLY_MARGIN_S):
+                    await self._is_ours.wait()
+        if self.breaker.is_open or not self._is_ours.is_set():
+            state = "does not answer" if self.breaker.is_open else "has yet to be filled"
+            raise Unavailable(f"{self.breaker.name} {state}", retry_after_ms=round(FIRST_BACKOFF_S * 1000))
 
     async def read(self, work: Callable[[], Awaitable[Result]]) -> Result:
         """A read through the breaker. Raises `Unavailable` where the store is not there."""
-        if not self._is_open:
-            raise Unavailable(f"the store of {self.name} is not there yet")
+        if not self._is_ours.is_set():
+            raise Unavailable(f"{self.breaker.name} has yet to be filled")
         return await self.breaker.call(work)
 
     async def close(self) -> None:

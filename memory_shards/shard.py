@@ -146,7 +146,7 @@ class Shard(Actor):
             lease = Lease(self.asker.inbox, subjects.LEASES.name, f"{self.site}.{self.name}", self.instance)
             works["lease"] = lease.run
             for outside in self.stores.outside:
-                works[f"apply.{outside.name}"] = partial(outside.run, self._followed, lease)
+                works[f"apply.{outside.name}"] = partial(outside.run, self._followed, self._ask_head, lease)
         return works
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,11 +160,11 @@ class Shard(Actor):
         origin = Origin(self.site, self.name, self.partitions, state.incarnation, self._folder)
         try:
             self._opened = await open_stores(self._urls, origin)
-            if max(projection.watermark.value for projection in self._opened.projections) > state.last_sequence:
+            if max(projection.watermark.value for projection in self._opened.embedded) > state.last_sequence:
                 logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
                 await self._opened.close()
                 folders.clear(self._folder)
-                self._opened = await open_stores(self._urls, origin, afresh=True)
+                self._opened = await open_stores(self._urls, origin)
         except sqlite3.DatabaseError as error:
             self.failed(error)
             raise
@@ -430,7 +430,7 @@ class Shard(Actor):
         places = []
         for projection in dict.fromkeys(facet.projection for facet in facets):
             if isinstance(projection, OutsideProjection):
-                projection.check()
+                await projection.ready(call.deadline)
             places.append((await self._freshness.wait(consistency, projection.watermark, call))[self.site])
         return self._freshness.seen(min(places), consistency)
 

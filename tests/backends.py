@@ -43,9 +43,16 @@ class Backend:
     async def opened(self) -> AsyncIterator[Stores]:
         stores = await open_stores(self.urls, self.origin)
         try:
+            for outside in stores.outside:
+                await outside.begin(_endless)
             yield stores
         finally:
             await stores.close()
+
+
+async def _endless() -> int:
+    """Where a log ends that nothing is ahead of."""
+    return 1 << 60
 
 
 async def apply(stores: Stores, records: Sequence[Record], watermark: int | None = None) -> None:

@@ -77,8 +77,8 @@ class Stores:
             await facet.close()
 
 
-async def open_stores(urls: StoreUrls, origin: Origin, *, afresh: bool = False) -> Stores:
-    """Open what the URLs name, each empty where it was built for another log, or where `afresh`.
+async def open_stores(urls: StoreUrls, origin: Origin) -> Stores:
+    """Open what the URLs name. A file that was built for another log is emptied.
 
     A server that is not there is opened later. Raises `BadRequest` that names the setting where one is no good,
     `sqlite3.Error` where a file is.
@@ -101,7 +101,7 @@ async def open_stores(urls: StoreUrls, origin: Origin, *, afresh: bool = False) 
         opened = stores.facets
         for setting, outside in settings:
             assert isinstance(outside.projection, OutsideProjection), "it is a server"
-            await _open(setting, getattr(urls, setting), outside.projection, afresh)
+            await _open(setting, getattr(urls, setting), outside.projection)
         return stores
     except BaseException:
         for facet in opened:
@@ -139,9 +139,9 @@ def _neo4j(url: str, origin: Origin) -> Edges:
     return Neo4jEdges(Neo4jStore(url, **origin.outside))
 
 
-async def _open(setting: str, url: str, projection: OutsideProjection, afresh: bool) -> None:
+async def _open(setting: str, url: str, projection: OutsideProjection) -> None:
     """What is no good names the setting, and never the password."""
     try:
-        await projection.open(afresh=afresh)
+        await projection.open()
     except BadRequest as error:
         raise BadRequest(f"{setting} {without_password(url)}: {error.message}") from error

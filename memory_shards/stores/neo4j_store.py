@@ -12,7 +12,6 @@ are `neo4j_reader`'s. Looks at `memory_shards.merge` and `merger`, `neo4j_client
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -25,8 +24,6 @@ from memory_shards.stores import WentBack, neo4j_client
 from memory_shards.stores.neo4j_client import LAYOUT, Target, key_of
 from mnemesh.event import Record
 from mnemesh.ids import partition_of
-
-logger = logging.getLogger("mnemesh.neo4j")
 
 EdgeKey: TypeAlias = tuple[Name, str, str]
 """((tenant, source id), relation, target id)."""
@@ -101,7 +98,10 @@ _CLEAR_TARGETS = """
 MATCH (e:Entity) WHERE e.site = $site AND e.ledger IS NULL AND NOT (e)--() WITH e LIMIT $most DELETE e
 RETURN count(e) AS cleared
 """
-_FORGET_SHARD = "MATCH (s:Shard {key: $shard}) DELETE s"
+_BEGIN = """
+MERGE (s:Shard {key: $shard}) WITH s WHERE coalesce(s.counts, '') <> $counts
+SET s.counts = $counts, s.watermark = 0, s.edges = 0
+"""
 
 _CLEARED_AT_ONCE = 2_000
 
@@ -130,21 +130,27 @@ class Neo4jStore:
         """Where it stood when it was last asked, or applied."""
         return self._watermark
 
-    def open(self, *, afresh: bool = False) -> None:
-        """Connect, and clear what was written for another log. Raises `BadRequest` on a server that is no good."""
+    def open(self) -> None:
+        """Connect. Raises `BadRequest` on a server that is no good."""
         self._opened = neo4j_client.open_sync(self.target)
-        with self._session() as session:
-            there = session.execute_write(lambda tx: tx.run(_LOCK, shard=self.shard_key).single(strict=True))
-            if there["counts"] != self._counts or afresh:
-                self._clear(session, is_new=there["counts"] is None)
-        self.look()
 
-    def look(self) -> int:
-        """Where the server stands now."""
+    def look(self) -> int | None:
+        """Where the server stands now; `None` where what it has is of another log."""
         with self._session() as session:
             there = session.execute_read(lambda tx: tx.run(_STANDS, shard=self.shard_key, counts=self._counts).single())
-        self._watermark = 0 if there is None else there["watermark"]
-        return self._watermark
+        stands: int | None = None if there is None else there["watermark"]
+        self._watermark = stands or 0
+        return stands
+
+    def begin(self, *, afresh: bool) -> None:
+        """Clear what was written for another log, a piece at a time. Nodes that edges of others lead to stay."""
+        with self._session() as session:
+            if afresh:
+                session.execute_write(lambda tx: tx.run(_BEGIN, shard=self.shard_key, counts="").consume())
+            for statement in (_CLEAR, _CLEAR_TARGETS):
+                while session.execute_write(self._clear, statement):
+                    pass
+            session.execute_write(lambda tx: tx.run(_BEGIN, shard=self.shard_key, counts=self._counts).consume())
 
     def _session(self) -> neo4j.Session:
         assert self._opened is not None, "it is opened first"
@@ -163,7 +169,7 @@ class Neo4jStore:
     def _apply(self, tx: neo4j.ManagedTransaction, records: Sequence[Record], watermark: int) -> int:
         """Where the store stands then. May run several times, until one commits."""
         there = tx.run(_LOCK, shard=self.shard_key).single(strict=True)
-        stands: int = (there["watermark"] or 0) if there["counts"] == self._counts else 0
+        stands: int = there["watermark"] if there["counts"] == self._counts else -1
         if stands < self._watermark:
             raise WentBack(f"it stands at {stands}, and stood at {self._watermark}")
         if watermark <= stands:
@@ -173,26 +179,19 @@ class Neo4jStore:
         tx.run(_MARK, told).consume()
         return watermark
 
-    def _clear(self, session: neo4j.Session, *, is_new: bool) -> None:
-        """Begin from empty, a piece at a time. Nodes that edges of others lead to stay."""
-        if not is_new:
-            logger.warning("the edges of %s were written for another log: cleared", self.shard_key)
+    def _clear(self, tx: neo4j.ManagedTransaction, cypher: str) -> int:
+        """How many nodes were cleared; none once somebody else has done so and writes there."""
+        there = tx.run(_LOCK, shard=self.shard_key).single(strict=True)
+        if there["counts"] == self._counts:
+            return 0
         asked = {"site": self.site, "partitions": self.partitions, "most": _CLEARED_AT_ONCE}
-        for statement in (_CLEAR, _CLEAR_TARGETS):
-            while session.execute_write(_count_of, statement, asked):
-                pass
-        session.execute_write(lambda tx: tx.run(_FORGET_SHARD, shard=self.shard_key).consume())
+        cleared: int = tx.run(cypher, asked).single(strict=True)["cleared"]
+        return cleared
 
     def close(self) -> None:
         """Let go of the connections."""
         if self._opened is not None:
             self._opened.close()
-
-
-def _count_of(tx: neo4j.ManagedTransaction, cypher: str, asked: dict[str, Any]) -> int:
-    """The number that a statement says."""
-    count: int = tx.run(cypher, asked).single(strict=True)[0]
-    return count
 
 
 class _Batch:

@@ -13,6 +13,7 @@ in either, and whoever applies while another does fails: what both watch has cha
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -28,6 +29,8 @@ from mnemesh.event import Record
 logger = logging.getLogger("mnemesh.redis")
 
 _CLEARED_AT_ONCE = 500
+COUNTED_EVERY_S = 5.0
+"""How often a replica that only reads counts what is put aside."""
 
 PutAside: TypeAlias = dict[tuple[str, str], list[tuple[int, bytes]]]
 """Events that are put aside, by site and event id: the partition, and the field of its `quarantine`."""
@@ -53,34 +56,34 @@ class RedisStore:
         self._watermark = 0
         self.rejected = 0
         self.quarantined: Counter[str] = Counter()
-        """How many events of each site were put aside."""
+        """How many events of each site were put aside; where another replica applies, as it was seconds ago."""
+        self._counted_at = float("-inf")
 
     @property
     def watermark(self) -> int:
         """Where it stood when it was last asked, or applied."""
         return self._watermark
 
-    def open(self, *, afresh: bool = False) -> None:
-        """Connect, and clear what was written for another log. Raises `BadRequest` on a server that is no good."""
+    def open(self) -> None:
+        """Connect. Raises `BadRequest` on a server that is no good."""
         self._client, self.in_cluster = open_sync(self.url)
-        self._clear_others(afresh)
-        if afresh:
-            self._client.delete(self._shard)
-        self.look()
-        self.quarantined.clear()
-        for put_aside in self._each(lambda pipe, keys: pipe.hvals(keys.quarantine)):
-            self.quarantined.update(layout.decode_quarantined(raw).site for raw in put_aside)
 
-    def look(self) -> int:
-        """Where the server stands now."""
-        self._watermark = self._stands()
-        return self._watermark
+    def look(self) -> int | None:
+        """Where the server stands now; `None` where what it has is of another log."""
+        stands = self._stands()
+        self._watermark = stands or 0
+        if time.monotonic() - self._counted_at > COUNTED_EVERY_S:
+            self._counted_at = time.monotonic()
+            self.quarantined.clear()
+            for put_aside in self._each(lambda pipe, keys: pipe.hvals(keys.quarantine)):
+                self.quarantined.update(layout.decode_quarantined(raw).site for raw in put_aside)
+        return stands
 
-    def _stands(self) -> int:
-        """Where the server stands: where a node of a cluster lost some of a partition, no further than that has."""
+    def _stands(self) -> int | None:
+        """Where a node of a cluster lost some of a partition, no further than that has."""
         told = self._client.hgetall(self._shard)
         if told.get(b"counts") != self._counts:
-            return 0
+            return None
         self.rejected = int(told.get(b"rejected", 0))
         watermark = int(told[b"watermark"])
         if not self.in_cluster:
@@ -90,6 +93,19 @@ class RedisStore:
             if int(applied or 0) < int(told.get(b"%d" % partition, 0)):
                 watermark = min(watermark, int(applied or 0))
         return watermark
+
+    def begin(self, *, afresh: bool) -> None:
+        """Clear the partitions that were written for another log, and count anew."""
+        if afresh:
+            for keys in self.keys.values():
+                self._client.hset(keys.meta, "for", "nothing: it is being cleared")
+        found = self._each(lambda pipe, keys: pipe.hget(keys.meta, "for"))
+        for keys, written_for in zip(self.keys.values(), found, strict=True):
+            if written_for != self._written_for:
+                if written_for is not None:
+                    logger.warning("%s was written for another log: cleared", keys.meta.decode())
+                self._clear(keys)
+        self._client.hset(self._shard, mapping=self._told(0))
 
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
@@ -122,18 +138,22 @@ class RedisStore:
         watched = [self.keys[partition].meta for partition in records]
         with self._client.pipeline(transaction=True) as transaction:
             transaction.watch(*watched, *([self._shard] if watermark is not None else []))
-            if watermark is not None and (stands := self._stands()) < self._watermark:
-                raise WentBack(f"it stands at {stands}, and stood at {self._watermark}")
+            if watermark is not None:
+                stands = self._stands()
+                if stands is None or stands < self._watermark:
+                    raise WentBack(f"it stands at {stands}, and stood at {self._watermark}")
+                watermark = max(stands, watermark)
             fresh, put_aside = self._fresh(records)
             batch = _Batch(self._client, self.keys, fresh, site=self._site, put_aside=put_aside)
             transaction.multi()
             batch.write(transaction)
             if watermark is not None:
-                transaction.hset(self._shard, mapping=self._told(max(stands, watermark)))
+                transaction.hset(self._shard, mapping=self._told(watermark))
                 transaction.hincrby(self._shard, "rejected", batch.rejected)
             transaction.execute()
         self.rejected += batch.rejected
         self.quarantined.update(batch.quarantined)
+        self._counted_at = time.monotonic()
         return batch.rejected
 
     def _fresh(self, records: Mapping[int, Sequence[Record]]) -> tuple[list[Record], PutAside]:
@@ -164,28 +184,37 @@ class RedisStore:
                 ask(reading, keys)
             return reading.execute()  # type: ignore[no-any-return]
 
-    def _clear_others(self, afresh: bool) -> None:
-        """Clear the partitions that were written for another log, and note for which they are now."""
-        found = self._each(lambda pipe, keys: pipe.hget(keys.meta, "for"))
-        for keys, written_for in zip(self.keys.values(), found, strict=True):
-            if written_for == self._written_for and not afresh:
-                continue
-            if written_for is not None:
-                logger.warning("%s was written for another log: cleared", keys.meta.decode())
-            self._clear(keys)
-            self._client.hset(keys.meta, "for", self._written_for)
-
     def _clear(self, keys: Keys) -> None:
-        """Delete all of a partition; its meta last, so that a clearing that was cut off begins anew."""
+        """Delete all of a partition, unless somebody else has done so and writes there already."""
         for tenant in self._client.smembers(keys.tenants):
             names = keys.of(tenant.decode())
             for index in (names.ids, names.gone):
-                for entity_id, _ in self._client.zscan_iter(index, count=_CLEARED_AT_ONCE):
-                    known = entity_id.decode()
-                    self._client.delete(names.entity(known), names.ledger(known), names.events(known))
-            self._client.delete(names.ids, names.gone, names.log, names.valid)
-        self._client.delete(keys.tenants, keys.erasures, keys.quarantine)
-        self._client.delete(keys.meta)
+                while some := self._client.zrange(index, 0, _CLEARED_AT_ONCE - 1):
+                    known = [entity_id.decode() for entity_id in some]
+                    of_entities = [f(name) for f in (names.entity, names.ledger, names.events) for name in known]
+                    if not self._delete(keys, of_entities, index, some):
+                        return
+            if not self._delete(keys, [names.ids, names.gone, names.log, names.valid]):
+                return
+        self._delete(keys, [keys.tenants, keys.erasures, keys.quarantine], anew=True)
+
+    def _delete(
+        self, keys: Keys, deleted: list[bytes], index: bytes = b"", names: Sequence[bytes] = (), *, anew: bool = False
+    ) -> bool:
+        """Delete keys of a partition while it is not yet ours; whether it was not. With `anew` it is, from then on."""
+        with self._client.pipeline(transaction=True) as transaction:
+            transaction.watch(keys.meta)
+            if transaction.hget(keys.meta, "for") == self._written_for:
+                return False
+            transaction.multi()
+            transaction.delete(*deleted)
+            if names:
+                transaction.zrem(index, *names)
+            if anew:
+                transaction.delete(keys.meta)
+                transaction.hset(keys.meta, "for", self._written_for)
+            transaction.execute()
+        return True
 
 
 class _Batch:
