@@ -53,8 +53,8 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 # Redis and Neo4j, which stores are tested against: from Debian and Maven, as far as this machine can have them.
-$(VENV)/servers: $(VENV)/dev tests/store_servers.py
-	PYTHONPATH=. $(BIN)/python -m tests.store_servers
+$(VENV)/servers: $(VENV)/dev bench/store_servers.py
+	$(BIN)/python -m bench.store_servers
 	touch $@
 
 $(VENV)/demo: $(VENV)/base

@@ -15,8 +15,8 @@ from backends import Backend
 from mesh import SHARDS, SPARE_TENANTS, Mesh
 from nats.aio.client import Client
 from sites import HubSite
-from store_servers import Neo4jServer, NotToBeHad, RedisServer, redis_cluster, running
 
+from bench.store_servers import Neo4jServer, NotToBeHad, RedisServer, redis_cluster, running
 from cli.provision import even_shards, provision
 from cli.server import NatsServer, free_port
 from cli.server_config import ServerOptions

@@ -13,9 +13,9 @@ import pytest
 import redis
 from conftest import server_options, server_or_skip
 from ledger import STRONG
-from store_servers import Neo4jServer, RedisServer, Server, running
 from test_crash import alice_on
 
+from bench.store_servers import Neo4jServer, RedisServer, Server, running
 from cli.doctor import diagnose
 from cli.mesh import Mesh, MeshOptions
 from memory_shards.stores.urls import StoreUrls

@@ -126,7 +126,6 @@ class Neo4jEdges:
             "partitions": self.store.partitions,
             "ahead": MOST_AHEAD,
         }
-        latest = await self._stands_at()
         if direction == "out" and ahead:
             walk = await self._walk_ahead(asked, set(entity_ids), bool(relations), ahead)
             if walk is not None:
@@ -137,13 +136,13 @@ class Neo4jEdges:
             rows = await self._ask(_with(cypher, bool(relations)), **asked)
             found.update(await self._holding(rows, outward=cypher is _FIRST_HOP))
         edges = sorted(found)
-        return Walk(edges[:limit], len(edges) > limit, [], max(latest, await self._stands_at()))
+        return Walk(edges[:limit], len(edges) > limit, [], await self._stands_at())
 
     async def _walk_ahead(
         self, asked: dict[str, Any], starts: set[str], with_relations: bool, ahead: int
     ) -> Walk | None:
         """All hops at once; `None` where that found too much, or began at what is not known by its edges alone."""
-        ((walked, walked_from, latest),) = await self._ask(_walk(ahead, with_relations), **asked) or [([], [], 0)]
+        ((walked, walked_from, latest),) = await self._ask(walk_query(ahead, with_relations), **asked) or [([], [], 0)]
         if len(walked) >= asked["limit"] or not starts.issubset(walked_from):
             return None
         edges = [(near, relation, far) for near, relation, far in walked]
@@ -196,6 +195,6 @@ def _with(cypher: str, relations: bool) -> str:
 
 
 @cache
-def _walk(hops_ahead: int, relations: bool) -> str:
+def walk_query(hops_ahead: int, relations: bool) -> str:
     """The query that takes one hop and so many more."""
     return _WALK_BEGINS + (1 + hops_ahead) * _with(_WALK_GOES_ON, relations) + _WALK_ENDS

@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 from memory_shards.merge import NEVER, State, fold
@@ -145,8 +146,10 @@ class RedisStore:
                 watermark = max(stands, watermark)
             fresh, put_aside = self._fresh(records)
             batch = _Batch(self._client, self.keys, fresh, site=self._site, put_aside=put_aside)
+            commands = batch.write()
             transaction.multi()
-            batch.write(transaction)
+            if commands.arguments:
+                transaction.execute_command("EVAL", Commands.SCRIPT, 1, watched[0], *commands.arguments)
             if watermark is not None:
                 transaction.hset(self._shard, mapping=self._told(watermark))
                 transaction.hincrby(self._shard, "rejected", batch.rejected)
@@ -218,7 +221,7 @@ class RedisStore:
 
 
 class _Batch:
-    """Records on their way into Redis: what they name is read when it is made, `write` adds the commands."""
+    """Records on their way into Redis: what they name is read when it is made, `write` says what to do."""
 
     def __init__(
         self,
@@ -249,10 +252,8 @@ class _Batch:
         return self._merger.rejected
 
     def _load(self) -> dict[Name, Touched]:
-        with self._client.pipeline(transaction=False) as reading:
-            for tenant, entity_id in self._partitions:
-                reading.get(self._of(tenant, entity_id).ledger(entity_id))
-            found = reading.execute()
+        keys = [self._of(tenant, entity_id).ledger(entity_id) for tenant, entity_id in self._partitions]
+        found = self._client.mget(keys) if keys else []  # in a cluster they are all of one partition, so of one slot
         loaded = {}
         for name, raw in zip(self._partitions, found, strict=True):
             if raw is None:
@@ -273,67 +274,71 @@ class _Batch:
     def _of(self, tenant: str, entity_id: str) -> layout.Tenant:
         return self._keys[self._partitions[tenant, entity_id]].of(tenant)
 
-    def write(self, pipe: Any) -> None:
-        """Add the commands that write what the records come to, and up to where each partition is applied."""
+    def write(self) -> Commands:
+        """The commands that write what the records come to, and up to where each partition is applied."""
+        commands = Commands()
         for name, entity in self._merger.dirty.items():
-            self._write_entity(pipe, name, entity)
-        self._write_indices(pipe)
+            self._write_entity(commands, name, entity)
+        self._write_indices(commands)
         partition_of = {record.sequence: record.partition for record in self._records}
         for sequence, events in self._merger.erasures:
-            pipe.hset(self._keys[partition_of[sequence]].erasures, sequence, events)
+            commands.add(b"HSET", self._keys[partition_of[sequence]].erasures, (sequence, events))
         for again in self._merger.restamped:
             for partition, field in self._put_aside.pop(again, []):
-                pipe.hdel(self._keys[partition].quarantine, field)
+                commands.add(b"HDEL", self._keys[partition].quarantine, (field,))
                 self.quarantined[again[0]] -= 1
         for sequence, told in self._merger.quarantined.items():
-            pipe.hset(self._keys[partition_of[sequence]].quarantine, sequence, layout.encode(told))
+            commands.add(b"HSET", self._keys[partition_of[sequence]].quarantine, (sequence, layout.encode(told)))
         self.quarantined.update(self._merger.uncounted)
         last = {record.partition: record.sequence for record in self._records}
         for partition, sequence in last.items():
-            pipe.hset(self._keys[partition].meta, "applied", sequence)
+            commands.add(b"HSET", self._keys[partition].meta, (b"applied", sequence))
+        return commands
 
-    def _write_entity(self, pipe: Any, name: Name, entity: Touched) -> None:
+    def _write_entity(self, commands: Commands, name: Name, entity: Touched) -> None:
         tenant, entity_id = name
         keys = self._of(tenant, entity_id)
         state = entity.state
-        hash_key = keys.entity(entity_id)
+        hash_key, events = keys.entity(entity_id), keys.events(entity_id)
         if entity.erases is not None:
-            self._rewrite_history(pipe, name, entity)
+            self._rewrite_history(commands, name, entity)
         for kept in entity.added:
-            pipe.xadd(keys.events(entity_id), {EVENT: layout.encode(kept)}, id=f"{kept.sequence}-0")
+            commands.add(b"XADD", events, (b"%d-0" % kept.sequence, EVENT, layout.encode(kept)))
         if not state.alive:
-            pipe.delete(hash_key)
+            commands.add(b"DEL", hash_key)
         elif entity.erases is not None or state.exact_from == NEVER:
-            self._rewrite(pipe, name, entity)
+            self._rewrite(commands, name, entity)
         else:
             fields = layout.fields_of(state, entity.version)
-            pipe.hset(hash_key, mapping=fields)
-            if gone := [field for field in self._gone(name, state) if field not in fields]:
-                pipe.hdel(hash_key, *gone)
-        pipe.set(keys.ledger(entity_id), layout.encode(entity.stored()))
+            commands.add(b"HSET", hash_key, chain.from_iterable(fields.items()))
+            if name in self._stamped:
+                commands.add(b"HDEL", hash_key, [field for field in self._gone(name, state) if field not in fields])
+        commands.add(b"SET", keys.ledger(entity_id), (layout.encode(entity.stored()),))
 
-    def _gone(self, name: Name, state: State) -> list[bytes]:
+    def _gone(self, name: Name, state: State) -> Iterator[bytes]:
         """The fields that the records took away, and some that they wrote."""
-        before, text = self._stamped.get(name, ({}, None))
-        gone = [layout.field(each) for each, key in state.ledger.attributes.items() if before.get(each) != key]
+        before, text = self._stamped[name]
+        for attribute, key in state.ledger.attributes.items():
+            if before.get(attribute) != key:
+                yield layout.field(attribute)
         if state.ledger.text != text:
-            gone.append(layout.TEXT)
-        return [*gone, layout.SPACES]
+            yield layout.TEXT
+        if not state.spaces:
+            yield layout.SPACES
 
-    def _rewrite_history(self, pipe: Any, name: Name, entity: Touched) -> None:
+    def _rewrite_history(self, commands: Commands, name: Name, entity: Touched) -> None:
         """Put what a forget has left in place of what there was."""
         tenant, entity_id = name
         keys = self._of(tenant, entity_id)
         left = entity.history or []
-        pipe.delete(keys.events(entity_id))
+        commands.add(b"DEL", keys.events(entity_id))
         for kept in left:
-            pipe.xadd(keys.events(entity_id), {EVENT: layout.encode(kept)}, id=f"{kept.sequence}-0")
-        if erased := set(self._history(name)).difference(left):
-            members = [_member(kept.sequence, entity_id) for kept in erased]
-            pipe.zrem(keys.log, *members)
-            pipe.zrem(keys.valid, *members)
+            commands.add(b"XADD", keys.events(entity_id), (b"%d-0" % kept.sequence, EVENT, layout.encode(kept)))
+        members = [_member(kept.sequence, entity_id) for kept in set(self._history(name)).difference(left)]
+        commands.add(b"ZREM", keys.log, members)
+        commands.add(b"ZREM", keys.valid, members)
 
-    def _rewrite(self, pipe: Any, name: Name, entity: Touched) -> None:
+    def _rewrite(self, commands: Commands, name: Name, entity: Touched) -> None:
         """Write all of an entity; where all of it ends, have Redis drop it then. The history stays."""
         tenant, entity_id = name
         hash_key = self._of(tenant, entity_id).entity(entity_id)
@@ -341,15 +346,15 @@ class _Batch:
         changes = [each.change() for each in kept]
         whole = fold(changes)
         whole.exact_from = entity.state.exact_from
-        pipe.delete(hash_key)
-        pipe.hset(hash_key, mapping=layout.fields_of(whole, entity.version))
+        commands.add(b"DEL", hash_key)
+        commands.add(b"HSET", hash_key, chain.from_iterable(layout.fields_of(whole, entity.version).items()))
         ends = [change.valid_to for change in changes if change.patch is not None]
         if None not in ends:
-            pipe.pexpireat(hash_key, max(end for end in ends if end is not None))
+            commands.add(b"PEXPIREAT", hash_key, (max(end for end in ends if end is not None),))
 
-    def _write_indices(self, pipe: Any) -> None:
+    def _write_indices(self, commands: Commands) -> None:
         """Many members a command."""
-        indices: dict[bytes, dict[bytes, int]] = defaultdict(dict)
+        scores: dict[bytes, list[bytes | int]] = defaultdict(list)
         removed: dict[bytes, list[bytes]] = defaultdict(list)
         tenants: dict[bytes, set[str]] = defaultdict(set)
         for (tenant, entity_id), entity in self._merger.dirty.items():
@@ -360,17 +365,47 @@ class _Batch:
                 tenants[partition.tenants].add(tenant)
             if known is None or known.alive != entity.state.alive:
                 here, there = (keys.ids, keys.gone) if entity.state.alive else (keys.gone, keys.ids)
-                indices[here][entity_id.encode()] = 0
-                removed[there].append(entity_id.encode())
+                scores[here] += (0, entity_id.encode())
+                if known is not None:
+                    removed[there].append(entity_id.encode())
             for kept in entity.added:
-                indices[keys.log][_member(kept.sequence, entity_id)] = kept.sequence
-                indices[keys.valid][_member(kept.sequence, entity_id)] = kept.valid_from
+                member = _member(kept.sequence, entity_id)
+                scores[keys.log] += (kept.sequence, member)
+                scores[keys.valid] += (kept.valid_from, member)
         for key, members in removed.items():
-            pipe.zrem(key, *members)
-        for key, scores in indices.items():
-            pipe.zadd(key, scores)
+            commands.add(b"ZREM", key, members)
+        for key, members_with_scores in scores.items():
+            commands.add(b"ZADD", key, members_with_scores)
         for key, names in tenants.items():
-            pipe.sadd(key, *names)
+            commands.add(b"SADD", key, names)
+
+
+class Commands:
+    """Commands that one script runs: each that a client sends costs it some 10 µs, each of a script the server 1."""
+
+    SCRIPT = """
+local at = 1
+while at <= #ARGV do
+    local last = at + ARGV[at]
+    redis.call(unpack(ARGV, at + 1, last))
+    at = last + 1
+end
+"""
+    MOST_ARGUMENTS = 4_000
+    """Lua's stack takes twice as many. An even number, as many commands take pairs."""
+
+    def __init__(self) -> None:
+        self.arguments: list[Any] = []
+
+    def add(self, name: bytes, key: bytes, arguments: Iterable[Any] | None = None) -> None:
+        """A command on a key, in several parts where there are many arguments; none where there are none of them."""
+        if arguments is None:
+            self.arguments += (2, name, key)
+            return
+        given = list(arguments)
+        for start in range(0, len(given), self.MOST_ARGUMENTS):
+            some = given[start : start + self.MOST_ARGUMENTS]
+            self.arguments += (2 + len(some), name, key, *some)
 
 
 def _member(sequence: int, entity_id: str) -> bytes:

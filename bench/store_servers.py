@@ -1,6 +1,6 @@
-"""The servers that stores are tested against: real ones, on free ports, in temporary folders, stopped by process id.
+"""The servers that stores are tested and measured against: real ones, on free ports, stopped by process id.
 
-    python -m tests.store_servers    installs what is missing, into caches that the next run finds
+    python -m bench.store_servers    installs what is missing, into caches that the next run finds
 
 What cannot be had is said: the tests that need it are skipped with the reason, and fail instead where
 MNEMESH_NEEDS_ALL_SERVERS is set, as CI does. Versions are those of `constraints.txt`, of Debian, and those below.
@@ -135,7 +135,7 @@ class RedisServer(Server):
         super().__init__(command, folder, self._ping)
 
     def _ping(self) -> None:
-        with redis.Redis(port=self.port, socket_timeout=1, retry=None) as client:
+        with redis.Redis(port=self.port, socket_timeout=1) as client:
             try:
                 client.ping()
             except redis.AuthenticationError:
