@@ -49,7 +49,7 @@ $(VENV)/base: pyproject.toml sdk/pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable '.[dev,edge,redis,neo4j]'
+	$(PIP) --editable '.[dev,edge,redis,neo4j,cuda]'
 	touch $@
 
 # Redis and Neo4j, which stores are tested against: from Debian and Maven, as far as this machine can have them.

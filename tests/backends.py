@@ -6,6 +6,7 @@ is told, `applied` brings to every store that has something of it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,9 @@ class Backend:
         try:
             for outside in stores.outside:
                 await outside.begin(_endless)
+            searching = asyncio.ensure_future(stores.vectors.run())
             yield stores
+            searching.cancel()
         finally:
             await stores.close()
 

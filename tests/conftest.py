@@ -224,6 +224,7 @@ def neo4j_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neo4jServ
 
 URLS: dict[str, Callable[[pytest.FixtureRequest], StoreUrls]] = {
     "embedded": lambda request: EMBEDDED,
+    "cuda": lambda request: StoreUrls(vectors="cuda:numpy"),
     "redis": lambda request: StoreUrls(attributes=request.getfixturevalue("redis_server").url),
     "neo4j": lambda request: StoreUrls(edges=request.getfixturevalue("neo4j_server").url),
     "redis-neo4j": lambda request: StoreUrls(

@@ -24,6 +24,7 @@ from mnemesh.errors import MnemeshError, NotFound, Stale, Timeout, Unavailable
 
 LONG_MS = 60_000
 GOES_WELL_MS = 2_000
+AN_ACCELERATOR_IS_HERE = Path("/dev/nvidia0").exists()
 AWAY: tuple[type[MnemeshError], ...] = (Unavailable, Timeout, Stale)
 
 
@@ -210,6 +211,14 @@ async def test_another_replica_applies_when_one_dies(
         await check_whole(memory, load)
         with pytest.raises(NotFound):
             await memory.get_context("mark", consistency=STRONG)
+
+
+async def test_an_accelerator_that_is_not_there_is_said_at_the_start(tmp_path: Path) -> None:
+    if AN_ACCELERATOR_IS_HERE:
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(Unavailable, match=r"vectors cuda: no CUDA device for CuPy or PyTorch \(cupy: .*; torch: .*\)"):
+        async with mesh_on(tmp_path, StoreUrls(vectors="cuda:")):
+            pass
 
 
 async def test_what_is_no_good_is_said_at_the_start_with_its_setting(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from backends import Backend, apply
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,9 @@ from test_merge import FUTURE, carried, forget, interleaved, put, records, site_
 from test_sqlite_store import ENTITIES, Model, shown
 
 from memory_shards.stores.by_url import Stores
+from memory_shards.stores.faiss_cpu import VectorQuery
 from mnemesh.clock import wall_ms
+from mnemesh.errors import BadRequest, NotFound
 from mnemesh.event import Event, Record
 from mnemesh.ids import partition_of
 
@@ -48,10 +51,10 @@ def logs(draw: st.DrawFn) -> list[Record]:
 async def got(stores: Stores, entity_id: str = "pump", **times: int) -> dict[str, Any] | None:
     """What a reader is shown, from whichever stores have it."""
     document = await stores.documents.get("acme", entity_id, **times)
-    found = shown(document)
-    if found is not None and found["edges"] is None:
-        found["edges"] = (await stores.edges.edges_of("acme", entity_id))[0]
-    return found
+    seen = shown(document)
+    if seen is not None and seen["edges"] is None:
+        seen["edges"] = (await stores.edges.edges_of("acme", entity_id))[0]
+    return seen
 
 
 @ON_REAL_SERVERS
@@ -353,3 +356,98 @@ async def test_what_is_forgotten_whole_counts_no_more(backend: Backend) -> None:
         await apply(stores, log_of(put(ms=1), put(ms=2, entity_id="valve"), forget(ms=9)))
         assert (await stores.documents.counted(digest=False)).things == 1
         assert (await stores.edges.counted(digest=False)).edges == 0
+
+
+# ── vectors ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def found(stores: Stores, vector: np.ndarray[Any, Any], k: int = 5, **query: Any) -> list[tuple[str, float]]:
+    hits, _ = await stores.vectors.search(VectorQuery(tenant="acme", space="s", vector=vector, k=k, **query))
+    return [(hit.entity_id, hit.score) for hit in hits]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
+@pytest.mark.parametrize("dimension", [1, 2, 3, 7, 64, 384, 1536, 4096])
+async def test_vectors_of_any_dimension_are_found_as_brute_force_finds_them(
+    backend: Backend, dimension: int, metric: str
+) -> None:
+    random = np.random.default_rng(dimension)
+    vectors = random.standard_normal((40, dimension)).astype(np.float32)
+    events = [
+        put(ms=n, entity_id=f"e{n}", vectors={"s": vector}, spaces={"s": {"metric": metric}})
+        for n, vector in enumerate(vectors, 1)
+    ]
+    query = random.standard_normal(dimension).astype(np.float32)
+    kept = vectors.astype(np.float64)
+    if metric == "cosine":
+        scores = (kept @ query) / np.linalg.norm(kept, axis=1) / np.linalg.norm(query)
+    else:
+        scores = kept @ query if metric == "ip" else -np.square(kept - query).sum(axis=1)
+    async with backend.opened() as stores:
+        await apply(stores, log_of(*events))
+        hits = await found(stores, query, k=10)
+        wanted = sorted(scores, reverse=True)[:10]
+        assert [score for _, score in hits] == pytest.approx(
+            wanted, rel=0.02, abs=0.02 * max(1, abs(scores).max()) ** 0.5
+        )
+        for entity_id, score in hits:
+            assert score == pytest.approx(
+                scores[int(entity_id[1:]) - 1], rel=0.02, abs=0.02 * max(1, abs(scores).max()) ** 0.5
+            )
+        (vector,) = (await stores.vectors.vectors_of("acme", "e7"))[0].values()
+        assert vector == pytest.approx(vectors[6], rel=0.01, abs=0.01)
+
+
+async def test_a_search_takes_what_passes_its_filter_and_nothing_that_is_gone(backend: Backend) -> None:
+    east = np.array([1, 0], np.float32)
+    log = log_of(
+        put(ms=1, entity_id="a", type="pump", attributes={"n": 1, "tags": ["x", "y"]}, vectors={"s": east}),
+        put(ms=2, entity_id="b", type="valve", attributes={"n": 2}, vectors={"s": east * 2}),
+        put(ms=3, entity_id="c", type="pump", attributes={"n": 3}),
+        put(ms=4, entity_id="c", vectors={"s": np.array([0, 1], np.float32)}),
+        put(ms=5, entity_id="d", type="pump", attributes={"n": 4}, vectors={"s": -east}),
+        put(ms=6, entity_id="e", type="pump", vectors={"s": east}),
+        put(ms=7, entity_id="f", type="pump", vectors={"s": east}),
+        forget(ms=8, entity_id="e"),
+        put(ms=9, entity_id="f", remove_vectors=["s"]),
+        put(ms=10, entity_id="b", attributes={"n": 5}),
+    )
+    async with backend.opened() as stores:
+        await apply(stores, log[:7])
+        await apply(stores, log)
+    async with backend.opened() as stores:
+        await apply(stores, log)
+        everything = {name for name, _ in await found(stores, east, k=99)}
+        assert everything == {"a", "b", "c", "d"}
+        filters: list[tuple[dict[str, Any], set[str]]] = [
+            ({"type": "pump"}, {"a", "c", "d"}),
+            ({"filter": {"n": {"gte": 3}}}, {"b", "c", "d"}),
+            ({"filter": {"n": {"in": [1, 4]}}, "type": "pump"}, {"a", "d"}),
+            ({"filter": {"tags": "y"}}, {"a"}),
+            ({"filter": {"tags": {"exists": False}}}, {"b", "c", "d"}),
+            ({"filter": {"n": 99}}, set()),
+        ]
+        for query, wanted in filters:
+            assert {name for name, _ in await found(stores, east, k=99, **query)} == wanted
+        with pytest.raises(NotFound):
+            await stores.vectors.search(VectorQuery(tenant="zeta", space="s", vector=east))
+        with pytest.raises(BadRequest, match="3 dimensions"):
+            await stores.vectors.search(VectorQuery(tenant="acme", space="s", vector=np.ones(3, np.float32)))
+        assert (await stores.vectors.counted(digest=False)).things == 4
+
+
+async def test_a_vector_of_another_dimension_is_left_out_and_the_rest_of_its_event_counts(backend: Backend) -> None:
+    log = log_of(
+        put(ms=1, vectors={"s": np.ones(2, np.float32)}),
+        put(
+            ms=2,
+            entity_id="odd",
+            attributes={"n": 1},
+            vectors={"s": np.ones(3, np.float32), "t": np.ones(3, np.float32)},
+        ),
+    )
+    async with backend.opened() as stores:
+        await apply(stores, log)
+        assert [name for name, _ in await found(stores, np.ones(2, np.float32))] == ["pump"]
+        assert list((await stores.vectors.vectors_of("acme", "odd"))[0]) == ["t"]
+        assert (await got(stores, "odd") or {})["attributes"] == {"n": 1}

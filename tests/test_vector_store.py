@@ -1,9 +1,10 @@
-"""The FAISS store: what a search finds after any history of writes, and what survives a reopening."""
+"""The store of vectors, over each kind of space: what a search finds after any history, and what survives."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory_shards.stores import space as space_module
+from memory_shards.stores.accelerator import Accelerator
+from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
+from memory_shards.stores.space import Space
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
 from mnemesh.event import Birth, Event, Record
 from mnemesh.messages import Hit
@@ -63,6 +67,24 @@ class DeviceLog(Log):
         return self._append(entity_id, op, TENANT, "edge", 1, {})
 
 
+class Kind:
+    """The spaces that this run of a test has."""
+
+    make: Callable[..., Any] = Space
+
+
+@pytest.fixture(params=["faiss", "array"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here runs on each kind of space: FAISS's, and that of accelerators, on NumPy."""
+    if request.param == "array":
+        monkeypatch.setattr(Kind, "make", partial(ArraySpace, Accelerator("numpy")))
+    return str(request.param)
+
+
+def opened(folder: Path, partitions: frozenset[int] | None = None, **options: Any) -> FaissStore:
+    return FaissStore(folder, partitions, make_space=Kind.make, **options)
+
+
 def vector(*numbers: float) -> Vector:
     return np.array(numbers, np.float32)
 
@@ -84,9 +106,9 @@ def ids(hits: list[Hit]) -> list[str]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FaissStore]:
-    opened = FaissStore(tmp_path)
-    yield opened
-    opened.close()
+    store = opened(tmp_path)
+    yield store
+    store.close()
 
 
 @pytest.fixture
@@ -276,11 +298,11 @@ def test_a_record_at_or_below_the_watermark_has_no_effect(store: FaissStore, log
 def test_a_store_of_some_partitions_takes_only_their_records(tmp_path: Path, log: Log) -> None:
     log.put("e", vectors={"default": vector(1, 0)})
     log.put("f", vectors={"default": vector(0, 1)})
-    store = FaissStore(tmp_path, frozenset({log.records[0].partition}))
+    store = opened(tmp_path, frozenset({log.records[0].partition}))
     applied(store, log.records)
     assert ids(find(store, vector(1, 0))) == ["e"]
     store.close()
-    moved = FaissStore(tmp_path, frozenset({log.records[1].partition}))
+    moved = opened(tmp_path, frozenset({log.records[1].partition}))
     assert (moved.watermark, moved.count()) == (0, 0)
     moved.close()
 
@@ -305,9 +327,9 @@ def here() -> DeviceLog:
 
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[FaissStore]:
-    opened = FaissStore(tmp_path, site="edge")
-    yield opened
-    opened.close()
+    device = opened(tmp_path, site="edge")
+    yield device
+    device.close()
 
 
 def applied_in(store: FaissStore, records: Sequence[Record], size: int) -> None:
@@ -391,7 +413,7 @@ def test_what_is_put_aside_has_no_effect(store: FaissStore, log: Log) -> None:
 def test_what_a_device_releases_leaves_nothing_where_it_wrote_none_of_it(
     tmp_path: Path, log: Log, here: DeviceLog, size: int
 ) -> None:
-    device = FaissStore(tmp_path, site="edge")
+    device = opened(tmp_path, site="edge")
     here.carry(log.put("e", vectors={"v": vector(1, 0)}, attributes={"pin": "hunter2"}))
     here.carry(log.put("waits", attributes={"pin": "hunter2"}))
     here.carry(log.put("f", vectors={"v": vector(1, 1)}))
@@ -403,7 +425,7 @@ def test_what_a_device_releases_leaves_nothing_where_it_wrote_none_of_it(
     assert (device.count(), device.vectors_of(TENANT, "e")) == (1, {})
     device.close()
     assert b"hunter2" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
-    device = FaissStore(tmp_path, site="edge")
+    device = opened(tmp_path, site="edge")
     assert device.count() == 1
     device.close()
 
@@ -527,7 +549,7 @@ def test_search_finds_what_brute_force_finds_after_any_history(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setitem(space_module.GRAPH_FROM, "hnsw", 3)
         patch.setattr(space_module, "LEAST_DEAD", 1)
-        store = FaissStore(Path(folder))
+        store = opened(Path(folder))
         for writes, then in steps:
             for entity_id, body in writes:
                 model.write(entity_id, body)
@@ -536,7 +558,7 @@ def test_search_finds_what_brute_force_finds_after_any_history(
                 store.wait_until_built()
             elif then == "reopen":
                 store.close()
-                store = FaissStore(Path(folder))
+                store = opened(Path(folder))
             for info in store.spaces(TENANT):
                 expected = model.scores(info.name, wanted, color, kind)
                 hits = find(
@@ -564,12 +586,12 @@ def test_replay_in_other_batches_gives_the_same_digest(
     digests = set()
     for step in (size, len(log.records)):
         with tempfile.TemporaryDirectory() as folder:
-            store = FaissStore(Path(folder))
+            store = opened(Path(folder))
             for start in range(0, len(log.records), step):
                 applied(store, log.records[start : start + step])
             digests.add(store.digest())
             store.close()
-            store = FaissStore(Path(folder))
+            store = opened(Path(folder))
             digests.add(store.digest())
             store.close()
     assert len(digests) == 1
@@ -593,7 +615,7 @@ def test_events_of_two_sites_commute(
             site, hlc, entity_id, body = next(waiting[turn])
             write(log, entity_id, body, site=site, hlc=hlc)
         with tempfile.TemporaryDirectory() as folder:
-            store = FaissStore(Path(folder))
+            store = opened(Path(folder))
             if log.records:
                 applied(store, log.records)
             digests.add(store.digest())
@@ -682,6 +704,7 @@ def test_a_filter_that_passes_only_far_rows_still_gives_k_hits(store: FaissStore
     assert len(set(ids(hits)) & {f"e{row}" for row in exact}) >= 290
 
 
+@pytest.mark.parametrize("kind", ["faiss"], indirect=True)
 def test_in_quiet_a_search_has_the_tail_brought_into_the_graph(
     store: FaissStore, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:

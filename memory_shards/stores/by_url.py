@@ -6,8 +6,9 @@ of the others waits for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from memory_shards.merger import Part
 from memory_shards.outside import OutsideProjection
 from memory_shards.projection import Projection
 from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Texts, Vectors
+from memory_shards.stores.accelerator import Accelerator
+from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.embedded import EmbeddedMemory, EmbeddedVectors
-from memory_shards.stores.faiss_cpu import FaissStore
+from memory_shards.stores.faiss_cpu import AnySpace, FaissStore
+from memory_shards.stores.space import Space
 from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.urls import StoreUrls, without_password
 from mnemesh.errors import BadRequest
@@ -96,8 +100,9 @@ async def open_stores(urls: StoreUrls, origin: Origin) -> Stores:
         if not urls.edges.startswith("sqlite:"):
             edges = _neo4j(urls.edges, origin)
             settings.append(("edges", edges))
-        faiss = FaissStore(origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation)
-        stores = Stores(documents, edges, memory, EmbeddedVectors("vectors", faiss))
+        vectors = _vectors(urls.vectors, origin)
+        opened.append(vectors)
+        stores = Stores(documents, edges, memory, vectors)
         opened = stores.facets
         for setting, outside in settings:
             assert isinstance(outside.projection, OutsideProjection), "it is a server"
@@ -123,6 +128,21 @@ def _embedded(urls: StoreUrls) -> frozenset[Part]:
     """What is kept in SQLite."""
     kept: Mapping[Part, str] = {"attributes": urls.attributes, "edges": urls.edges, "text": urls.text}
     return frozenset(part for part, url in kept.items() if url == "sqlite:")
+
+
+def _vectors(url: str, origin: Origin) -> EmbeddedVectors:
+    """A file of vectors, and where they are searched."""
+    make_space: Callable[..., AnySpace] = Space
+    kind, _, library = url.partition(":")
+    if kind == "cuda":
+        try:
+            make_space = partial(ArraySpace, Accelerator(library))
+        except BadRequest as error:
+            raise BadRequest(f"vectors {error.message}") from error
+    store = FaissStore(
+        origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation, make_space=make_space
+    )
+    return EmbeddedVectors("vectors", store)
 
 
 def _redis(url: str, origin: Origin) -> Documents:

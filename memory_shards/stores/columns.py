@@ -83,6 +83,11 @@ class Columns:
                 column = self._attributes[name] = Column()
             column.set(row, value)
 
+    def clear(self, row: int) -> None:
+        """Take the row's type and attributes away."""
+        for column in (self._types, *self._attributes.values()):
+            column.set(row, None)
+
     def select(self, live: NDArray[np.bool_], kind: str | None, conditions: Sequence[Condition]) -> Rows:
         """The live rows of this type (any if `None`) that meet every condition."""
         # Each condition looks only at the rows that the ones before it left: the selective go first.

@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 
 from memory_shards.merge import Patch, is_repeated, patch_of, stamped
+from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.bulk import execute_all, select_all
 from memory_shards.stores.columns import Rows, parse_filter
 from memory_shards.stores.provenance import keep_or_clear
@@ -85,6 +86,9 @@ _LARGEST_HALF = 65_504.0
 _HALF = np.dtype("<f2")
 
 
+AnySpace: TypeAlias = Space | ArraySpace
+
+
 class VectorQuery(msgspec.Struct, frozen=True, kw_only=True):
     """One search: the `k` nearest to a float32 vector (d,) in a tenant's space that pass the filter."""
 
@@ -128,13 +132,20 @@ class FaissStore:
     """
 
     def __init__(
-        self, folder: Path, partitions: Set[int] | None = None, *, site: str = "", incarnation: str = ""
+        self,
+        folder: Path,
+        partitions: Set[int] | None = None,
+        *,
+        site: str = "",
+        incarnation: str = "",
+        make_space: Callable[..., AnySpace] = Space,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rejected = 0
         self._site = site
+        self._make_space = make_space
         self._partitions = frozenset(range(PARTITIONS) if partitions is None else partitions)
-        self._spaces: dict[tuple[str, str], Space] = {}
+        self._spaces: dict[tuple[str, str], AnySpace] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="faiss-build", initializer=_give_way)
         self._closing = threading.Event()
         self._db = connect(folder / "vectors.db")
@@ -145,7 +156,7 @@ class FaissStore:
         (self._watermark,) = self._db.execute("SELECT sequence FROM watermark").fetchone()
         (self._last_entity,) = self._db.execute("SELECT coalesce(max(number), 0) FROM entities").fetchone()
         for number, tenant, name, *settings in self._db.execute("SELECT * FROM spaces").fetchall():
-            self._spaces[tenant, name] = space = Space(number, *settings)
+            self._spaces[tenant, name] = space = make_space(number, *settings)
             self._load(space)
             space.maintain(self._submit)
 
@@ -272,7 +283,7 @@ class FaissStore:
             given = wire.convert(event.body.get("spaces", {}), dict[str, SpaceSettings])
             settings = given.get(name, _AS_USUAL)
             number = 1 + max((space.number for space in self._spaces.values()), default=0)
-            space = Space(number, len(vector), settings.metric, settings.index, settings.model)
+            space = self._make_space(number, len(vector), settings.metric, settings.index, settings.model)
         if len(vector) != space.dimension:
             raise BadRequest(f"it has {len(vector)} dimensions, the space has {space.dimension}")
         if space.metric != "cosine" and np.abs(vector).max() > _LARGEST_HALF:
@@ -358,7 +369,7 @@ class FaissStore:
         for space in touched.values():
             space.maintain(self._submit)
 
-    def _left(self, entity: VectorState) -> list[Space]:
+    def _left(self, entity: VectorState) -> list[AnySpace]:
         """The spaces that the entity's vector was taken out of."""
         return [
             self._spaces[entity.tenant, name]
@@ -377,7 +388,7 @@ class FaissStore:
         faiss.omp_set_num_threads(1)
         answers: dict[int, list[Hit] | MnemeshError] = {}
         together: dict[int, list[tuple[int, Vector]]] = defaultdict(list)
-        spaces: dict[int, Space] = {}
+        spaces: dict[int, AnySpace] = {}
         for position, query in enumerate(queries):
             try:
                 space, vector, passing = self._planned(query)
@@ -398,7 +409,7 @@ class FaissStore:
                 answers[position] = self._hits(queries[position], space, found, line)
         return [answers[position] for position in range(len(queries))]
 
-    def _planned(self, query: VectorQuery) -> tuple[Space, Vector, Rows | None]:
+    def _planned(self, query: VectorQuery) -> tuple[AnySpace, Vector, Rows | None]:
         """The space, the checked vector, and the rows that pass the filter (`None` without one)."""
         space = self._spaces.get((query.tenant, query.space))
         if space is None:
@@ -413,7 +424,7 @@ class FaissStore:
             return space, vector, None
         return space, vector, space.select(query.type, conditions)
 
-    def _hits(self, query: VectorQuery, space: Space, found: Found, line: int) -> list[Hit]:
+    def _hits(self, query: VectorQuery, space: AnySpace, found: Found, line: int) -> list[Hit]:
         scores, rows = (found[part][line, : query.k].tolist() for part in range(2))
         entity_ids = list(map(space.entity_at, rows))
         if not query.output_fields and not query.include_vectors:
@@ -431,14 +442,14 @@ class FaissStore:
             hits.append(Hit(entity_id=entity_id, score=score, attributes=attributes, vector=vector))
         return hits
 
-    def _vector(self, space: Space, entity: int) -> Vector:
+    def _vector(self, space: AnySpace, entity: int) -> Vector:
         length, halves = self._kept(space, entity)
         return np.frombuffer(halves, _HALF).astype(np.float32) * np.float32(length)
 
     def _kept_in(self, entity: VectorState, space: str) -> Kept:
         return self._kept(self._spaces[entity.tenant, space], entity.number)
 
-    def _kept(self, space: Space, entity: int) -> Kept:
+    def _kept(self, space: AnySpace, entity: int) -> Kept:
         place = _place(space, entity)
         kept: Kept = self._db.execute("SELECT length, halves FROM vectors WHERE place = ?", (place,)).fetchone()
         return kept
@@ -492,7 +503,7 @@ class FaissStore:
         for space in self._spaces.values():
             space.adopt()
 
-    def _load(self, space: Space) -> None:
+    def _load(self, space: AnySpace) -> None:
         rows = self._db.execute(
             "SELECT entity_id, state, halves FROM vectors JOIN entities ON number = place & ?"
             " WHERE place BETWEEN ? AND ? ORDER BY place",
@@ -513,7 +524,7 @@ class FaissStore:
 _Waiting: TypeAlias = list[tuple[str, str, bytes, bytes]]
 """(tenant, entity, no state, puts one after another) of entities without a vector."""
 
-_Halved: TypeAlias = tuple[Space, list[VectorState], Halves, list[float]]
+_Halved: TypeAlias = tuple[AnySpace, list[VectorState], Halves, list[float]]
 """A space, the entities with new vectors in it, and the vectors as they are kept: fp16 (n, d), n lengths."""
 
 
@@ -523,7 +534,7 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def _halves_of(space: Space, vectors: Sequence[Vector | Kept | None]) -> tuple[Halves, list[float]]:
+def _halves_of(space: AnySpace, vectors: Sequence[Vector | Kept | None]) -> tuple[Halves, list[float]]:
     """(n, d) halves and n lengths: of new vectors, and of those that were kept so before."""
     halves = np.empty((len(vectors), space.dimension), np.float16)
     lengths = [0.0] * len(vectors)
@@ -538,7 +549,7 @@ def _halves_of(space: Space, vectors: Sequence[Vector | Kept | None]) -> tuple[H
     return halves, lengths
 
 
-def _place(space: Space, entity: int) -> int:
+def _place(space: AnySpace, entity: int) -> int:
     return space.number << _ENTITY_BITS | entity
 
 

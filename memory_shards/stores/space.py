@@ -91,17 +91,8 @@ class Space:
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def halve(self, vectors: NDArray[np.float32]) -> tuple[Halves, NDArray[np.float64]]:
-        """(n, d) vectors as the index keeps them, and what to multiply them with to get them back.
-
-        Cosine spaces keep unit vectors and give their lengths; the others keep the vectors and give ones. In
-        float64, so that replicas which took the same vectors in other batches round to the same halves.
-        """
-        if self.metric != "cosine":
-            return vectors.astype(np.float16), np.ones(len(vectors))
-        exact = vectors.astype(np.float64)
-        lengths = np.sqrt(np.einsum("ij,ij->i", exact, exact))
-        exact /= np.where(lengths > 0, lengths, 1)[:, None]
-        return exact.astype(np.float16), lengths
+        """(n, d) vectors as the index keeps them, and what to multiply them with to get them back."""
+        return halved(vectors, self.metric)
 
     def put(self, entity_ids: Sequence[str], halves: Halves) -> None:
         """Add the vectors of distinct entities, or replace those that they had."""
@@ -311,6 +302,20 @@ class Space:
                 _codes(self._tail).take(rows[split:] - self._graph_size, axis=0),
             )
         )
+
+
+def halved(vectors: NDArray[np.float32], metric: Metric) -> tuple[Halves, NDArray[np.float64]]:
+    """(n, d) vectors as spaces keep them, and what to multiply them with to get them back.
+
+    Cosine spaces keep unit vectors and give their lengths; the others keep the vectors and give ones. In
+    float64, so that replicas which took the same vectors in other batches round to the same halves.
+    """
+    if metric != "cosine":
+        return vectors.astype(np.float16), np.ones(len(vectors))
+    exact = vectors.astype(np.float64)
+    lengths = np.sqrt(np.einsum("ij,ij->i", exact, exact))
+    exact /= np.where(lengths > 0, lengths, 1)[:, None]
+    return exact.astype(np.float16), lengths
 
 
 def _codes(flat: Any) -> Codes:

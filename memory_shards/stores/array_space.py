@@ -1,0 +1,170 @@
+"""A vector space on an accelerator: fp16 rows in its memory, searched exactly, chunk by chunk.
+
+    queries by chunk of rows (one fp16 matrix product) → best of each chunk → those that matter once more, in fp32
+
+Where an array lives is its library's business: CuPy or PyTorch, whichever the machine has (Jetson images ship them),
+through the array API; the same code runs on NumPy. The rows' entities and attributes stay on the host. A row that is
+given up is taken by the next vector. Knows no events and no SQLite; looks at `columns`, `accelerator` and the SDK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memory_shards.stores.accelerator import Accelerator
+from memory_shards.stores.columns import Columns, Condition, Rows, grown
+from memory_shards.stores.space import Found, Halves, halved
+from mnemesh.messages import IndexKind, Metric
+
+LEAST_ROWS = 1_024
+CHUNK_SCORES = 32 << 20
+"""Scores of one product: so many rows at once that the queries' scores take this many numbers."""
+
+SPARE = 32
+"""Candidates beyond twice `k` that are scored again: fp16 ties what fp32 tells apart."""
+
+
+class ArraySpace:
+    """The rows of one (tenant, space) on an accelerator. Belongs to the thread that owns the store."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        number: int,
+        dimension: int,
+        metric: Metric,
+        index: IndexKind,
+        model: str | None,
+    ) -> None:
+        self.number = number
+        self.dimension = dimension
+        self.metric: Metric = metric
+        self.index: IndexKind = index
+        self.model = model
+        self.rows: dict[str, int] = {}
+        self._on = accelerator
+        self._entity_ids: list[str] = []
+        self._free: list[int] = []
+        self._live = np.zeros(0, np.bool_)
+        self._columns = Columns()
+        self._halves = accelerator.zeros((LEAST_ROWS, dimension))
+
+    # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def halve(self, vectors: NDArray[np.float32]) -> tuple[Halves, NDArray[np.float64]]:
+        return halved(vectors, self.metric)
+
+    def put(self, entity_ids: Sequence[str], halves: Halves) -> None:
+        """Add the vectors of distinct entities, or replace those that they had."""
+        rows = np.array([self._row(entity_id) for entity_id in entity_ids], np.intp)
+        size = len(self._entity_ids)
+        self._live = grown(self._live, size)
+        self._live[rows] = True
+        if size > len(self._halves):
+            larger = self._on.zeros((max(size, 2 * len(self._halves)), self.dimension))
+            larger[: len(self._halves)] = self._halves
+            self._halves = larger
+        self._halves[self._on.indices(rows)] = self._on.array(halves)
+
+    def _row(self, entity_id: str) -> int:
+        row = self.rows.get(entity_id)
+        if row is None:
+            row = self._free.pop() if self._free else len(self._entity_ids)
+            if row == len(self._entity_ids):
+                self._entity_ids.append(entity_id)
+            self._entity_ids[row] = entity_id
+            self.rows[entity_id] = row
+        return row
+
+    def describe(
+        self, entity_id: str, kind: str | None, attributes: Mapping[str, object], names: Iterable[str]
+    ) -> None:
+        """Set an entity's type and those of its attributes that are in `names`; absent ones are cleared."""
+        self._columns.describe(self.rows[entity_id], kind, attributes, names)
+
+    def remove(self, entity_id: str) -> None:
+        """Forget an entity's vector, if it has one here."""
+        row = self.rows.pop(entity_id, None)
+        if row is not None:
+            self._live[row] = False
+            self._columns.clear(row)
+            self._halves[row] = 0
+            self._free.append(row)
+
+    # ── searching ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def select(self, kind: str | None, conditions: Sequence[Condition]) -> Rows:
+        """The rows that a filter lets pass."""
+        return self._columns.select(self._live[: len(self._entity_ids)], kind, conditions)
+
+    def search(self, vectors: NDArray[np.float32], k: int, passing: Rows | None = None) -> Found:
+        """The `k` best of all live rows, or of `passing` (from `select`), for each of (q, d) vectors."""
+        if passing is None and len(self.rows) < len(self._entity_ids):
+            passing = np.flatnonzero(self._live[: len(self._entity_ids)])
+        k = min(k, len(self.rows) if passing is None else len(passing))
+        if k < 1:
+            return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
+        if self.metric == "cosine":
+            lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+            vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+        queries = self._on.array(vectors)
+        scores, rows = self._candidates(queries, min(2 * k + SPARE, len(self.rows)), passing)
+        scores = self._rescored(queries, rows)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+
+    def entity_at(self, row: int) -> str:
+        """The entity of a row."""
+        return self._entity_ids[row]
+
+    def _candidates(self, queries: Any, most: int, passing: Rows | None) -> Found:
+        """The best of each chunk, merged: (q, ≤ most) scores and rows."""
+        size = len(self._entity_ids) if passing is None else len(passing)
+        step = max(most, CHUNK_SCORES // len(queries))
+        found: list[Found] = []
+        for start in range(0, size, step):
+            if passing is None:
+                chunk = self._halves[start : min(start + step, size)]
+                rows = np.arange(start, start + len(chunk))
+            else:
+                rows = passing[start : start + step]
+                chunk = self._halves[self._on.indices(rows)]
+            scores, places = self._on.best(self._scores(queries, chunk), min(most, len(chunk)))
+            found.append((scores, rows[places]))
+        scores, rows = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :most]
+        return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+
+    def _scores(self, queries: Any, chunk: Any) -> Any:
+        """(q, n), larger is better. Only unit vectors are sure to stay within fp16 as products."""
+        if self.metric == "cosine":
+            return self._on.product(queries, chunk, halves=True)
+        product = self._on.product(queries, chunk, halves=False)
+        if self.metric == "ip":
+            return product
+        return 2 * product - self._on.squares(chunk)[None, :]
+
+    def _rescored(self, queries: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(q, c) exact scores of (q, c) rows."""
+        chunk = self._on.halves_at(self._halves, rows)
+        asked = self._on.host(queries)[:, None, :]
+        each = -np.square(chunk - asked) if self.metric == "l2" else chunk * asked
+        scores: NDArray[np.float32] = each.sum(axis=2, dtype=np.float32)
+        return scores
+
+    # ── what other spaces have to do ────────────────────────────────────────────────────────────────────────
+
+    @property
+    def build(self) -> Future[Any] | None:
+        return None
+
+    def maintain(self, submit: Callable[[Callable[[Callable[[], bool]], Any]], Future[Any]]) -> None:
+        """There is no index to keep in shape."""
+
+    def adopt(self) -> None:
+        """There is none to swap in."""
