@@ -43,18 +43,22 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether who asks now is refused."""
+        """Whether it failed so often that only one may try it."""
         return self._failures >= MOST_FAILURES
+
+    @property
+    def refuses(self) -> bool:
+        """Whether who asks now is refused: it is open, and not yet time to try."""
+        return self.is_open and (self._probing or asyncio.get_running_loop().time() < self._retry_at)
 
     async def call(self, work: Callable[[], Awaitable[Answer]]) -> Answer:
         """What `work` answers. Raises `Unavailable` where the store is not there, or was not a moment ago."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        if self.is_open:
-            if self._probing or began < self._retry_at:
-                after_ms = max(1, round((self._retry_at - began) * 1000))
-                raise Unavailable(f"{self.name} does not answer; it is tried again soon", retry_after_ms=after_ms)
-            self._probing = True
+        if self.refuses:
+            after_ms = max(1, round((self._retry_at - began) * 1000))
+            raise Unavailable(f"{self.name} does not answer; it is tried again soon", retry_after_ms=after_ms)
+        probes = self._probing = self.is_open
         try:
             async with asyncio.timeout(ANSWER_S):
                 answer = await work()
@@ -70,17 +74,20 @@ class Breaker:
             self.answered()
             return answer
         finally:
-            self._probing = False
+            if probes:
+                self._probing = False
 
     def failed(self, error: BaseException) -> Unavailable:
         """Note that the store did not answer. Returns what to say of that."""
+        now = asyncio.get_running_loop().time()
         self._failures += 1
-        if self.is_open:
-            if self._failures == MOST_FAILURES:
-                self.opened += 1
-                logger.warning("%s does not answer: %s", self.name, str(error)[:200] or type(error).__name__)
-            self._retry_at = asyncio.get_running_loop().time() + self._open_s
+        if self._failures == MOST_FAILURES:
+            self.opened += 1
+            self._retry_at = now + self._open_s
+            logger.warning("%s does not answer: %s", self.name, str(error)[:200] or type(error).__name__)
+        elif self.is_open and now >= self._retry_at:  # it was tried again; the others were under way when it opened
             self._open_s = min(LONGEST_OPEN_S, self._open_s * 2)
+            self._retry_at = now + self._open_s
         return Unavailable(f"{self.name} does not answer", retry_after_ms=round(FIRST_OPEN_S * 1000))
 
     def answered(self) -> None:

@@ -26,6 +26,7 @@ from mnemesh import wire
 from mnemesh.clock import stamp_ms
 from mnemesh.errors import BadRequest
 from mnemesh.event import Event, Record
+from mnemesh.ids import MAX_ID_BYTES
 
 Mark: TypeAlias = tuple[int, str]
 """(effective stamp, site): the place of an event among all events of its entity."""
@@ -238,6 +239,9 @@ def patch_of(event: Event) -> Patch:
     if event.op == "forget":
         return Patch()
     patch = wire.convert(event.body, Patch)
+    for target in (*(edge.target_id for edge in patch.edges), *(edge.target_id for edge in patch.remove_edges)):
+        if not target or len(target.encode()) > MAX_ID_BYTES:
+            raise BadRequest(f"an edge must lead to an id of 1 to {MAX_ID_BYTES} bytes")
     for space, vector in patch.vectors.items():
         wire.as_vector(vector, what=f"vectors.{space}")
     return patch

@@ -57,8 +57,11 @@ class OutsideStore(Protocol):
     def begin(self, *, afresh: bool) -> None:
         """Have empty what was written for another log (all, if `afresh`), and stand at 0 then. Only who applies may."""
 
-    def apply(self, records: Sequence[Record], watermark: int) -> None:
-        """Commit the effects of `records` and then stand at `watermark`; what was applied already has no effect."""
+    def apply(self, records: Sequence[Record], watermark: int, after: int) -> None:
+        """Commit the effects of `records` and then stand at `watermark`; what was applied already has no effect.
+
+        They are all that came after `after`. Raises `WentBack` where the server stands before that.
+        """
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -129,15 +132,18 @@ class OutsideProjection:
             await self._look()
 
     async def _apply_all(self, follow: Follow) -> None:
-        async with contextlib.aclosing(follow(self.watermark.value)) as batches:
+        after = self.watermark.value
+        async with contextlib.aclosing(follow(after)) as batches:
             async for records, last in batches:
-                await self._apply(records, last)
+                await self._apply(records, last, after)
+                after = last
 
-    async def _apply(self, records: Sequence[Record], last: int) -> None:
+    async def _apply(self, records: Sequence[Record], last: int, after: int) -> None:
         for start in range(0, max(1, len(records)), self._most):
             chunk = records[start : start + self._most]
             reached = last if start + self._most >= len(records) else chunk[-1].sequence
-            await self.on_worker(self.store.apply, chunk, reached)
+            await self.on_worker(self.store.apply, chunk, reached, after)
+            after = reached
             self.breaker.answered()
             self.applied += len(chunk)
             self.watermark.advance(reached)
@@ -149,12 +155,18 @@ class OutsideProjection:
             await self._look()
             if self.watermark.value < before:
                 raise WentBack(f"it stood at {before} of the log and stands at {self.watermark.value}")
-            awaited = self.watermark.is_awaited
-            await asyncio.sleep(LOOK_WHILE_AWAITED_S if awaited else LOOK_EVERY_S)
+            if self.watermark.is_awaited:
+                await asyncio.sleep(LOOK_WHILE_AWAITED_S)
+                continue
+            self.watermark.awaited.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self.watermark.awaited.wait()
 
     async def _look(self) -> None:
         stands = await self.on_worker(self.store.look)
-        self.breaker.answered()
+        if self.breaker.is_open:  # else it would hide that reads fail, one after the other
+            self.breaker.answered()
         if stands is None:
             self._is_ours.clear()
         else:
@@ -174,12 +186,12 @@ class OutsideProjection:
 
     async def ready(self, deadline: float) -> None:
         """Return once the store is one of this log's. Raises `Unavailable` at once where it does not answer."""
-        if not self.breaker.is_open and not self._is_ours.is_set():
+        if not self.breaker.refuses and not self._is_ours.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline - REPLY_MARGIN_S):
                     await self._is_ours.wait()
-        if self.breaker.is_open or not self._is_ours.is_set():
-            state = "does not answer" if self.breaker.is_open else "has yet to be filled"
+        if self.breaker.refuses or not self._is_ours.is_set():
+            state = "does not answer" if self.breaker.refuses else "has yet to be filled"
             raise Unavailable(f"{self.breaker.name} {state}", retry_after_ms=round(FIRST_BACKOFF_S * 1000))
 
     async def read(self, work: Callable[[], Awaitable[Result]]) -> Result:
@@ -205,4 +217,4 @@ async def _first_of(*works: Coroutine[Any, Any, object]) -> None:
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)

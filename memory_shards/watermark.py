@@ -14,6 +14,8 @@ class Watermark:
         self._value = value
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
+        self.awaited = asyncio.Event()
+        """Set when somebody begins to wait."""
 
     @property
     def value(self) -> int:
@@ -42,4 +44,5 @@ class Watermark:
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiters, (sequence, next(self._order), waiter))
+        self.awaited.set()
         await waiter

@@ -48,6 +48,8 @@ def body_of(entity: messages.Entity) -> dict[str, Any]:
         body["attributes"] = attributes
     if entity.edges:
         body["edges"] = [_edge(edge) for edge in entity.edges]
+    for gone in entity.remove_edges:
+        to_token(gone.target_id)
     if entity.remove_edges:
         body["remove_edges"] = [
             {"relation": edge.relation, "target_id": edge.target_id} for edge in entity.remove_edges

@@ -62,5 +62,5 @@ async def apply(stores: Stores, records: Sequence[Record], watermark: int | None
     """Have every store apply these, in one go, and stand at `watermark` (that of the last, if none is given)."""
     for projection in stores.projections:
         at = records[-1].sequence if watermark is None else watermark
-        await projection.on_worker(projection.store.apply, records, at)
+        await projection.on_worker(projection.store.apply, records, at)  # type: ignore[arg-type]
         projection.watermark.advance(projection.store.watermark)

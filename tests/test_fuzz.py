@@ -204,7 +204,7 @@ class Target:
         for name in ("s0", "s1"):
             shard = self._mesh.shard(name)
             assert shard._intake.undecodable == 0
-            assert [projection.store.rejected for projection in shard._projections] == [0, 0]
+            assert [projection.store.rejected for projection in shard.stores.projections] == [0, 0]
 
 
 def _kept(operation: str, payload: bytes) -> Path:

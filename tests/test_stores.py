@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from test_merge import FUTURE, carried, forget, interleaved, put, records, site_logs
 from test_sqlite_store import ENTITIES, Model, shown
 
+from memory_shards.stores import WentBack
 from memory_shards.stores.by_url import Stores
 from memory_shards.stores.faiss_cpu import VectorQuery
 from mnemesh.clock import wall_ms
@@ -26,7 +27,7 @@ from mnemesh.event import Event, Record
 from mnemesh.ids import partition_of
 
 ON_REAL_SERVERS = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
@@ -312,10 +313,54 @@ async def test_what_is_planned_or_over_is_neither_shown_nor_walked(backend: Back
         assert (await got(stores) or {})["attributes"] == {"n": 1}
         assert (await got(stores) or {})["edges"] == [edge("now")]
         assert (await stores.edges.expand("acme", ["pump"], [], "out", 9)).edges == [("pump", "near", "now")]
+        ahead = await stores.edges.expand("acme", ["pump"], [], "out", 9, ahead=1)
+        assert (ahead.edges, ahead.truncated) == ([("pump", "near", "now")], False)
         assert (await stores.edges.expand("acme", ["later", "once"], [], "in", 9)).edges == []
         assert await got(stores, "brief") is None
         assert (await got(stores, "brief", valid_at_ms=500) or {})["attributes"] == {"n": 4}
         assert (await got(stores, valid_at_ms=500) or {})["edges"] == [edge("now"), edge("once")]
+
+
+@pytest.mark.parametrize("direction", ["out", "in", "both"])
+async def test_edges_that_ended_take_no_room_from_those_that_hold(backend: Backend, direction: Any) -> None:
+    ended = [put(ms=n, edges=[edge(f"a{n:02}")], valid_to=1000) for n in range(1, 51)]
+    inward = [put(ms=n, entity_id=f"b{n:02}", edges=[edge("hub")], valid_to=1000) for n in range(1, 31)]
+    hold = [put(ms=60, edges=[edge("z1"), edge("z2")]), put(ms=61, entity_id="z", edges=[edge("hub")])]
+    async with backend.opened() as stores:
+        await apply(stores, log_of(*ended, *inward, *hold))
+        walk = await stores.edges.expand("acme", ["pump", "hub"], [], direction, 10)
+        out = [("pump", "near", "z1"), ("pump", "near", "z2")] if direction != "in" else []
+        back = [("hub", "near", "z")] if direction != "out" else []
+        assert (walk.edges, walk.truncated) == ([*back, *out], False)
+
+
+async def test_an_edge_that_leads_nowhere_is_skipped_and_stops_nobody(backend: Backend) -> None:
+    async with backend.opened() as stores:
+        log = log_of(
+            put(ms=1, remove_edges=[edge("")]), put(ms=2, edges=[edge("x" * 20_000)]), put(ms=3, edges=[edge("v")])
+        )
+        await apply(stores, log)
+        assert (await got(stores) or {})["edges"] == [edge("v")]
+        assert stores.documents.rejected == 2
+
+
+async def test_a_server_that_went_back_is_not_applied_to(backend: Backend) -> None:
+    log = log_of(*(put(ms=n, attributes={"n": n}, edges=[edge(f"t{n}")]) for n in range(1, 11)))
+    async with backend.opened() as stores:
+        await apply(stores, log[:5])
+        for outside in stores.outside:
+            with pytest.raises(WentBack):
+                await outside.on_worker(outside.store.apply, log[8:], 10, 8)
+            assert await outside.on_worker(outside.store.look) == 5
+            await outside.on_worker(outside.store.apply, log[2:8], 8, 5)
+            await outside.on_worker(outside.store.apply, log, 10, 8)
+            await outside.on_worker(outside.store.apply, log[:3], 3, 0)  # by somebody who was held up
+            assert await outside.on_worker(outside.store.look) == 10
+        for embedded in stores.embedded:
+            await embedded.on_worker(embedded.store.apply, log, 10)
+        seen = await got(stores) or {}
+        assert (seen["attributes"], len(seen["edges"])) == ({"n": 10}, 10)
+        assert len(await stores.documents.timeline("acme", "pump", 0, 99)) == 10
 
 
 async def test_what_is_put_aside_has_no_effect_until_it_is_stamped_anew(backend: Backend) -> None:

@@ -25,8 +25,14 @@ LEAST_ROWS = 1_024
 CHUNK_SCORES = 32 << 20
 """Scores of one product: so many rows at once that the queries' scores take this many numbers."""
 
+CHUNK_NUMBERS = 64 << 20
+"""Numbers of the rows of one product, which some metrics widen to fp32."""
+
 SPARE = 32
-"""Candidates beyond twice `k` that are scored again: fp16 ties what fp32 tells apart."""
+"""Candidates beyond twice `k` that are scored again."""
+
+FP16_ERROR = 4e-3
+"""How far apart scores of unit vectors are in fp16 and fp32, at most: what is so near to the k-th is scored again."""
 
 
 class ArraySpace:
@@ -104,18 +110,24 @@ class ArraySpace:
 
     def search(self, vectors: NDArray[np.float32], k: int, passing: Rows | None = None) -> Found:
         """The `k` best of all live rows, or of `passing` (from `select`), for each of (q, d) vectors."""
-        if passing is None and len(self.rows) < len(self._entity_ids):
-            passing = np.flatnonzero(self._live[: len(self._entity_ids)])
-        k = min(k, len(self.rows) if passing is None else len(passing))
+        available = len(self.rows) if passing is None else len(passing)
+        k = min(k, available)
         if k < 1:
             return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
         if self.metric == "cosine":
             lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
             vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
         queries = self._on.array(vectors)
-        scores, rows = self._candidates(queries, min(2 * k + SPARE, len(self.rows)), passing)
-        scores = self._rescored(queries, rows)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        most = 2 * k + SPARE
+        while True:
+            most = min(most, available)
+            rough, rows = self._candidates(queries, most, passing)
+            scores = self._rescored(queries, rows)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            kth = np.take_along_axis(scores, best[:, -1:], 1)
+            if most == available or self.metric != "cosine" or (rough[:, -1:] < kth - FP16_ERROR).all():
+                break
+            most *= 4  # as many lie close together
         return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
 
     def entity_at(self, row: int) -> str:
@@ -125,7 +137,7 @@ class ArraySpace:
     def _candidates(self, queries: Any, most: int, passing: Rows | None) -> Found:
         """The best of each chunk, merged: (q, ≤ most) scores and rows."""
         size = len(self._entity_ids) if passing is None else len(passing)
-        step = max(most, CHUNK_SCORES // len(queries))
+        step = max(most, min(CHUNK_SCORES // len(queries), CHUNK_NUMBERS // self.dimension))
         found: list[Found] = []
         for start in range(0, size, step):
             if passing is None:
@@ -134,7 +146,10 @@ class ArraySpace:
             else:
                 rows = passing[start : start + step]
                 chunk = self._halves[self._on.indices(rows)]
-            scores, places = self._on.best(self._scores(queries, chunk), min(most, len(chunk)))
+            product = self._scores(queries, chunk)
+            if passing is None and len(dead := np.flatnonzero(~self._live[rows])):
+                product[:, self._on.indices(dead)] = -np.inf
+            scores, places = self._on.best(product, min(most, len(chunk)))
             found.append((scores, rows[places]))
         scores, rows = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
         best = np.argsort(-scores, axis=1, kind="stable")[:, :most]

@@ -36,21 +36,20 @@ RETURN s.watermark AS latest, coalesce(e.exact_from, 0) AS exact_from,
     [(e)-[r:EDGE]->(t) | [r.relation, t.id, r._properties]] AS edges
 """
 _HISTORY = "MATCH (:Entity {key: $key})-[:SAID]->(v:Event) RETURN v.kept ORDER BY v.sequence"
-_IN = """
-MATCH (t:Entity)<-[r:EDGE|GONE]-(s:Entity) WHERE t.key IN $keys {relations}
-    AND (type(r) = 'EDGE' OR s.exact_from > $now)
-RETURN t.id AS near, r.relation AS relation, s.id AS far, s.key AS source, coalesce(s.exact_from, 0) > $now AS inexact
+_INWARD = "MATCH (n:Entity)<-[r:EDGE|GONE]-(s:Entity) WHERE n.key IN $keys AND s.partition IN $partitions"
+_OUTWARD = "MATCH (s:Entity)-[r:EDGE|GONE]->(o:Entity) WHERE s.key IN $keys"
+_ONE_HOP = """
+{inward_or_outward} {relations} AND type(r) = 'EDGE' AND coalesce(s.exact_from, 0) <= $now
+RETURN {near}.id AS near, r.relation AS relation, {far}.id AS far, s.key AS source, false AS inexact
 ORDER BY near, relation, far LIMIT $limit
+UNION ALL
+{inward_or_outward} {relations} AND s.exact_from > $now
+RETURN {near}.id AS near, r.relation AS relation, {far}.id AS far, s.key AS source, true AS inexact
 """
-_FIRST_HOP = """
-MATCH (s:Entity)-[r:EDGE|GONE]->(t:Entity) WHERE s.key IN $keys {relations}
-    AND (type(r) = 'EDGE' OR s.exact_from > $now)
-RETURN s.id AS near, r.relation AS relation, t.id AS far, s.key AS source, coalesce(s.exact_from, 0) > $now AS inexact
-ORDER BY near, relation, far LIMIT $limit
+_WALK_BEGINS = """
+MATCH (s:Entity) WHERE s.key IN $keys AND coalesce(s.exact_from, 0) <= $now
+WITH collect(s) AS known, collect(s) AS front, [] AS walked, [] AS from
 """
-_WALK_BEGINS = (
-    "MATCH (s:Entity) WHERE s.key IN $keys WITH collect(s) AS known, collect(s) AS front, [] AS walked, [] AS from\n"
-)
 _WALK_GOES_ON = """
 CALL (front) {{
     UNWIND front AS s
@@ -79,10 +78,18 @@ class Neo4jEdges:
     def __init__(self, store: Neo4jStore) -> None:
         self.projection = OutsideProjection("edges", store, most=MOST_APPLIED)
         self.store = store
-        self._driver = neo4j.AsyncGraphDatabase.driver(store.target.uri, **store.target.options)
+        self._opened: neo4j.AsyncDriver | None = None
+
+    @property
+    def _driver(self) -> neo4j.AsyncDriver:
+        """Made when it is used: by then the URL was found to be good."""
+        if self._opened is None:
+            self._opened = neo4j.AsyncGraphDatabase.driver(self.store.target.uri, **self.store.target.options)
+        return self._opened
 
     async def close(self) -> None:
-        await self._driver.close()
+        if self._opened is not None:
+            await self._opened.close()
         await self.projection.close()
 
     async def edges_of(self, tenant: str, entity_id: str) -> tuple[list[Edge], int]:
@@ -97,10 +104,11 @@ class Neo4jEdges:
                 edge_view(relation, target, edge.properties)
                 for (relation, target), edge in sorted(state.edges.items())
                 if not edge.removed
-            ], latest or 0
+            ], await self._stands_at()
+        there = sorted(each for each in edges if each[0] is not None)  # one may be taken out while it is read
         return [
-            edge_view(relation, target, raw and msgspec.json.decode(raw)) for relation, target, raw in sorted(edges)
-        ], latest or 0
+            edge_view(relation, target, raw and msgspec.json.decode(raw)) for relation, target, raw in there
+        ], latest
 
     async def _folded(self, key: str) -> State:
         """What an entity's history comes to now."""
@@ -130,11 +138,11 @@ class Neo4jEdges:
             walk = await self._walk_ahead(asked, set(entity_ids), bool(relations), ahead)
             if walk is not None:
                 return walk
-        ways = {"out": [_FIRST_HOP], "in": [_IN], "both": [_FIRST_HOP, _IN]}[direction]
+        ways = {"out": [True], "in": [False], "both": [True, False]}[direction]
         found: set[tuple[str, str, str]] = set()
-        for cypher in ways:
-            rows = await self._ask(_with(cypher, bool(relations)), **asked)
-            found.update(await self._holding(rows, outward=cypher is _FIRST_HOP))
+        for outward in ways:
+            rows = await self._ask(_one_hop(outward, bool(relations)), **asked)
+            found.update(await self._holding(rows, outward=outward))
         edges = sorted(found)
         return Walk(edges[:limit], len(edges) > limit, [], await self._stands_at())
 
@@ -153,6 +161,8 @@ class Neo4jEdges:
         states: dict[str, State] = {}
         held = []
         for near, relation, far, source, inexact in rows:
+            if relation is None:
+                continue  # it was taken out while it was read
             if inexact:
                 if source not in states:
                     states[source] = await self._folded(source)
@@ -192,6 +202,17 @@ class Neo4jEdges:
 
 def _with(cypher: str, relations: bool) -> str:
     return cypher.format(relations="AND r.relation IN $relations" if relations else "")
+
+
+@cache
+def _one_hop(outward: bool, relations: bool) -> str:
+    """The query for the edges of some entities: those of sources that are exact, and all that others ever had."""
+    return _ONE_HOP.format(
+        inward_or_outward=_OUTWARD if outward else _INWARD,
+        relations="AND r.relation IN $relations" if relations else "",
+        near="s" if outward else "n",
+        far="o" if outward else "s",
+    )
 
 
 @cache

@@ -12,8 +12,8 @@ are `neo4j_reader`'s. Looks at `memory_shards.merge` and `merger`, `neo4j_client
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import neo4j
@@ -69,6 +69,7 @@ _PUT_TARGETS = """
 UNWIND $targets AS w
 MERGE (e:Entity {key: w.key})
 ON CREATE SET e.site = w.site, e.tenant = w.tenant, e.id = w.id, e.partition = w.partition
+ON MATCH SET e.id = w.id  // which locks it: else another shard may drop it before an edge leads to it
 """
 _TAKE_EDGES = """
 UNWIND $edges AS w
@@ -77,6 +78,10 @@ MATCH (:Entity {key: w.source})-[r:EDGE|GONE {relation: w.relation}]->(:Entity {
 _PUT_EDGES = """
 UNWIND $edges AS w MATCH (s:Entity {key: w.source}) MATCH (t:Entity {key: w.target})
 CREATE (s)-[r:EDGE]->(t) SET r = w.values
+"""
+_CHANGE_EDGES = """
+UNWIND $edges AS w
+MATCH (:Entity {key: w.source})-[r:EDGE {relation: w.relation}]->(:Entity {key: w.target}) SET r = w.values
 """
 _PUT_GONE = _PUT_EDGES.replace(":EDGE", ":GONE")
 _PUT_EVENTS = """
@@ -100,10 +105,19 @@ RETURN count(e) AS cleared
 """
 _BEGIN = """
 MERGE (s:Shard {key: $shard}) WITH s WHERE coalesce(s.counts, '') <> $counts
-SET s.counts = $counts, s.watermark = 0, s.edges = 0
+SET s.counts = $counts, s.watermark = 0, s.edges = 0, s.site = $site, s.partitions = $partitions
+"""
+_END_OTHERS = """
+MATCH (s:Shard {site: $site}) WHERE s.key <> $shard AND any(each IN s.partitions WHERE each IN $partitions)
+SET s.counts = ''
 """
 
 _CLEARED_AT_ONCE = 2_000
+
+WRITE_S = 5.0
+"""How long a transaction may take: one whose replica hangs keeps the next from applying for so long."""
+
+Result = TypeVar("Result")
 
 encode_stored = msgspec.msgpack.Encoder().encode
 decode_stored = msgspec.msgpack.Decoder(Stored).decode
@@ -145,33 +159,48 @@ class Neo4jStore:
     def begin(self, *, afresh: bool) -> None:
         """Clear what was written for another log, a piece at a time. Nodes that edges of others lead to stay."""
         with self._session() as session:
+            self._write(session, self._end_others)
             if afresh:
-                session.execute_write(lambda tx: tx.run(_BEGIN, shard=self.shard_key, counts="").consume())
+                self._write(session, self._begin, "")
             for statement in (_CLEAR, _CLEAR_TARGETS):
-                while session.execute_write(self._clear, statement):
+                while self._write(session, self._clear, statement):
                     pass
-            session.execute_write(lambda tx: tx.run(_BEGIN, shard=self.shard_key, counts=self._counts).consume())
+            self._write(session, self._begin, self._counts)
+
+    def _end_others(self, tx: neo4j.ManagedTransaction) -> None:
+        """Whoever had some of our partitions, and may again, has to begin anew."""
+        tx.run(_END_OTHERS, self._asked).consume()
+
+    def _begin(self, tx: neo4j.ManagedTransaction, counts: str) -> None:
+        tx.run(_BEGIN, self._asked | {"counts": counts}).consume()
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return {"shard": self.shard_key, "site": self.site, "partitions": self.partitions}
+
+    def _write(self, session: neo4j.Session, work: Callable[..., Result], *arguments: object) -> Result:
+        """Do work in a transaction, which waits no longer than `WRITE_S` for another."""
+        return session.execute_write(neo4j.unit_of_work(timeout=WRITE_S)(work), *arguments)
 
     def _session(self) -> neo4j.Session:
         assert self._opened is not None, "it is opened first"
         return self._opened.session(database=self.target.database)
 
-    def apply(self, records: Sequence[Record], watermark: int) -> None:
+    def apply(self, records: Sequence[Record], watermark: int, after: int = 0) -> None:
         """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
 
         Raises what the driver raises where Neo4j cannot be reached; nothing of the call has had an effect then, or all.
+        Raises `WentBack` where the server stands before `after`.
         """
-        if watermark <= self._watermark:
-            return
         with self._session() as session:
-            self._watermark = session.execute_write(self._apply, records, watermark)
+            self._watermark = self._write(session, self._apply, records, watermark, after)
 
-    def _apply(self, tx: neo4j.ManagedTransaction, records: Sequence[Record], watermark: int) -> int:
+    def _apply(self, tx: neo4j.ManagedTransaction, records: Sequence[Record], watermark: int, after: int) -> int:
         """Where the store stands then. May run several times, until one commits."""
         there = tx.run(_LOCK, shard=self.shard_key).single(strict=True)
         stands: int = there["watermark"] if there["counts"] == self._counts else -1
-        if stands < self._watermark:
-            raise WentBack(f"it stands at {stands}, and stood at {self._watermark}")
+        if stands < after:
+            raise WentBack(f"it stands at {stands}, and stood at {after}")
         if watermark <= stands:
             return stands
         batch = _Batch(tx, self.site, [record for record in records if record.sequence > stands])
@@ -184,8 +213,7 @@ class Neo4jStore:
         there = tx.run(_LOCK, shard=self.shard_key).single(strict=True)
         if there["counts"] == self._counts:
             return 0
-        asked = {"site": self.site, "partitions": self.partitions, "most": _CLEARED_AT_ONCE}
-        cleared: int = tx.run(cypher, asked).single(strict=True)["cleared"]
+        cleared: int = tx.run(cypher, self._asked | {"most": _CLEARED_AT_ONCE}).single(strict=True)["cleared"]
         return cleared
 
     def close(self) -> None:
@@ -288,10 +316,15 @@ class _Batch:
             return 0
         there = self._there(edges)
         winners = {each: edge for each, edge in edges.items() if each not in there or edge.key >= there[each][1]}
-        replaced = [self._place(*each) for each in winners if each in there]
+        held = {each for each in winners if each in there and there[each][0]}
+        changed = [self._row(*each, winners[each]) for each in held if not winners[each].removed]
+        if changed:
+            self._tx.run(_CHANGE_EDGES, edges=changed).consume()
+        fresh = {each: edge for each, edge in winners.items() if each not in held or edge.removed}
+        replaced = [self._place(*each) for each in fresh if each in there]
         if replaced:
             self._tx.run(_TAKE_EDGES, edges=replaced).consume()
-        targets = {(tenant, target): None for (tenant, _), _, target in winners}
+        targets = {(tenant, target): None for (tenant, _), _, target in fresh}
         self._tx.run(
             _PUT_TARGETS,
             targets=[
@@ -302,19 +335,17 @@ class _Batch:
                     "id": target,
                     "partition": partition_of(tenant, target),
                 }
-                for tenant, target in targets
+                for tenant, target in sorted(targets)
             ],
         ).consume()
-        held = sum(holds for each, (holds, _) in there.items() if each in winners)
         for statement, removed in ((_PUT_EDGES, False), (_PUT_GONE, True)):
-            rows = [
-                self._place(*each) | {"values": _values(each[1], edge)}
-                for each, edge in winners.items()
-                if edge.removed == removed
-            ]
-            if rows:
-                self._tx.run(statement, edges=rows).consume()
-        return sum(not edge.removed for edge in winners.values()) - held
+            rows = [self._row(*each, edge) for each, edge in fresh.items() if edge.removed == removed]
+            if rows and self._tx.run(statement, edges=rows).consume().counters.relationships_created < len(rows):
+                raise WentBack("a node went that an edge was to lead to")
+        return sum(not edge.removed for edge in winners.values()) - len(held)
+
+    def _row(self, name: Name, relation: str, target: str, edge: Edge) -> dict[str, Any]:
+        return self._place(name, relation, target) | {"values": _values(relation, edge)}
 
     def _there(self, edges: Iterable[EdgeKey]) -> dict[EdgeKey, tuple[bool, tuple[int, int, str]]]:
         """Those of these edges that are there: whether they hold, and their keys."""

@@ -23,6 +23,8 @@ OUTAGES: tuple[type[Exception], ...] = (redis.RedisError, OSError)
 
 OLDEST = (6, 2)
 TIMEOUT_S = 5.0
+MOST_CONNECTIONS = 64
+"""Who asks while all of them are busy waits, as long as the breaker lets it."""
 
 
 def open_sync(url: str) -> tuple[AnyRedis, bool]:
@@ -43,8 +45,13 @@ def open_sync(url: str) -> tuple[AnyRedis, bool]:
 
 def open_async(url: str, *, is_cluster: bool) -> AnyRedis:
     """A client for the event loop. It connects when it is used."""
-    kind = AsyncCluster if is_cluster else redis.asyncio.Redis
-    return kind.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+    timeouts = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
+    if is_cluster:
+        return AsyncCluster.from_url(url, **timeouts)
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        url, max_connections=MOST_CONNECTIONS, timeout=None, **timeouts
+    )
+    return redis.asyncio.Redis.from_pool(pool)
 
 
 def _is_cluster(client: AnyRedis) -> bool:

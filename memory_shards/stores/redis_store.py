@@ -59,6 +59,8 @@ class RedisStore:
         self.quarantined: Counter[str] = Counter()
         """How many events of each site were put aside; where another replica applies, as it was seconds ago."""
         self._counted_at = float("-inf")
+        self._places: dict[int, int] = {}
+        """Where each partition in a cluster stood at least, as the shard's hash has it."""
 
     @property
     def watermark(self) -> int:
@@ -86,17 +88,18 @@ class RedisStore:
         if told.get(b"counts") != self._counts:
             return None
         self.rejected = int(told.get(b"rejected", 0))
+        self._places = {each: int(told.get(b"%d" % each, 0)) for each in self.keys} if self.in_cluster else {}
         watermark = int(told[b"watermark"])
-        if not self.in_cluster:
-            return watermark
-        has = self._each(lambda pipe, keys: pipe.hget(keys.meta, "applied"))
-        for partition, applied in zip(self.keys, has, strict=True):
-            if int(applied or 0) < int(told.get(b"%d" % partition, 0)):
-                watermark = min(watermark, int(applied or 0))
+        if self.in_cluster:
+            has = self._each(lambda pipe, keys: pipe.hget(keys.meta, "applied"))
+            for place, applied in zip(self._places.values(), has, strict=True):
+                if int(applied or 0) < place:
+                    watermark = min(watermark, int(applied or 0))
         return watermark
 
     def begin(self, *, afresh: bool) -> None:
-        """Clear the partitions that were written for another log, and count anew."""
+        """Clear the partitions that were written for another log, and count anew. Until then nobody reads them."""
+        self._client.delete(self._shard)
         if afresh:
             for keys in self.keys.values():
                 self._client.hset(keys.meta, "for", "nothing: it is being cleared")
@@ -106,53 +109,72 @@ class RedisStore:
                 if written_for is not None:
                     logger.warning("%s was written for another log: cleared", keys.meta.decode())
                 self._clear(keys)
-        self._client.hset(self._shard, mapping=self._told(0))
+        self._client.hset(self._shard, mapping={"watermark": 0, "counts": self._counts})
+        self._counted_at = float("-inf")
 
-    def apply(self, records: Sequence[Record], watermark: int) -> None:
+    def apply(self, records: Sequence[Record], watermark: int, after: int = 0) -> None:
         """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.
 
         Raises `redis.RedisError` where Redis cannot be reached or another applies; whatever had an effect then has none
-        when it is tried again.
+        when it is tried again. Raises `WentBack` where the server stands before `after`.
         """
-        if watermark <= self._watermark:
-            return
         by_partition: dict[int, list[Record]] = defaultdict(list)
         for record in records:
             by_partition[record.partition].append(record)
-        if not self.in_cluster:
-            self._commit(by_partition, watermark)
-        else:
+        if self.in_cluster:
+            self._check(after)
             rejected = sum(self._commit({partition: some}, None) for partition, some in by_partition.items())
-            reached = {str(partition): some[-1].sequence for partition, some in by_partition.items()}
-            self._client.hset(self._shard, mapping=self._told(watermark) | reached)
-            self._client.hincrby(self._shard, "rejected", rejected)
-        self._watermark = watermark
+            reached = {partition: some[-1].sequence for partition, some in by_partition.items()}
+            self._mark(watermark, reached, rejected)
+        else:
+            self._commit(by_partition, (watermark, after))
+        self._watermark = max(self._watermark, watermark)
 
-    def _told(self, watermark: int) -> dict[str, Any]:
-        return {"watermark": watermark, "counts": self._counts}
+    def _check(self, after: int) -> int:
+        """Where the server stands. Raises `WentBack` where that is before `after`."""
+        stands = self._stands()
+        if stands is None or stands < after:
+            raise WentBack(f"it stands at {stands}, and stood at {after}")
+        return stands
 
-    def _commit(self, records: Mapping[int, Sequence[Record]], watermark: int | None) -> int:
+    def _mark(self, watermark: int, reached: Mapping[int, int], rejected: int) -> None:
+        """Note where the shard and its partitions in a cluster stand, never less than is noted."""
+        with self._client.pipeline(transaction=True) as transaction:
+            transaction.watch(self._shard)
+            noted = transaction.hgetall(self._shard)
+            further = {
+                name: value
+                for name, value in (
+                    {"watermark": watermark} | {str(each): place for each, place in reached.items()}
+                ).items()
+                if value > int(noted.get(name.encode(), 0))
+            }
+            transaction.multi()
+            if noted.get(b"counts") == self._counts and further:
+                transaction.hset(self._shard, mapping=further)
+                transaction.hincrby(self._shard, "rejected", rejected)
+            transaction.execute()
+
+    def _commit(self, records: Mapping[int, Sequence[Record]], places: tuple[int, int] | None) -> int:
         """Apply what is not applied yet of some partitions, in one transaction. How many records broke a rule.
 
-        With a `watermark` it is that of the server, which must stand where we know it to.
+        With `places`, the server is to stand at the first of them, and stands at the second or later.
         """
         watched = [self.keys[partition].meta for partition in records]
         with self._client.pipeline(transaction=True) as transaction:
-            transaction.watch(*watched, *([self._shard] if watermark is not None else []))
-            if watermark is not None:
-                stands = self._stands()
-                if stands is None or stands < self._watermark:
-                    raise WentBack(f"it stands at {stands}, and stood at {self._watermark}")
-                watermark = max(stands, watermark)
+            transaction.watch(*watched, *([self._shard] if places else []))
+            stands = self._check(places[1]) if places else 0
             fresh, put_aside = self._fresh(records)
             batch = _Batch(self._client, self.keys, fresh, site=self._site, put_aside=put_aside)
             commands = batch.write()
+            if places and places[0] > stands:
+                commands.add(b"HSET", self._shard, (b"watermark", places[0]))
+                commands.add(b"HINCRBY", self._shard, (b"rejected", batch.rejected))
+            if not commands.arguments:
+                return 0
             transaction.multi()
-            if commands.arguments:
-                transaction.execute_command("EVAL", Commands.SCRIPT, 1, watched[0], *commands.arguments)
-            if watermark is not None:
-                transaction.hset(self._shard, mapping=self._told(watermark))
-                transaction.hincrby(self._shard, "rejected", batch.rejected)
+            key = watched[0] if watched else self._shard
+            transaction.execute_command("EVAL", Commands.SCRIPT, 1, key, *commands.arguments)
             transaction.execute()
         self.rejected += batch.rejected
         self.quarantined.update(batch.quarantined)
@@ -161,14 +183,19 @@ class RedisStore:
 
     def _fresh(self, records: Mapping[int, Sequence[Record]]) -> tuple[list[Record], PutAside]:
         """What is not applied yet, in log order; and what is put aside in the same partitions."""
+        with_quarantine = bool(self.quarantined.total())
         with self._client.pipeline(transaction=False) as reading:
             for partition in records:
                 reading.hget(self.keys[partition].meta, "applied")
+            for partition in records if with_quarantine else ():
                 reading.hgetall(self.keys[partition].quarantine)
-            found = reading.execute()
-        applied = dict(zip(records, (int(each or 0) for each in found[::2]), strict=True))
+            found = reading.execute() if records else []
+        applied = dict(zip(records, (int(each or 0) for each in found[: len(records)]), strict=True))
+        for partition, place in applied.items():
+            if place < self._places.get(partition, 0):
+                raise WentBack(f"partition {partition} stands at {place}, and stood at {self._places[partition]}")
         put_aside: PutAside = defaultdict(list)
-        for partition, quarantine in zip(records, found[1::2], strict=True):
+        for partition, quarantine in zip(records, found[len(records) :], strict=False):
             for sequence, raw in quarantine.items():
                 told = layout.decode_quarantined(raw)
                 put_aside[told.site, told.event_id].append((partition, sequence))

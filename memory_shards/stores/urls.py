@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from urllib.parse import urlsplit
 
 from mnemesh.errors import BadRequest
 
@@ -50,6 +49,7 @@ def environment(setting: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """A URL as it may be told."""
-    parts = urlsplit(url)
-    return url if parts.password is None else url.replace(f":{parts.password}@", ":…@")
+    """A URL as it may be told: without who logs in and how, whatever characters that has."""
+    scheme, separator, rest = url.partition("://")
+    host = rest.rpartition("@")[2].partition("?")[0]
+    return f"{scheme}{separator}{'…@' if '@' in rest else ''}{host}"
