@@ -88,6 +88,8 @@ class Stored(msgspec.Struct, array_like=True):
     exact_from: int
     version: int
     size: int
+    ends: int
+    """When the last of its puts ends, in ms; `NEVER` where one does not."""
 
 
 class Touched:
@@ -101,6 +103,7 @@ class Touched:
     __slots__ = (
         "added",
         "cleared",
+        "ends",
         "erases",
         "held",
         "held_state",
@@ -119,6 +122,7 @@ class Touched:
         version: int = 0,
         partition: int = 0,
         size: int = 0,
+        ends: int = 0,
         held: int | None = None,
         held_state: HeldState | None = None,
     ) -> None:
@@ -126,6 +130,7 @@ class Touched:
         self.version = version
         self.partition = partition
         self.size = size
+        self.ends = ends
         self.held = held
         self.held_state = held_state
         self.text_before = self.state.text
@@ -140,12 +145,13 @@ class Touched:
     def of(cls, stored: Stored) -> Touched:
         """One that was stored before; of its attributes, text and edges only what changes will be there."""
         state = State(stored.ledger, stored.alive, stored.type, None, {}, {}, stored.exact_from)
-        return cls(state, version=stored.version, size=stored.size)
+        return cls(state, version=stored.version, size=stored.size, ends=stored.ends)
 
     def stored(self) -> Stored:
         """What to store of it."""
         state = self.state
-        return Stored(state.ledger, state.alive, state.type, state.exact_from, self.version, self.size)
+        kept = state.ledger, state.alive, state.type, state.exact_from
+        return Stored(*kept, self.version, self.size, self.ends)
 
     @property
     def is_gone(self) -> bool:
@@ -232,6 +238,7 @@ class Merger:
             self._forget(name, entity, change)
         else:
             entity.state.put(change)
+            entity.ends = max(entity.ends, _end_of(change))
             if self._is_partial and not says_anything(patch):
                 return True
         entity.size += len(body)
@@ -275,7 +282,7 @@ class Merger:
             entity.held, entity.held_state = 0, "some"
             return
         entity.state = State()
-        entity.version = entity.size = 0
+        entity.version = entity.size = entity.ends = 0
         entity.held = entity.held_state = None
         entity.history, entity.added, entity.cleared, entity.erases = [], [], True, None
 
@@ -291,10 +298,16 @@ class Merger:
         entity.erases = change.mark if entity.erases is None else max(entity.erases, change.mark)
         entity.size = sum(len(kept.body) for kept in left)
         before, kind = entity.state.ledger, entity.state.type
-        entity.state = merge.fold([*(kept.change() for kept in left), change])
+        changes = [kept.change() for kept in left]
+        entity.ends = max((_end_of(each) for each in changes if each.patch is not None), default=0)
+        entity.state = merge.fold([*changes, change])
         ledger = entity.state.ledger
         ledger.stamps, ledger.births, ledger.gone = before.stamps, before.births, kind or before.gone
         ledger.types |= before.types  # also where something is left: it was written under them
+
+
+def _end_of(change: Change) -> int:
+    return merge.NEVER if change.valid_to is None else change.valid_to
 
 
 def parts_of(patch: Patch, parts: frozenset[Part]) -> Patch:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
-from memory_shards.merge import NEVER, State, fold
+from memory_shards.merge import NEVER, State
 from memory_shards.merger import Kept, Merger, Name, Stored, Touched
 from memory_shards.stores import WentBack
 from memory_shards.stores import redis_layout as layout
@@ -331,15 +331,17 @@ class _Batch:
             self._rewrite_history(commands, name, entity)
         for kept in entity.added:
             commands.add(b"XADD", events, (b"%d-0" % kept.sequence, EVENT, layout.encode(kept)))
-        if not state.alive:
+        if not state.alive or entity.erases is not None:
             commands.add(b"DEL", hash_key)
-        elif entity.erases is not None or state.exact_from == NEVER:
-            self._rewrite(commands, name, entity)
-        else:
+        if state.alive:
             fields = layout.fields_of(state, entity.version)
             commands.add(b"HSET", hash_key, chain.from_iterable(fields.items()))
-            if name in self._stamped:
+            if name in self._stamped and entity.erases is None:
                 commands.add(b"HDEL", hash_key, [field for field in self._gone(name, state) if field not in fields])
+            if state.exact_from == NEVER and entity.ends < NEVER:  # all of it ends, and Redis drops it then
+                commands.add(b"PEXPIREAT", hash_key, (entity.ends,))
+            elif state.exact_from == NEVER:
+                commands.add(b"PERSIST", hash_key)
         commands.add(b"SET", keys.ledger(entity_id), (layout.encode(entity.stored()),))
 
     def _gone(self, name: Name, state: State) -> Iterator[bytes]:
@@ -364,20 +366,6 @@ class _Batch:
         members = [_member(kept.sequence, entity_id) for kept in set(self._history(name)).difference(left)]
         commands.add(b"ZREM", keys.log, members)
         commands.add(b"ZREM", keys.valid, members)
-
-    def _rewrite(self, commands: Commands, name: Name, entity: Touched) -> None:
-        """Write all of an entity; where all of it ends, have Redis drop it then. The history stays."""
-        tenant, entity_id = name
-        hash_key = self._of(tenant, entity_id).entity(entity_id)
-        kept = [*(self._history(name) if entity.history is None else entity.history), *entity.added]
-        changes = [each.change() for each in kept]
-        whole = fold(changes)
-        whole.exact_from = entity.state.exact_from
-        commands.add(b"DEL", hash_key)
-        commands.add(b"HSET", hash_key, chain.from_iterable(layout.fields_of(whole, entity.version).items()))
-        ends = [change.valid_to for change in changes if change.patch is not None]
-        if None not in ends:
-            commands.add(b"PEXPIREAT", hash_key, (max(end for end in ends if end is not None),))
 
     def _write_indices(self, commands: Commands) -> None:
         """Many members a command."""
