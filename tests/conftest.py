@@ -234,7 +234,7 @@ URLS: dict[str, Callable[[pytest.FixtureRequest], StoreUrls]] = {
 }
 
 
-@pytest.fixture(params=URLS)
+@pytest.fixture(params=[name for name in URLS if name != "cuda"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
     """The stores of a shard, by every choice of them in turn, for a site of the test's own."""
     return Backend.of(URLS[request.param](request), tmp_path / "stores")

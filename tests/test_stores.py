@@ -405,12 +405,15 @@ async def test_what_is_forgotten_whole_counts_no_more(backend: Backend) -> None:
 
 # ── vectors ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+EACH_OF_VECTORS = pytest.mark.parametrize("backend", ["embedded", "cuda"], indirect=True)
+
 
 async def found(stores: Stores, vector: np.ndarray[Any, Any], k: int = 5, **query: Any) -> list[tuple[str, float]]:
     hits, _ = await stores.vectors.search(VectorQuery(tenant="acme", space="s", vector=vector, k=k, **query))
     return [(hit.entity_id, hit.score) for hit in hits]
 
 
+@EACH_OF_VECTORS
 @pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
 @pytest.mark.parametrize("dimension", [1, 2, 3, 7, 64, 384, 1536, 4096])
 async def test_vectors_of_any_dimension_are_found_as_brute_force_finds_them(
@@ -443,6 +446,7 @@ async def test_vectors_of_any_dimension_are_found_as_brute_force_finds_them(
         assert vector == pytest.approx(vectors[6], rel=0.01, abs=0.01)
 
 
+@EACH_OF_VECTORS
 async def test_a_search_takes_what_passes_its_filter_and_nothing_that_is_gone(backend: Backend) -> None:
     east = np.array([1, 0], np.float32)
     log = log_of(
@@ -481,6 +485,7 @@ async def test_a_search_takes_what_passes_its_filter_and_nothing_that_is_gone(ba
         assert (await stores.vectors.counted(digest=False)).things == 4
 
 
+@EACH_OF_VECTORS
 async def test_a_vector_of_another_dimension_is_left_out_and_the_rest_of_its_event_counts(backend: Backend) -> None:
     log = log_of(
         put(ms=1, vectors={"s": np.ones(2, np.float32)}),
