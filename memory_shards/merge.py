@@ -239,12 +239,20 @@ def patch_of(event: Event) -> Patch:
     if event.op == "forget":
         return Patch()
     patch = wire.convert(event.body, Patch)
-    for target in (*(edge.target_id for edge in patch.edges), *(edge.target_id for edge in patch.remove_edges)):
-        if not target or len(target.encode()) > MAX_ID_BYTES:
-            raise BadRequest(f"an edge must lead to an id of 1 to {MAX_ID_BYTES} bytes")
+    if patch.edges:
+        _check_targets(patch.edges)
+    if patch.remove_edges:
+        _check_targets(patch.remove_edges)
     for space, vector in patch.vectors.items():
         wire.as_vector(vector, what=f"vectors.{space}")
     return patch
+
+
+def _check_targets(edges: Iterable[EdgePut | EdgeKey]) -> None:
+    for edge in edges:
+        length = len(edge.target_id)
+        if not length or (length > MAX_ID_BYTES // 4 and len(edge.target_id.encode()) > MAX_ID_BYTES):
+            raise BadRequest(f"an edge must lead to an id of 1 to {MAX_ID_BYTES} bytes")
 
 
 def stamped(record: Record, patch: Patch, stamps: dict[str, int]) -> Change:

@@ -33,8 +33,11 @@ Part: TypeAlias = Literal["attributes", "edges", "text"]
 ALL_PARTS: frozenset[Part] = frozenset(("attributes", "edges", "text"))
 
 
-class Kept(NamedTuple):
-    """An event that had an effect, as a history keeps it. `stamp` is the effective one; `body` is MessagePack."""
+class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An event that had an effect, as a history keeps it. `stamp` is the effective one; `body` is MessagePack.
+
+    Garbage collection leaves it out: there are many, and they refer to nothing that refers back.
+    """
 
     sequence: int
     event_id: str

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec.structs import astuple
 
 from memory_shards.merge import Ledger, State
 from memory_shards.merger import Kept, Merger, Name, Part, Touched
@@ -41,7 +42,7 @@ ON CONFLICT DO UPDATE SET removed = excluded.removed, valid_from = excluded.vali
     stamp = excluded.stamp, site = excluded.site, properties = excluded.properties
 WHERE (excluded.valid_from, excluded.stamp, excluded.site) >= (edge.valid_from, edge.stamp, edge.site)
 """
-_INSERT_EVENT = "INSERT OR FAIL INTO event VALUES {rows}"
+_INSERT_EVENT = f"INSERT OR FAIL INTO event ({', '.join(Kept.__struct_fields__)}, entity, tenant) VALUES {{rows}}"
 _FORGET_EVENTS = "DELETE FROM event WHERE entity = ? AND (stamp, site) < (?, ?)"
 _ERASURE = "INSERT OR REPLACE INTO erasure VALUES (?, ?)"
 _CLEAR_EVENTS = "DELETE FROM event WHERE entity = ?"
@@ -196,7 +197,7 @@ class Batch:
                 )
             )
             for kept in entity.added:
-                events.append((kept.sequence, id, tenant, *kept[1:]))
+                events.append((*astuple(kept), id, tenant))
             for (relation, target), edge in state.edges.items() if "edges" in self._parts else ():
                 properties = wire.encode(edge.properties) if edge.properties else None
                 edges.append((id, relation, target, tenant, edge.removed, *edge.key, properties))
