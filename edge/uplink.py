@@ -40,6 +40,7 @@ from mnemesh.follower import Follower
 from mnemesh.jetstream import Stored, StreamState, message_at, next_of, stream_state
 from mnemesh.messages import AskPosition, Description, OwnEvent, OwnEvents, Position
 from mnemesh.origin import Mark, hash_of, is_born_here, place_of
+from mnemesh.supervision import first_of
 from router.inventory import Inventory
 from router.portions import portions
 from services.site_policy import SiteEntry, SitePolicy
@@ -174,16 +175,7 @@ class Uplink:
         """Send until something comes in the way: raises what."""
         position = await self._agreed()
         self.trouble = ""
-        # No task group: that of Python 3.11 hides a cancellation that comes in the same round as a failure.
-        tasks = [asyncio.create_task(self._send_from(position)), asyncio.create_task(self._check())]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await first_of(self._send_from(position), self._check())
 
     async def _check(self) -> None:
         """See now and then whether the hub is there, and still has what it had: it may have been restored."""

@@ -81,7 +81,7 @@ class Lease:
 
     def _let_go(self) -> None:
         if self.is_held:
-            logger.warning("another replica applies for %s now", self._key)
+            logger.info("this replica applies for %s no more", self._key)
         self.taken.clear()
         self.lost.set()
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from memory_shards.breaker import Breaker
 from memory_shards.freshness import REPLY_MARGIN_S
@@ -24,6 +24,7 @@ from memory_shards.stores import WentBack
 from memory_shards.watermark import Watermark
 from mnemesh.errors import MnemeshError, Unavailable
 from mnemesh.event import Record
+from mnemesh.supervision import first_of
 
 logger = logging.getLogger("mnemesh.outside")
 
@@ -109,9 +110,9 @@ class OutsideProjection:
                     self._is_open = True
                 if lease.is_held:
                     await self.begin(head)
-                    await _first_of(lease.lost.wait(), self._apply_all(follow), self._look_on())
+                    await first_of(lease.lost.wait(), self._apply_all(follow), self._look_on())
                 else:
-                    await _first_of(lease.taken.wait(), self._look_on())
+                    await first_of(lease.taken.wait(), self._look_on())
             except self._mendable as error:
                 if not isinstance(error, WentBack):
                     self.breaker.failed(error)
@@ -205,16 +206,3 @@ class OutsideProjection:
         with contextlib.suppress(MnemeshError, *self.store.outages):
             await self.on_worker(self.store.close)
         self._worker.shutdown(wait=True)
-
-
-async def _first_of(*works: Coroutine[Any, Any, object]) -> None:
-    """Do them together until one ends. What that raises is raised."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

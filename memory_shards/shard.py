@@ -136,6 +136,14 @@ class Shard(Actor):
                     lambda projection=projection: projection.applied,  # type: ignore[misc]
                 )
             )
+        gauges += [
+            Gauge(
+                f"{outside.name}_breaker_open",
+                f"1 while the store of the {outside.name} does not answer",
+                lambda outside=outside: int(outside.breaker.is_open),  # type: ignore[misc]
+            )
+            for outside in self.stores.outside
+        ]
         return gauges
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:

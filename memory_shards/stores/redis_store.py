@@ -183,20 +183,18 @@ class RedisStore:
 
     def _fresh(self, records: Mapping[int, Sequence[Record]]) -> tuple[list[Record], PutAside]:
         """What is not applied yet, in log order; and what is put aside in the same partitions."""
-        with_quarantine = bool(self.quarantined.total())
         with self._client.pipeline(transaction=False) as reading:
             for partition in records:
                 reading.hget(self.keys[partition].meta, "applied")
-            for partition in records if with_quarantine else ():
-                reading.hgetall(self.keys[partition].quarantine)
+                reading.hlen(self.keys[partition].quarantine)
             found = reading.execute() if records else []
-        applied = dict(zip(records, (int(each or 0) for each in found[: len(records)]), strict=True))
+        applied = dict(zip(records, (int(each or 0) for each in found[::2]), strict=True))
         for partition, place in applied.items():
             if place < self._places.get(partition, 0):
                 raise WentBack(f"partition {partition} stands at {place}, and stood at {self._places[partition]}")
         put_aside: PutAside = defaultdict(list)
-        for partition, quarantine in zip(records, found[len(records) :], strict=False):
-            for sequence, raw in quarantine.items():
+        for partition in (partition for partition, count in zip(records, found[1::2], strict=True) if count):
+            for sequence, raw in self._client.hgetall(self.keys[partition].quarantine).items():
                 told = layout.decode_quarantined(raw)
                 put_aside[told.site, told.event_id].append((partition, sequence))
         fresh = [each for some in records.values() for each in some if each.sequence > applied[each.partition]]

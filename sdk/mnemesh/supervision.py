@@ -6,7 +6,8 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 logger = logging.getLogger("mnemesh.supervision")
 
@@ -65,3 +66,19 @@ class Supervisor:
                 ceiling = min(self._longest_backoff_s, self._first_backoff_s * 2.0 ** (len(self._failures) - 1))
                 logger.warning("%s failed and starts again: %r", self.name, error)
                 await asyncio.sleep(random.uniform(ceiling / 2, ceiling))
+
+
+async def first_of(*works: Coroutine[Any, Any, object]) -> None:
+    """Do them together until one ends, and end the others. What that one raises is raised.
+
+    No task group: that of Python 3.11 hides a cancellation that comes in the same round as a failure.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
