@@ -25,7 +25,7 @@ from bench.suite import Group, measured
 from bench.vectors import made
 from memory_shards.outside import OutsideStore
 from memory_shards.stores.embedded import MOST_VECTORS_APPLIED
-from memory_shards.stores.faiss_cpu import FaissStore
+from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.neo4j_client import Target, key_of
 from memory_shards.stores.neo4j_reader import MOST_AHEAD, walk_query
 from memory_shards.stores.neo4j_reader import MOST_APPLIED as NEO4J_BATCH
@@ -170,7 +170,7 @@ async def apply_faiss(sizes: Sizes) -> list[Row]:
     rates = []
     for _ in range(sizes.applied):
         with tempfile.TemporaryDirectory(prefix="mnemesh-bench-") as folder:
-            store = FaissStore(Path(folder), site=SITE, incarnation="1")
+            store = MemoryVectors(Path(folder), site=SITE, incarnation="1")
             try:
                 rates.append(applied(store, embeddings(sizes.vectors), MOST_VECTORS_APPLIED))
             finally:

@@ -28,10 +28,9 @@ from memory_shards.intake import Intake
 from memory_shards.lease import Lease
 from memory_shards.origins import Origins
 from memory_shards.outside import OutsideProjection
-from memory_shards.stores import Counted, Facet
+from memory_shards.stores import Counted, Facet, VectorQuery
 from memory_shards.stores.by_url import Origin, Stores, open_stores
 from memory_shards.stores.embedded import EmbeddedMemory
-from memory_shards.stores.faiss_cpu import VectorQuery
 from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.sqlite_schema import is_corrupt
 from memory_shards.stores.urls import EMBEDDED, StoreUrls

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_merge import forget, interleaved, put, records, site_logs
 
 from memory_shards.stores import Store
-from memory_shards.stores.faiss_cpu import FaissStore
+from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh.event import Event
 
@@ -24,7 +24,7 @@ EVERYTHING = frozenset({0})
 def stores(folder: Path) -> list[Store]:
     return [
         SqliteStore(folder, site="anywhere", partitions=EVERYTHING, incarnation="1"),
-        FaissStore(folder, EVERYTHING, site="anywhere", incarnation="1"),
+        MemoryVectors(folder, EVERYTHING, site="anywhere", incarnation="1"),
     ]
 
 

@@ -17,8 +17,8 @@ from test_sqlite_store import files_of, fill_and_forget
 
 from memory_shards import projection as projections
 from memory_shards.projection import Projection
-from memory_shards.stores import sqlite_batch
-from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
+from memory_shards.stores import VectorQuery, sqlite_batch
+from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh.event import Record
 
@@ -40,7 +40,7 @@ async def test_what_a_follower_reads_again_after_a_failure_is_applied_once(tmp_p
 @contextlib.asynccontextmanager
 async def over_vectors(folder: Path) -> AsyncIterator[Projection]:
     """A projection that applies to a store of vectors."""
-    projection = Projection("vectors", FaissStore(folder))
+    projection = Projection("vectors", MemoryVectors(folder))
     running = asyncio.ensure_future(projection.run())
     yield projection
     running.cancel()

@@ -28,7 +28,7 @@ from cli.server_config import ServerOptions
 from edge.confirming import TOLD, Confirming
 from edge.uplink import Uplink
 from memory_shards.batcher import Batcher
-from memory_shards.stores.faiss_cpu import FaissStore
+from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh import Memory, kv, subjects, wire
 from mnemesh.asker import Asker
@@ -715,12 +715,12 @@ async def test_a_search_that_sees_what_was_written_while_it_waited_asks_for_the_
 ) -> None:
     """It waits for the vectors, which are ahead of the documents then; and these know the types."""
     applying, vectors_may, documents_may = threading.Event(), threading.Event(), threading.Event()
-    vectors_in, documents_in, ask = FaissStore.apply, SqliteStore.apply, Batcher.ask
+    vectors_in, documents_in, ask = MemoryVectors.apply, SqliteStore.apply, Batcher.ask
 
     def is_held_up(records: Sequence[Record]) -> bool:
         return any((record.event.site, record.event.entity_id) == ("hub", "meter1") for record in records)
 
-    def apply_vectors(self: FaissStore, records: Sequence[Record], watermark: int) -> None:
+    def apply_vectors(self: MemoryVectors, records: Sequence[Record], watermark: int) -> None:
         if is_held_up(records):
             applying.set()
             vectors_may.wait()
@@ -736,7 +736,7 @@ async def test_a_search_that_sees_what_was_written_while_it_waited_asks_for_the_
             vectors_may.set()
         return await ask(self, query)
 
-    monkeypatch.setattr(FaissStore, "apply", apply_vectors)
+    monkeypatch.setattr(MemoryVectors, "apply", apply_vectors)
     monkeypatch.setattr(SqliteStore, "apply", apply_documents)
     monkeypatch.setattr(Batcher, "ask", asks)
     async with asking(hub.options, "test") as asker:

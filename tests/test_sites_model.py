@@ -22,7 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from test_merge import FUTURE, SITES, bodies
 from test_sqlite_store import Model, shown
 
-from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
+from memory_shards.stores import VectorQuery
+from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh.clock import HybridClock, is_too_far_ahead, wall_ms
 from mnemesh.event import Birth, Event, Record
@@ -80,7 +81,7 @@ class Site:
         self.folder = folder
         self.start_clock()
         self.documents: SqliteStore
-        self.vectors: FaissStore
+        self.vectors: MemoryVectors
         for which in STORES:
             self.open(which)
 
@@ -134,9 +135,9 @@ class Site:
         if which == "documents":
             self.documents = SqliteStore(self.folder, site=self.name, partitions=PARTITIONS, incarnation="1")
         else:
-            self.vectors = FaissStore(self.folder, PARTITIONS, site=self.name, incarnation="1")
+            self.vectors = MemoryVectors(self.folder, PARTITIONS, site=self.name, incarnation="1")
 
-    def store(self, which: str) -> SqliteStore | FaissStore:
+    def store(self, which: str) -> SqliteStore | MemoryVectors:
         return self.documents if which == "documents" else self.vectors
 
     def apply(self, which: str, upto: int) -> None:
@@ -176,7 +177,7 @@ class Site:
         texts = [hit.entity_id for hit in self.documents.search_text("acme", "leaks hums", 9)]
         filters: list[dict[str, Any]] = [{}, *({name: {"exists": True}} for name in "xyz")]
         found = []
-        for space in self.vectors.spaces("acme"):
+        for space in self.vectors.file.spaces.values():
             queries = [
                 VectorQuery(tenant="acme", space=space.name, vector=np.ones(3, np.float32), filter=wanted, type=kind)
                 for wanted in filters

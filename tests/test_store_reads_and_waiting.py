@@ -17,11 +17,12 @@ from test_sqlite_store import opened
 from test_sqlite_store import write as write_events
 from test_vector_store import TENANT, WRITES, Log, applied, find, ids, vector, write
 
-from memory_shards.stores import faiss_cpu
+from memory_shards.stores import VectorQuery, vector_file
 from memory_shards.stores import space as space_module
 from memory_shards.stores.bulk import execute_all, select_all
-from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
+from memory_shards.stores.halves import halved
 from memory_shards.stores.matrix_scan import MatrixScan
+from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.space import Space
 from memory_shards.stores.waiting import MOST_WAITING
 
@@ -33,20 +34,20 @@ def log() -> Log:
     return Log()
 
 
-def waiting(store: FaissStore, entity_id: str) -> bytes:
-    row = store._db.execute("SELECT waiting FROM entities WHERE entity_id = ?", (entity_id,)).fetchone()
+def waiting(store: MemoryVectors, entity_id: str) -> bytes:
+    row = store.file._db.execute("SELECT waiting FROM entities WHERE entity_id = ?", (entity_id,)).fetchone()
     assert row is not None
     kept: bytes = row[0]
     return kept
 
 
 def test_puts_without_a_vector_wait_and_count_once_it_comes(tmp_path: Path, log: Log) -> None:
-    store = FaissStore(tmp_path)
+    store = MemoryVectors(tmp_path)
     applied(store, [log.put("e", type="room", attributes={"floor": 3, "tag": "old"})])
     applied(store, [log.put("e", attributes={"tag": "new", "floor": None})])
     assert waiting(store, "e") != b""
     store.close()
-    store = FaissStore(tmp_path)
+    store = MemoryVectors(tmp_path)
     applied(store, [log.put("e", vectors={"default": vector(1, 0)})])
     assert waiting(store, "e") == b""
     (hit,) = find(store, vector(1, 0), type="room", filter={"tag": "new"}, output_fields=["tag", "floor"])
@@ -55,7 +56,7 @@ def test_puts_without_a_vector_wait_and_count_once_it_comes(tmp_path: Path, log:
 
 
 def test_a_forget_erases_what_waited(tmp_path: Path, log: Log) -> None:
-    store = FaissStore(tmp_path)
+    store = MemoryVectors(tmp_path)
     applied(store, [log.put("e", attributes={"pin": "hunter2"})])
     applied(store, [log.forget("e")])
     applied(store, [log.put("e", vectors={"default": vector(1, 0)})])
@@ -65,7 +66,7 @@ def test_a_forget_erases_what_waited(tmp_path: Path, log: Log) -> None:
 
 
 def test_many_puts_of_an_entity_without_a_vector_take_bounded_room(tmp_path: Path, log: Log) -> None:
-    store = FaissStore(tmp_path)
+    store = MemoryVectors(tmp_path)
     for n in range(300):
         applied(store, [log.put("e", attributes={"n": n, "note": "x" * 50})])
         assert len(waiting(store, "e")) <= MOST_WAITING
@@ -88,8 +89,8 @@ def test_when_waiting_puts_are_merged_makes_no_difference(
     digests = set()
     for step in (1, len(log.records)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(faiss_cpu, "_CROWDED", faiss_cpu._CROWDED.replace(str(MOST_WAITING), str(most)))
-            store = FaissStore(tmp_path_factory.mktemp("store"))
+            patch.setattr(vector_file, "_CROWDED", vector_file._CROWDED.replace(str(MOST_WAITING), str(most)))
+            store = MemoryVectors(tmp_path_factory.mktemp("store"))
             for start in range(0, len(log.records), step):
                 applied(store, log.records[start : start + step])
             digests.add(store.digest())
@@ -171,7 +172,7 @@ def test_many_queries_at_once_find_what_each_finds_alone(
 ) -> None:
     rng = np.random.default_rng(1)
     space = Space(1, 384, metric, "flat", None)
-    halves, _ = space.halve(rng.standard_normal((4_500, 384), np.float32))
+    halves, _ = halved(rng.standard_normal((4_500, 384), np.float32), metric)
     space.put([str(row) for row in range(len(halves))], halves)
     for row in range(removed):
         space.remove(str(row * 5))
@@ -187,7 +188,7 @@ def test_many_queries_at_once_find_what_each_finds_alone(
 
 
 def test_a_batch_of_many_queries_is_answered_query_by_query(tmp_path: Path, log: Log) -> None:
-    store = FaissStore(tmp_path)
+    store = MemoryVectors(tmp_path)
     for n in range(50):
         log.put(f"e{n}", vectors={"default": vector(n, 1)}, spaces={"default": {"metric": "l2"}})
     applied(store, log.records)

@@ -18,9 +18,8 @@ from msgspec.structs import replace
 from test_merge import FUTURE, carried, forget, interleaved, put, records, site_logs
 from test_sqlite_store import ENTITIES, Model, shown
 
-from memory_shards.stores import WentBack
+from memory_shards.stores import VectorQuery, WentBack
 from memory_shards.stores.by_url import Stores
-from memory_shards.stores.faiss_cpu import VectorQuery
 from mnemesh.clock import wall_ms
 from mnemesh.errors import BadRequest, NotFound
 from mnemesh.event import Event, Record

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memory_shards.stores import VectorQuery
 from memory_shards.stores import space as space_module
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.array_space import ArraySpace
-from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
+from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.space import Space
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
 from mnemesh.event import Birth, Event, Record
@@ -81,19 +82,19 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def opened(folder: Path, partitions: frozenset[int] | None = None, **options: Any) -> FaissStore:
-    return FaissStore(folder, partitions, make_space=Kind.make, **options)
+def opened(folder: Path, partitions: frozenset[int] | None = None, **options: Any) -> MemoryVectors:
+    return MemoryVectors(folder, partitions, make_space=Kind.make, **options)
 
 
 def vector(*numbers: float) -> Vector:
     return np.array(numbers, np.float32)
 
 
-def applied(store: FaissStore, records: Sequence[Record]) -> None:
+def applied(store: MemoryVectors, records: Sequence[Record]) -> None:
     store.apply(records, records[-1].sequence)
 
 
-def find(store: FaissStore, wanted: Vector, **query: Any) -> list[Hit]:
+def find(store: MemoryVectors, wanted: Vector, **query: Any) -> list[Hit]:
     (answer,) = store.search([VectorQuery(tenant=query.pop("tenant", TENANT), vector=wanted, **query)])
     if isinstance(answer, MnemeshError):
         raise answer
@@ -105,7 +106,7 @@ def ids(hits: list[Hit]) -> list[str]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[FaissStore]:
+def store(tmp_path: Path) -> Iterator[MemoryVectors]:
     store = opened(tmp_path)
     yield store
     store.close()
@@ -119,7 +120,7 @@ def log() -> Log:
 # ── writes and what they show ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_search_right_after_apply_finds_the_nearest_first(store: FaissStore, log: Log) -> None:
+def test_a_search_right_after_apply_finds_the_nearest_first(store: MemoryVectors, log: Log) -> None:
     log.put("east", vectors={"default": vector(2, 0)})
     log.put("north", vectors={"default": vector(0, 3)})
     log.put("north-east", vectors={"default": vector(1, 1)})
@@ -133,7 +134,7 @@ def test_a_search_right_after_apply_finds_the_nearest_first(store: FaissStore, l
 
 @pytest.mark.parametrize(("metric", "scores"), [("cosine", [1, 1]), ("ip", [6, 2]), ("l2", [0, -4])])
 def test_a_larger_score_is_better_whatever_the_metric(
-    store: FaissStore, log: Log, metric: str, scores: list[float]
+    store: MemoryVectors, log: Log, metric: str, scores: list[float]
 ) -> None:
     log.put("near", vectors={"v": vector(1, 0)}, spaces={"v": {"metric": metric}})
     log.put("far", vectors={"v": vector(3, 0)})
@@ -142,7 +143,7 @@ def test_a_larger_score_is_better_whatever_the_metric(
     assert [hit.score for hit in find(store, query, space="v")] == pytest.approx(scores)
 
 
-def test_a_hit_brings_the_fields_and_the_vector_that_were_asked_for(store: FaissStore, log: Log) -> None:
+def test_a_hit_brings_the_fields_and_the_vector_that_were_asked_for(store: MemoryVectors, log: Log) -> None:
     log.put("e", vectors={"default": vector(30, 40)}, attributes={"a": 1, "b": {"deep": [1]}, "c": 3})
     applied(store, log.records)
     (hit,) = find(store, vector(1, 0), output_fields=["b", "c", "missing"], include_vectors=True)
@@ -152,7 +153,7 @@ def test_a_hit_brings_the_fields_and_the_vector_that_were_asked_for(store: Faiss
     assert hit.vector == pytest.approx([30, 40], rel=1e-3)
 
 
-def test_attributes_set_before_the_vector_came_can_be_filtered_by(store: FaissStore, log: Log) -> None:
+def test_attributes_set_before_the_vector_came_can_be_filtered_by(store: MemoryVectors, log: Log) -> None:
     applied(store, [log.put("e", attributes={"floor": 3}, type="room")])
     applied(store, [log.put("e", vectors={"default": vector(1, 0)})])
     assert ids(find(store, vector(1, 0), filter={"floor": 3}, type="room")) == ["e"]
@@ -160,7 +161,7 @@ def test_attributes_set_before_the_vector_came_can_be_filtered_by(store: FaissSt
     assert ids(find(store, vector(1, 0), filter={"floor": 3})) == []
 
 
-def test_a_replaced_vector_is_found_only_where_it_is_now(store: FaissStore, log: Log) -> None:
+def test_a_replaced_vector_is_found_only_where_it_is_now(store: MemoryVectors, log: Log) -> None:
     applied(store, [log.put("e", vectors={"default": vector(1, 0)}, attributes={"x": 1})])
     applied(store, [log.put("e", vectors={"default": vector(0, 1)})])
     (hit,) = find(store, vector(0, 1), filter={"x": 1})
@@ -168,7 +169,7 @@ def test_a_replaced_vector_is_found_only_where_it_is_now(store: FaissStore, log:
     assert store.count() == 1
 
 
-def test_a_removed_vector_is_gone_but_the_attributes_stay(store: FaissStore, log: Log) -> None:
+def test_a_removed_vector_is_gone_but_the_attributes_stay(store: MemoryVectors, log: Log) -> None:
     applied(
         store,
         [
@@ -190,7 +191,7 @@ def test_a_removed_vector_is_gone_but_the_attributes_stay(store: FaissStore, log
     assert list(store.vectors_of(TENANT, "e")) == ["b"]
 
 
-def test_a_forgotten_entity_leaves_nothing_and_can_be_learned_anew(store: FaissStore, log: Log) -> None:
+def test_a_forgotten_entity_leaves_nothing_and_can_be_learned_anew(store: MemoryVectors, log: Log) -> None:
     applied(store, [log.put("e", vectors={"default": vector(1, 0)}, attributes={"x": 1})])
     applied(store, [log.forget("e")])
     assert find(store, vector(1, 0)) == []
@@ -200,26 +201,28 @@ def test_a_forgotten_entity_leaves_nothing_and_can_be_learned_anew(store: FaissS
     assert find(store, vector(1, 0), filter={"x": 1}) == []
 
 
-def test_a_put_from_another_site_that_is_older_than_the_forget_has_no_effect(store: FaissStore, log: Log) -> None:
+def test_a_put_from_another_site_that_is_older_than_the_forget_has_no_effect(store: MemoryVectors, log: Log) -> None:
     applied(store, [log.forget("e", hlc=100 << 16)])
     applied(store, [log.put("e", site="edge", hlc=99 << 16, vectors={"default": vector(1, 0)})])
     assert store.count() == 0
 
 
-def test_the_order_of_one_site_wins_over_its_clocks(store: FaissStore, log: Log) -> None:
+def test_the_order_of_one_site_wins_over_its_clocks(store: MemoryVectors, log: Log) -> None:
     applied(store, [log.put("e", hlc=100 << 16, vectors={"default": vector(1, 0)})])
     applied(store, [log.put("e", hlc=50 << 16, vectors={"default": vector(0, 1)})])
     assert store.vectors_of(TENANT, "e")["default"] == pytest.approx([0, 1])
 
 
-def test_tenants_and_spaces_do_not_see_each_other(store: FaissStore, log: Log) -> None:
+def test_tenants_and_spaces_do_not_see_each_other(store: MemoryVectors, log: Log) -> None:
     log.put("e", vectors={"a": vector(1, 0)}, spaces={"a": {"metric": "l2", "index": "flat", "model": "m1"}})
     log.put("e", tenant="other", vectors={"a": vector(1, 0, 0)})
     applied(store, log.records)
-    (info,) = store.spaces(TENANT)
+    info = store.file.spaces[TENANT, "a"]
     assert (info.name, info.dimension, info.metric, info.index, info.model) == ("a", 2, "l2", "flat", "m1")
-    assert info.vectors == 1
-    assert [info.dimension for info in store.spaces("other")] == [3]
+    assert [(*name, info.dimension) for name, info in store.file.spaces.items()] == [
+        (TENANT, "a", 2),
+        ("other", "a", 3),
+    ]
     with pytest.raises(NotFound):
         find(store, vector(1, 0), tenant="third", space="a")
 
@@ -227,7 +230,7 @@ def test_tenants_and_spaces_do_not_see_each_other(store: FaissStore, log: Log) -
 # ── what cannot be ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_vector_of_another_dimension_is_skipped_and_counted(store: FaissStore, log: Log) -> None:
+def test_a_vector_of_another_dimension_is_skipped_and_counted(store: MemoryVectors, log: Log) -> None:
     log.put("e", vectors={"default": vector(1, 0)})
     log.put("f", vectors={"default": vector(1, 0, 0), "other": vector(1)}, attributes={"x": 1})
     applied(store, log.records)
@@ -240,7 +243,7 @@ def test_a_vector_of_another_dimension_is_skipped_and_counted(store: FaissStore,
     ("metric", "bad"), [("cosine", float("nan")), ("ip", float("inf")), ("l2", 70_000.0), ("nonsense", 1.0)]
 )
 def test_a_vector_that_no_space_can_hold_does_not_stop_the_log(
-    store: FaissStore, log: Log, metric: str, bad: float
+    store: MemoryVectors, log: Log, metric: str, bad: float
 ) -> None:
     log.put("e", vectors={"default": vector(bad, 1)}, spaces={"default": {"metric": metric}})
     log.put("f", vectors={"default": vector(1, 0)})
@@ -249,7 +252,7 @@ def test_a_vector_that_no_space_can_hold_does_not_stop_the_log(
     assert ids(find(store, vector(1, 0))) == ["f"]
 
 
-def test_very_long_and_very_short_vectors_keep_their_length(store: FaissStore, log: Log) -> None:
+def test_very_long_and_very_short_vectors_keep_their_length(store: MemoryVectors, log: Log) -> None:
     log.put("long", vectors={"default": vector(3e9, 4e9)})
     log.put("short", vectors={"default": vector(3e-9, 4e-9)})
     applied(store, log.records)
@@ -257,7 +260,7 @@ def test_very_long_and_very_short_vectors_keep_their_length(store: FaissStore, l
     assert [hit.score for hit in find(store, vector(3, 4))] == pytest.approx([1, 1], abs=1e-3)
 
 
-def test_one_wrong_query_of_a_batch_leaves_the_others_alone(store: FaissStore, log: Log) -> None:
+def test_one_wrong_query_of_a_batch_leaves_the_others_alone(store: MemoryVectors, log: Log) -> None:
     log.put("e", vectors={"default": vector(1, 0)}, attributes={"x": 1})
     log.put("f", vectors={"default": vector(0, 1)}, attributes={"x": 2})
     applied(store, log.records)
@@ -283,7 +286,7 @@ def test_one_wrong_query_of_a_batch_leaves_the_others_alone(store: FaissStore, l
 # ── the log is the truth ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_record_at_or_below_the_watermark_has_no_effect(store: FaissStore, log: Log) -> None:
+def test_a_record_at_or_below_the_watermark_has_no_effect(store: MemoryVectors, log: Log) -> None:
     first = log.put("e", vectors={"default": vector(1, 0)})
     second = log.put("f", vectors={"default": vector(0, 1)})
     store.apply([first], 1)
@@ -307,14 +310,14 @@ def test_a_store_of_some_partitions_takes_only_their_records(tmp_path: Path, log
     moved.close()
 
 
-def test_a_failed_commit_leaves_the_store_as_it_was(store: FaissStore, log: Log) -> None:
+def test_a_failed_commit_leaves_the_store_as_it_was(store: MemoryVectors, log: Log) -> None:
     applied(store, [log.put("e", vectors={"default": vector(1, 0)})])
     record = log.put("f", attributes={"x": 1 << 70}, vectors={"default": vector(1, 0), "new": vector(1)})
     with pytest.raises(BadRequest):
         applied(store, [record])
     assert store.watermark == 1
     assert ids(find(store, vector(1, 0))) == ["e"]
-    assert [info.name for info in store.spaces(TENANT)] == ["default"]
+    assert list(store.file.spaces) == [(TENANT, "default")]
 
 
 # ── events once, and what a device holds ────────────────────────────────────────────────────────────────────
@@ -326,20 +329,20 @@ def here() -> DeviceLog:
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Iterator[FaissStore]:
+def device(tmp_path: Path) -> Iterator[MemoryVectors]:
     device = opened(tmp_path, site="edge")
     yield device
     device.close()
 
 
-def applied_in(store: FaissStore, records: Sequence[Record], size: int) -> None:
+def applied_in(store: MemoryVectors, records: Sequence[Record], size: int) -> None:
     for start in range(0, len(records), size):
         applied(store, records[start : start + size])
 
 
 @pytest.mark.parametrize("size", [1, 2, 9])
 def test_an_event_that_comes_again_has_no_effect_in_whatever_batch(
-    device: FaissStore, log: Log, here: DeviceLog, size: int
+    device: MemoryVectors, log: Log, here: DeviceLog, size: int
 ) -> None:
     old = log.put("e", vectors={"v": vector(1, 0)}, attributes={"x": "old"})
     new = log.put("e", vectors={"v": vector(0, 1)}, attributes={"x": "new"})
@@ -352,7 +355,7 @@ def test_an_event_that_comes_again_has_no_effect_in_whatever_batch(
 
 @pytest.mark.parametrize("size", [1, 2, 9])
 def test_a_put_that_waits_and_comes_again_has_no_effect(
-    device: FaissStore, log: Log, here: DeviceLog, size: int
+    device: MemoryVectors, log: Log, here: DeviceLog, size: int
 ) -> None:
     old, new = log.put("e", attributes={"x": "old"}, type="a"), log.put("e", attributes={"x": "new"}, type="b")
     for each in (old, new, old, old):
@@ -365,7 +368,7 @@ def test_a_put_that_waits_and_comes_again_has_no_effect(
     assert hit.attributes == {"x": "new"}
 
 
-def test_many_repeats_of_a_put_that_waits_take_bounded_room(device: FaissStore, log: Log, here: DeviceLog) -> None:
+def test_many_repeats_of_a_put_that_waits_take_bounded_room(device: MemoryVectors, log: Log, here: DeviceLog) -> None:
     old, new = log.put("e", attributes={"x": "old"}), log.put("e", attributes={"x": "new"})
     here.carry(old)
     here.carry(new)
@@ -376,7 +379,7 @@ def test_many_repeats_of_a_put_that_waits_take_bounded_room(device: FaissStore, 
     assert ids(find(device, vector(1, 0), space="v", filter={"x": "new"})) == ["e"]
 
 
-def test_a_log_that_began_anew_counts_from_one_again(device: FaissStore, here: DeviceLog) -> None:
+def test_a_log_that_began_anew_counts_from_one_again(device: MemoryVectors, here: DeviceLog) -> None:
     for number, incarnation in ((1, "1"), (2, "2")):
         applied(
             device, [here.carry(Log().put("e", hlc=number << 16, vectors={"v": vector(number, 0)}), log=incarnation)]
@@ -384,7 +387,7 @@ def test_a_log_that_began_anew_counts_from_one_again(device: FaissStore, here: D
     assert device.vectors_of(TENANT, "e")["v"] == pytest.approx([2, 0])
 
 
-def test_what_a_forget_erased_does_not_come_again(device: FaissStore, log: Log, here: DeviceLog) -> None:
+def test_what_a_forget_erased_does_not_come_again(device: MemoryVectors, log: Log, here: DeviceLog) -> None:
     log.put("e", vectors={"v": vector(1, 0)}, attributes={"x": 1})
     log.forget("e")
     log.put("e", vectors={"w": vector(0, 1)})
@@ -394,7 +397,7 @@ def test_what_a_forget_erased_does_not_come_again(device: FaissStore, log: Log, 
     assert ids(find(device, vector(0, 1), space="w", filter={"x": 1})) == []
 
 
-def test_what_is_put_aside_has_no_effect(store: FaissStore, log: Log) -> None:
+def test_what_is_put_aside_has_no_effect(store: MemoryVectors, log: Log) -> None:
     applied(store, [log.put("e", vectors={"v": vector(1, 0)})])
     before = store.digest()
     put_aside = [
@@ -432,7 +435,7 @@ def test_what_a_device_releases_leaves_nothing_where_it_wrote_none_of_it(
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_device_keeps_what_it_releases_where_it_wrote_some_of_it(
-    device: FaissStore, log: Log, here: DeviceLog, waits: bool
+    device: MemoryVectors, log: Log, here: DeviceLog, waits: bool
 ) -> None:
     applied(
         device, [here.carry(log.put("e", attributes={"x": 1}, **({} if waits else {"vectors": {"v": vector(1, 0)}})))]
@@ -446,7 +449,7 @@ def test_a_device_keeps_what_it_releases_where_it_wrote_some_of_it(
 
 @pytest.mark.parametrize("size", [1, 9])
 def test_what_is_held_again_after_a_release_is_what_it_was(
-    device: FaissStore, log: Log, here: DeviceLog, size: int
+    device: MemoryVectors, log: Log, here: DeviceLog, size: int
 ) -> None:
     log.put("e", type="room", attributes={"x": 1})
     log.put("e", vectors={"v": vector(1, 0), "w": vector(0, 1)}, attributes={"y": 2})
@@ -462,7 +465,7 @@ def test_what_is_held_again_after_a_release_is_what_it_was(
 
 
 def test_a_filter_does_not_find_by_an_attribute_that_was_released(
-    device: FaissStore, log: Log, here: DeviceLog
+    device: MemoryVectors, log: Log, here: DeviceLog
 ) -> None:
     applied(device, [here.carry(log.put("e", vectors={"v": vector(1, 0)}, attributes={"x": 1}))])
     applied(device, [here.note("release", "e"), here.put("e", site="edge", vectors={"v": vector(1, 0)})])
@@ -559,7 +562,7 @@ def test_search_finds_what_brute_force_finds_after_any_history(
             elif then == "reopen":
                 store.close()
                 store = opened(Path(folder))
-            for info in store.spaces(TENANT):
+            for info in store.file.spaces.values():
                 expected = model.scores(info.name, wanted, color, kind)
                 hits = find(
                     store, wanted, space=info.name, k=k, type=kind, filter={} if color is None else {"x": color}
@@ -634,7 +637,7 @@ def latent(count: int, dimension: int, seed: int) -> Vector:
     return rng.standard_normal((count, 16), np.float32) @ basis + np.float32(0.3) * noise
 
 
-def test_the_graph_of_a_large_space_recalls_what_an_exact_scan_finds(store: FaissStore, log: Log) -> None:
+def test_the_graph_of_a_large_space_recalls_what_an_exact_scan_finds(store: MemoryVectors, log: Log) -> None:
     vectors, queries = latent(20_000, 64, 1), latent(100, 64, 2)
     for row, each in enumerate(vectors):
         log.put(f"e{row}", vectors={"default": each}, attributes={"tenth": row % 10, "half": row % 2})
@@ -665,7 +668,7 @@ def test_the_graph_of_a_large_space_recalls_what_an_exact_scan_finds(store: Fais
     assert ids(find(store, spot, k=1, filter={"tenth": 5})) == ["e5"]
 
 
-def test_a_space_that_loses_most_of_its_rows_still_answers_in_full(store: FaissStore, log: Log) -> None:
+def test_a_space_that_loses_most_of_its_rows_still_answers_in_full(store: MemoryVectors, log: Log) -> None:
     vectors = latent(3_000, 16, 1)
     for row, each in enumerate(vectors):
         log.put(f"e{row}", vectors={"default": each}, spaces={"default": {"index": "hnsw"}})
@@ -677,7 +680,7 @@ def test_a_space_that_loses_most_of_its_rows_still_answers_in_full(store: FaissS
     assert set(ids(find(store, vectors[0], k=50))) == {f"e{row}" for row in range(2_990, 3_000)}
 
 
-def test_writes_while_a_graph_is_built_are_not_lost(store: FaissStore, log: Log) -> None:
+def test_writes_while_a_graph_is_built_are_not_lost(store: MemoryVectors, log: Log) -> None:
     vectors = latent(3_000, 16, 1)
     for row, each in enumerate(vectors):
         log.put(f"e{row}", vectors={"default": each}, spaces={"default": {"index": "hnsw"}})
@@ -690,7 +693,7 @@ def test_writes_while_a_graph_is_built_are_not_lost(store: FaissStore, log: Log)
     assert "e2" not in ids(find(store, vectors[2], k=100))
 
 
-def test_a_filter_that_passes_only_far_rows_still_gives_k_hits(store: FaissStore, log: Log) -> None:
+def test_a_filter_that_passes_only_far_rows_still_gives_k_hits(store: MemoryVectors, log: Log) -> None:
     near = latent(2_000, 16, 1) + 100
     far = latent(400, 16, 2) - 100
     for row, each in enumerate(np.concatenate((near, far))):
@@ -706,7 +709,7 @@ def test_a_filter_that_passes_only_far_rows_still_gives_k_hits(store: FaissStore
 
 @pytest.mark.parametrize("kind", ["faiss"], indirect=True)
 def test_in_quiet_a_search_has_the_tail_brought_into_the_graph(
-    store: FaissStore, log: Log, monkeypatch: pytest.MonkeyPatch
+    store: MemoryVectors, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = latent(30, 16, 1)
     monkeypatch.setitem(space_module.GRAPH_FROM, "hnsw", 20)

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+import msgspec
+
 from mnemesh.event import Record
 from mnemesh.messages import Description, Direction, Hit, Left, ListedEntity, Suspect, TimelineEvent
 from mnemesh.wire import Vector
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from memory_shards.merge import Document
     from memory_shards.outside import OutsideProjection
     from memory_shards.projection import Projection
-    from memory_shards.stores.faiss_cpu import VectorQuery
 
 AnyProjection: TypeAlias = "Projection | OutsideProjection"
 
@@ -58,6 +59,19 @@ class Counted(NamedTuple):
     edges: int
     digest: str
     at: int
+
+
+class VectorQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """One search: the `k` nearest to a float32 vector (d,) in a tenant's space that pass the filter."""
+
+    tenant: str
+    vector: Vector
+    space: str = "default"
+    k: int = 10
+    type: str | None = None
+    filter: dict[str, Any] = {}
+    output_fields: list[str] = []
+    include_vectors: bool = False
 
 
 class Store(Protocol):

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.columns import Columns, Condition, Rows, grown
-from memory_shards.stores.space import Found, Halves, halved
+from memory_shards.stores.halves import Halves
+from memory_shards.stores.space import Found
 from mnemesh.messages import IndexKind, Metric
 
 LEAST_ROWS = 1_024
@@ -61,9 +62,6 @@ class ArraySpace:
         self._halves = accelerator.zeros((LEAST_ROWS, dimension))
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def halve(self, vectors: NDArray[np.float32]) -> tuple[Halves, NDArray[np.float64]]:
-        return halved(vectors, self.metric)
 
     def put(self, entity_ids: Sequence[str], halves: Halves) -> None:
         """Add the vectors of distinct entities, or replace those that they had."""

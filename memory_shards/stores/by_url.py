@@ -19,7 +19,7 @@ from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Texts, 
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.embedded import EmbeddedMemory, EmbeddedVectors
-from memory_shards.stores.faiss_cpu import AnySpace, FaissStore
+from memory_shards.stores.memory_vectors import AnySpace, MemoryVectors
 from memory_shards.stores.space import Space
 from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.urls import StoreUrls, without_password
@@ -139,7 +139,7 @@ def _vectors(url: str, origin: Origin) -> EmbeddedVectors:
             make_space = partial(ArraySpace, Accelerator(library))
         except BadRequest as error:
             raise BadRequest(f"vectors {error.message}") from error
-    store = FaissStore(
+    store = MemoryVectors(
         origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation, make_space=make_space
     )
     return EmbeddedVectors("vectors", store)

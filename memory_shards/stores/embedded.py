@@ -2,7 +2,7 @@
 
 Short reads of the documents run on the event loop, at some 14 µs each; long ones on a thread of their own, on another
 connection, so that neither the loop nor `apply` waits for them, nor they for those. Vectors belong to the thread of
-their projection, and searches go there together. Looks at `sqlite`, `faiss_cpu`, `memory_shards.projection` and
+their projection, and searches go there together. Looks at `sqlite`, `memory_vectors`, `memory_shards.projection` and
 `mnemesh`.
 """
 
@@ -17,8 +17,8 @@ from typing import TypeVar
 from memory_shards.batcher import Batcher
 from memory_shards.merge import Document
 from memory_shards.projection import Projection
-from memory_shards.stores import Counted, Edge, Walk
-from memory_shards.stores.faiss_cpu import FaissStore, VectorQuery
+from memory_shards.stores import Counted, Edge, VectorQuery, Walk
+from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh.ids import partition_of
 from mnemesh.messages import Description, Direction, Hit, Left, ListedEntity, Suspect, TimelineEvent
@@ -188,7 +188,7 @@ class EmbeddedMemory:
 class EmbeddedVectors:
     """Vectors that FAISS searches in this process. Belongs to the event loop; `run` answers its searches, for ever."""
 
-    def __init__(self, name: str, store: FaissStore) -> None:
+    def __init__(self, name: str, store: MemoryVectors) -> None:
         self.projection = Projection(name, store, most=MOST_VECTORS_APPLIED)
         self.store = store
         self._searches: Batcher[VectorQuery, tuple[list[Hit], int]] = Batcher(self._search)

@@ -4,7 +4,7 @@ Rows `0 … m-1` lie in the graph (once there is one), rows `m … n-1` in a fla
 overwritten in place when its entity's vector is replaced; a row that a graph covers is marked dead, and the
 new vector goes to the tail. The graph is built on another thread from a copy, and swapped in by `adopt`.
 Everything else runs on the thread that owns the store. Knows no events and no SQLite; looks at `columns`,
-`matrix_scan` and the SDK.
+`halves`, `matrix_scan` and the SDK.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_shards.stores.columns import Columns, Condition, Rows, grown
+from memory_shards.stores.halves import Halves
 from memory_shards.stores.matrix_scan import MATRIX_FROM, MatrixScan
 from mnemesh.messages import IndexKind, Metric
 
@@ -53,7 +54,6 @@ _FAISS: Any = faiss  # its type stubs lack these signatures
 _QT_FP16 = faiss.ScalarQuantizer.QT_fp16
 _METRICS = {"cosine": faiss.METRIC_INNER_PRODUCT, "ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 
-Halves = NDArray[np.float16]
 Codes = NDArray[np.uint8]
 Bits = NDArray[np.uint8]
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -89,10 +89,6 @@ class Space:
         self._failed_at = -RETRY_S
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def halve(self, vectors: NDArray[np.float32]) -> tuple[Halves, NDArray[np.float64]]:
-        """(n, d) vectors as the index keeps them, and what to multiply them with to get them back."""
-        return halved(vectors, self.metric)
 
     def put(self, entity_ids: Sequence[str], halves: Halves) -> None:
         """Add the vectors of distinct entities, or replace those that they had."""
@@ -302,20 +298,6 @@ class Space:
                 _codes(self._tail).take(rows[split:] - self._graph_size, axis=0),
             )
         )
-
-
-def halved(vectors: NDArray[np.float32], metric: Metric) -> tuple[Halves, NDArray[np.float64]]:
-    """(n, d) vectors as spaces keep them, and what to multiply them with to get them back.
-
-    Cosine spaces keep unit vectors and give their lengths; the others keep the vectors and give ones. In
-    float64, so that replicas which took the same vectors in other batches round to the same halves.
-    """
-    if metric != "cosine":
-        return vectors.astype(np.float16), np.ones(len(vectors))
-    exact = vectors.astype(np.float64)
-    lengths = np.sqrt(np.einsum("ij,ij->i", exact, exact))
-    exact /= np.where(lengths > 0, lengths, 1)[:, None]
-    return exact.astype(np.float16), lengths
 
 
 def _codes(flat: Any) -> Codes:

@@ -1,0 +1,47 @@
+"""Vectors as stores keep them: halves (fp16), and what to multiply them with to get them back. Looks at the SDK."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memory_shards.stores.vector_state import Kept
+from mnemesh.messages import Metric
+from mnemesh.wire import Vector
+
+Halves: TypeAlias = NDArray[np.float16]
+
+HALF = np.dtype("<f2")
+"""As they lie in a file."""
+
+
+def halved(vectors: NDArray[np.float32], metric: Metric) -> tuple[Halves, NDArray[np.float64]]:
+    """(n, d) vectors as spaces keep them, and what to multiply them with to get them back.
+
+    Cosine spaces keep unit vectors and give their lengths; the others keep the vectors and give ones. In
+    float64, so that replicas which took the same vectors in other batches round to the same halves.
+    """
+    if metric != "cosine":
+        return vectors.astype(np.float16), np.ones(len(vectors))
+    exact = vectors.astype(np.float64)
+    lengths = np.sqrt(np.einsum("ij,ij->i", exact, exact))
+    exact /= np.where(lengths > 0, lengths, 1)[:, None]
+    return exact.astype(np.float16), lengths
+
+
+def halves_of(vectors: Sequence[Vector | Kept | None], dimension: int, metric: Metric) -> tuple[Halves, list[float]]:
+    """(n, d) halves and n lengths: of new vectors, and of those that were kept so before."""
+    halves = np.empty((len(vectors), dimension), np.float16)
+    lengths = [0.0] * len(vectors)
+    fresh = [place for place, vector in enumerate(vectors) if isinstance(vector, np.ndarray)]
+    if fresh:
+        halves[fresh], new_lengths = halved(np.stack([vectors[place] for place in fresh]), metric)  # type: ignore[misc]
+        for place, length in zip(fresh, new_lengths.tolist(), strict=True):
+            lengths[place] = length
+    for place, vector in enumerate(vectors):
+        if isinstance(vector, list | tuple):
+            lengths[place], halves[place] = vector[0], np.frombuffer(vector[1], HALF)
+    return halves, lengths
