@@ -49,10 +49,10 @@ $(VENV)/base: pyproject.toml sdk/pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable '.[dev,edge,redis,neo4j,cuda]'
+	$(PIP) --editable '.[dev,edge,redis,neo4j,milvus,cuda]'
 	touch $@
 
-# Redis and Neo4j, which stores are tested against: from Debian and Maven, as far as this machine can have them.
+# Redis, Neo4j and Milvus, which stores are tested against: from Debian, Maven and PyPI, as far as there is a way.
 $(VENV)/servers: $(VENV)/dev bench/store_servers.py
 	$(BIN)/python -m bench.store_servers
 	touch $@

@@ -9,13 +9,17 @@ MNEMESH_NEEDS_ALL_SERVERS is set, as CI does. Versions are those of `constraints
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import lzma
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import neo4j
@@ -25,10 +29,12 @@ from neo4j.exceptions import AuthError
 from cli.server import free_port
 
 NEO4J_VERSION = "5.26.16"
+MILVUS_VERSION = "2.3.5"  # the newest whole server that is packed as a wheel
 START_S = 60.0
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnemesh"
 NEO4J_JARS = CACHE / f"neo4j-{NEO4J_VERSION}"
+MILVUS = CACHE / f"milvus-{MILVUS_VERSION}"
 POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
   <modelVersion>4.0.0</modelVersion>
   <groupId>mnemesh</groupId><artifactId>neo4j-for-tests</artifactId><version>1</version>
@@ -49,7 +55,7 @@ class NotToBeHad(Exception):
 
 def install() -> None:
     """Get what is missing, as far as this machine can; says what it cannot."""
-    for what, get in (("Redis", _install_redis), ("Neo4j", _install_neo4j)):
+    for what, get in (("Redis", _install_redis), ("Neo4j", _install_neo4j), ("Milvus", _install_milvus)):
         try:
             get()
         except (OSError, subprocess.SubprocessError) as error:
@@ -77,6 +83,26 @@ def _install_neo4j() -> None:
         shutil.rmtree(making)
 
 
+def _install_milvus() -> None:
+    """The wheel `milvus` holds a server, packed; only its binary wheel is wanted, and none of what it installs."""
+    if MILVUS.exists():
+        return
+    making = CACHE / f"making-milvus-{os.getpid()}"
+    try:
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        _run(*pip, "--no-deps", f"--target={making}", f"milvus=={MILVUS_VERSION}")
+        programs = making / "bin"
+        programs.mkdir(exist_ok=True)
+        for packed in (making / "milvus" / "data" / "bin").glob("*.lzma"):
+            program = programs / packed.stem
+            program.write_bytes(lzma.decompress(packed.read_bytes()))
+            program.chmod(0o755)
+            packed.unlink()
+        making.rename(MILVUS)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
 def _run(*command: str, cwd: Path | None = None) -> None:
     subprocess.run(command, check=True, cwd=cwd, stdout=subprocess.DEVNULL, timeout=600)
 
@@ -87,8 +113,11 @@ def _run(*command: str, cwd: Path | None = None) -> None:
 class Server:
     """A server process, which a test may stop, pause and start again."""
 
-    def __init__(self, command: list[str], folder: Path, answers: Callable[[], object]) -> None:
+    def __init__(
+        self, command: list[str], folder: Path, answers: Callable[[], object], environment: Mapping[str, str] = {}
+    ) -> None:
         self._command = command
+        self._environment = {**os.environ, **environment}
         self._folder = folder
         self._answers = answers
         self._process: subprocess.Popen[bytes] | None = None
@@ -96,7 +125,9 @@ class Server:
     def start(self) -> None:
         """Returns when it answers."""
         with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                self._command, cwd=self._folder, stdout=log, stderr=log, env=self._environment
+            )
         deadline = time.monotonic() + START_S
         while True:
             try:
@@ -183,6 +214,48 @@ dbms.usage_report.enabled=false
             driver.session(database=database) as session,
         ):
             session.run(cypher).consume()
+
+
+class MilvusServer(Server):
+    """One Milvus, standalone: what its parts need of etcd and an object store is in the process and its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        if not MILVUS.exists():
+            raise NotToBeHad(f"Milvus is not installed in {MILVUS}")
+        spec = importlib.util.spec_from_file_location("milvus", MILVUS / "milvus" / "__init__.py")
+        assert spec is not None, "it is a file"
+        assert spec.loader is not None, "it is Python"
+        package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+        config = package.MilvusServerConfig(data_dir=str(folder))
+        config.resolve()
+        self.port = int(config.get("proxy_port"))
+        self.url = f"milvus://127.0.0.1:{self.port}"
+        self._have_etcd_on_free_ports(folder)
+        self._health = f"http://127.0.0.1:{free_port()}/healthz"
+        environment = {
+            "DEPLOY_MODE": "STANDALONE",
+            "METRICS_PORT": self._health.split(":")[2].split("/")[0],
+            "MILVUS_RUN_DIR": str(folder / "run"),
+            "LD_LIBRARY_PATH": str(MILVUS / "bin"),
+        }
+        super().__init__([str(MILVUS / "bin" / "milvus"), "run", "standalone"], folder, self._ask, environment)
+
+    def _have_etcd_on_free_ports(self, folder: Path) -> None:
+        """The etcd within it would listen on the same port in every Milvus of a machine."""
+        clients, peers = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+        etcd, milvus = folder / "configs" / "etcd.yaml", folder / "configs" / "milvus.yaml"
+        etcd.write_text(
+            f"listen-client-urls: {clients}\nadvertise-client-urls: {clients}\n"
+            f"listen-peer-urls: {peers}\ninitial-advertise-peer-urls: {peers}\ninitial-cluster: default={peers}\n"
+        )
+        text = milvus.read_text().replace("\netcd:\n", f"\netcd:\n  config:\n    path: {etcd}\n")
+        milvus.write_text(re.sub(r"(\netcd:.*?endpoints:) \S+", rf"\1 {clients.partition('//')[2]}", text, flags=re.S))
+
+    def _ask(self) -> None:
+        with urllib.request.urlopen(self._health, timeout=5) as answer:
+            if b"OK" not in answer.read():
+                raise ConnectionError("Milvus is starting")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,22 @@ RENEW_S = 0.3
 EXPIRES_S = 1.2
 
 
+class Held:
+    """What nobody else can have: a lease that is always held."""
+
+    def __init__(self) -> None:
+        self.taken = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.taken.set()
+
+    @property
+    def is_held(self) -> bool:
+        return True
+
+
+HELD = Held()
+
+
 class Lease:
     """Wants a key of a bucket for `holder`, for as long as `run` runs. `held` tells whether it has it."""
 

@@ -19,7 +19,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from memory_shards.breaker import Breaker
 from memory_shards.freshness import REPLY_MARGIN_S
-from memory_shards.lease import Lease
+from memory_shards.lease import Held, Lease
 from memory_shards.stores import WentBack
 from memory_shards.watermark import Watermark
 from mnemesh.errors import MnemeshError, Unavailable
@@ -41,6 +41,8 @@ class OutsideStore(Protocol):
     """What such a store does on its worker thread. All of it raises one of `outages` where the server is not there."""
 
     outages: tuple[type[Exception], ...]
+    is_shared: bool
+    """Whether the shard's other replicas have the same."""
 
     @property
     def watermark(self) -> int:
@@ -99,7 +101,7 @@ class OutsideProjection:
         except self.store.outages as error:
             logger.warning("the store of %s is not there yet: %s", self.name, str(error)[:200])
 
-    async def run(self, follow: Follow, head: Head, lease: Lease) -> None:
+    async def run(self, follow: Follow, head: Head, lease: Lease | Held) -> None:
         """Apply what comes while the lease is held, for ever."""
         backoff = FIRST_BACKOFF_S
         while True:

@@ -25,7 +25,7 @@ from memory_shards import folder as folders
 from memory_shards.elsewhere import OF_HUB, Elsewhere
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.intake import Intake
-from memory_shards.lease import Lease
+from memory_shards.lease import HELD, Lease
 from memory_shards.origins import Origins
 from memory_shards.outside import OutsideProjection
 from memory_shards.stores import Counted, Facet, VectorQuery
@@ -153,7 +153,8 @@ class Shard(Actor):
             lease = Lease(self.asker.inbox, subjects.LEASES.name, f"{self.site}.{self.name}", self.instance)
             works["lease"] = lease.run
             for outside in self.stores.outside:
-                works[f"apply.{outside.name}"] = partial(outside.run, self._followed, self._ask_head, lease)
+                held = lease if outside.store.is_shared else HELD
+                works[f"apply.{outside.name}"] = partial(outside.run, self._followed, self._ask_head, held)
         return works
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -331,8 +332,9 @@ class Shard(Actor):
             output_fields=request.output_fields,
             include_vectors=request.include_vectors,
         )
-        hits, at = await self.stores.vectors.search(query)
-        return messages.Hits(hits=hits, watermark=self._freshness.seen(at, request.consistency), latest=at)
+        found = await self.stores.vectors.search(query)
+        seen = self._freshness.seen(found.at, request.consistency)
+        return messages.Hits(hits=found.hits, watermark=seen, latest=found.latest)
 
     @handles(subjects.SHARD_SEARCH_TEXT)
     async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:

@@ -16,7 +16,7 @@ from mesh import SHARDS, SPARE_TENANTS, Mesh
 from nats.aio.client import Client
 from sites import HubSite
 
-from bench.store_servers import Neo4jServer, NotToBeHad, RedisServer, redis_cluster, running
+from bench.store_servers import MilvusServer, Neo4jServer, NotToBeHad, RedisServer, redis_cluster, running
 from cli.provision import even_shards, provision
 from cli.server import NatsServer, free_port
 from cli.server_config import ServerOptions
@@ -222,9 +222,19 @@ def neo4j_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neo4jServ
         yield server
 
 
+@pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    """A Milvus that all tests share: each uses a site of its own, and leaves the process as it is."""
+    server = server_or_skip(lambda: MilvusServer(tmp_path_factory.mktemp("milvus")))
+    with running(server):
+        yield server
+
+
 URLS: dict[str, Callable[[pytest.FixtureRequest], StoreUrls]] = {
     "embedded": lambda request: EMBEDDED,
     "cuda": lambda request: StoreUrls(vectors="cuda:numpy"),
+    "milvus-lite": lambda request: StoreUrls(vectors="milvus:"),
+    "milvus": lambda request: StoreUrls(vectors=request.getfixturevalue("milvus_server").url),
     "redis": lambda request: StoreUrls(attributes=request.getfixturevalue("redis_server").url),
     "neo4j": lambda request: StoreUrls(edges=request.getfixturevalue("neo4j_server").url),
     "redis-neo4j": lambda request: StoreUrls(
@@ -234,7 +244,11 @@ URLS: dict[str, Callable[[pytest.FixtureRequest], StoreUrls]] = {
 }
 
 
-@pytest.fixture(params=[name for name in URLS if name != "cuda"])
+OF_VECTORS = ("cuda", "milvus-lite", "milvus")
+"""Those that differ in vectors alone."""
+
+
+@pytest.fixture(params=[name for name in URLS if name not in OF_VECTORS])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
     """The stores of a shard, by every choice of them in turn, for a site of the test's own."""
     return Backend.of(URLS[request.param](request), tmp_path / "stores")

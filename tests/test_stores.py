@@ -404,45 +404,51 @@ async def test_what_is_forgotten_whole_counts_no_more(backend: Backend) -> None:
 
 # ── vectors ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-EACH_OF_VECTORS = pytest.mark.parametrize("backend", ["embedded", "cuda"], indirect=True)
+EACH_OF_VECTORS = pytest.mark.parametrize("backend", ["embedded", "cuda", "milvus-lite", "milvus"], indirect=True)
 
 
-async def found(stores: Stores, vector: np.ndarray[Any, Any], k: int = 5, **query: Any) -> list[tuple[str, float]]:
-    hits, _ = await stores.vectors.search(VectorQuery(tenant="acme", space="s", vector=vector, k=k, **query))
-    return [(hit.entity_id, hit.score) for hit in hits]
+async def found(
+    stores: Stores, vector: np.ndarray[Any, Any], k: int = 5, space: str = "s", **query: Any
+) -> list[tuple[str, float]]:
+    asked = VectorQuery(tenant="acme", space=space, vector=vector, k=k, **query)
+    return [(hit.entity_id, hit.score) for hit in (await stores.vectors.search(asked)).hits]
+
+
+METRICS = ("cosine", "ip", "l2")
 
 
 @EACH_OF_VECTORS
-@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
 @pytest.mark.parametrize("dimension", [1, 2, 3, 7, 64, 384, 1536, 4096])
-async def test_vectors_of_any_dimension_are_found_as_brute_force_finds_them(
-    backend: Backend, dimension: int, metric: str
-) -> None:
+async def test_vectors_of_any_dimension_are_found_as_brute_force_finds_them(backend: Backend, dimension: int) -> None:
     random = np.random.default_rng(dimension)
     vectors = random.standard_normal((40, dimension)).astype(np.float32)
+    slow_to_make = backend.urls.vectors.startswith("milvus://")
+    metrics = [METRICS[dimension % 3]] if slow_to_make else METRICS
+    spaces = {metric: {"metric": metric} for metric in metrics}
     events = [
-        put(ms=n, entity_id=f"e{n}", vectors={"s": vector}, spaces={"s": {"metric": metric}})
+        put(ms=n, entity_id=f"e{n}", vectors=dict.fromkeys(metrics, vector), spaces=spaces)
         for n, vector in enumerate(vectors, 1)
     ]
     query = random.standard_normal(dimension).astype(np.float32)
     kept = vectors.astype(np.float64)
-    if metric == "cosine":
-        scores = (kept @ query) / np.linalg.norm(kept, axis=1) / np.linalg.norm(query)
-    else:
-        scores = kept @ query if metric == "ip" else -np.square(kept - query).sum(axis=1)
+    by_metric = {
+        "cosine": (kept @ query) / np.linalg.norm(kept, axis=1) / np.linalg.norm(query),
+        "ip": kept @ query,
+        "l2": -np.square(kept - query).sum(axis=1),
+    }
     async with backend.opened() as stores:
         await apply(stores, log_of(*events))
-        hits = await found(stores, query, k=10)
-        wanted = sorted(scores, reverse=True)[:10]
-        assert [score for _, score in hits] == pytest.approx(
-            wanted, rel=0.02, abs=0.02 * max(1, abs(scores).max()) ** 0.5
-        )
-        for entity_id, score in hits:
-            assert score == pytest.approx(
-                scores[int(entity_id[1:]) - 1], rel=0.02, abs=0.02 * max(1, abs(scores).max()) ** 0.5
-            )
-        (vector,) = (await stores.vectors.vectors_of("acme", "e7"))[0].values()
-        assert vector == pytest.approx(vectors[6], rel=0.01, abs=0.01)
+        for metric in metrics:
+            scores = by_metric[metric]
+            hits = await found(stores, query, k=10, space=metric)
+            near = 0.02 * max(1, abs(scores).max()) ** 0.5
+            assert [score for _, score in hits] == pytest.approx(sorted(scores, reverse=True)[:10], rel=0.02, abs=near)
+            for entity_id, score in hits:
+                assert score == pytest.approx(scores[int(entity_id[1:]) - 1], rel=0.02, abs=near)
+        held, _ = await stores.vectors.vectors_of("acme", "e7")
+        for vector in held.values():
+            assert vector == pytest.approx(vectors[6], rel=0.01, abs=0.01)
+        assert sorted(held) == sorted(metrics)
 
 
 @EACH_OF_VECTORS

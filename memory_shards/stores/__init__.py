@@ -49,6 +49,14 @@ class Walk(NamedTuple):
     latest: int
 
 
+class Searched(NamedTuple):
+    """The nearest, best first: all that the log says up to `at`, and nothing from after `latest`."""
+
+    hits: list[Hit]
+    at: int
+    latest: int
+
+
 class Counted(NamedTuple):
     """How much there is, of one moment where a digest was asked for; else at least as new as `at` says.
 
@@ -201,8 +209,8 @@ class Vectors(Facet, Protocol):
 
     async def run(self) -> None: ...
 
-    async def search(self, query: VectorQuery) -> tuple[list[Hit], int]:
-        """The nearest, best first, and the place of the log that no hit is after. Raises `NotFound`, `BadRequest`."""
+    async def search(self, query: VectorQuery) -> Searched:
+        """The nearest. Raises `NotFound`, `BadRequest`."""
 
     async def vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
         """An entity's vectors by space, and the place that none is after."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memory_shards.merger import Part
 from memory_shards.outside import OutsideProjection
@@ -18,12 +18,16 @@ from memory_shards.projection import Projection
 from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Texts, Vectors
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.array_space import ArraySpace
-from memory_shards.stores.embedded import EmbeddedMemory, EmbeddedVectors
+from memory_shards.stores.embedded import MOST_VECTORS_APPLIED, EmbeddedMemory, EmbeddedVectors
 from memory_shards.stores.memory_vectors import AnySpace, MemoryVectors
 from memory_shards.stores.space import Space
 from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.urls import StoreUrls, without_password
+from memory_shards.stores.vector_file import VectorFile
 from mnemesh.errors import BadRequest
+
+if TYPE_CHECKING:
+    from memory_shards.stores.milvus_reader import MilvusVectors
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Stores:
     edges: Edges
     texts: Texts
     vectors: Vectors
+    beside: tuple[Projection, ...] = ()
+    """Of files that another of these is written from."""
 
     @property
     def facets(self) -> list[Facet]:
@@ -63,7 +69,7 @@ class Stores:
 
     @property
     def projections(self) -> list[AnyProjection]:
-        return [facet.projection for facet in self.facets]
+        return [*self.beside, *(facet.projection for facet in self.facets)]
 
     @property
     def embedded(self) -> list[Projection]:
@@ -100,9 +106,16 @@ async def open_stores(urls: StoreUrls, origin: Origin) -> Stores:
         if not urls.edges.startswith("sqlite:"):
             edges = _neo4j(urls.edges, origin)
             settings.append(("edges", edges))
-        vectors = _vectors(urls.vectors, origin)
+        vectors: Vectors
+        beside: tuple[Projection, ...] = ()
+        if urls.vectors.startswith("milvus"):
+            vectors = milvus = _milvus(urls.vectors, origin)
+            beside = (milvus.file,)
+            settings.append(("vectors", vectors))
+        else:
+            vectors = _vectors(urls.vectors, origin)
         opened.append(vectors)
-        stores = Stores(documents, edges, memory, vectors)
+        stores = Stores(documents, edges, memory, vectors, beside)
         opened = stores.facets
         for setting, outside in settings:
             assert isinstance(outside.projection, OutsideProjection), "it is a server"
@@ -157,6 +170,18 @@ def _neo4j(url: str, origin: Origin) -> Edges:
     from memory_shards.stores.neo4j_store import Neo4jStore
 
     return Neo4jEdges(Neo4jStore(url, **origin.outside))
+
+
+def _milvus(url: str, origin: Origin) -> MilvusVectors:
+    from memory_shards.stores.milvus_client import Target
+    from memory_shards.stores.milvus_reader import MilvusVectors
+    from memory_shards.stores.milvus_store import MilvusStore
+
+    stored = VectorFile(origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation)
+    file = Projection("vectors_file", stored, most=MOST_VECTORS_APPLIED)
+    target = Target.of(url, origin.folder)
+    store = MilvusStore(target, stored, lambda: file.stands_at, **origin.outside)
+    return MilvusVectors(store, file, stored)
 
 
 async def _open(setting: str, url: str, projection: OutsideProjection) -> None:

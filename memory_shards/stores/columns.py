@@ -195,7 +195,7 @@ class Column:
         return self._holders.get((isinstance(item, bool), item), []) + ([] if code is None else [code])
 
     def _code(self, value: object) -> int:
-        if isinstance(value, list) and all(map(_is_tag, value)):
+        if isinstance(value, list) and all(map(is_tag, value)):
             # True equals 1 as a key, so the items of a list carry whether they are bools.
             value = tuple((isinstance(item, bool), item) for item in value)
         elif not isinstance(value, str | bool):
@@ -226,7 +226,7 @@ class Column:
             self._intern(value)
 
 
-def _is_tag(item: object) -> bool:
+def is_tag(item: object) -> bool:
     return isinstance(item, str | int) or (isinstance(item, float) and item.is_integer())
 
 

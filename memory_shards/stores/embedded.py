@@ -17,7 +17,7 @@ from typing import TypeVar
 from memory_shards.batcher import Batcher
 from memory_shards.merge import Document
 from memory_shards.projection import Projection
-from memory_shards.stores import Counted, Edge, VectorQuery, Walk
+from memory_shards.stores import Counted, Edge, Searched, VectorQuery, Walk
 from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.sqlite import SqliteStore
 from mnemesh.ids import partition_of
@@ -191,7 +191,7 @@ class EmbeddedVectors:
     def __init__(self, name: str, store: MemoryVectors) -> None:
         self.projection = Projection(name, store, most=MOST_VECTORS_APPLIED)
         self.store = store
-        self._searches: Batcher[VectorQuery, tuple[list[Hit], int]] = Batcher(self._search)
+        self._searches: Batcher[VectorQuery, Searched] = Batcher(self._search)
 
     async def run(self) -> None:
         await self._searches.run()
@@ -206,17 +206,17 @@ class EmbeddedVectors:
         at = self.projection.stands_at
         return Counted(self.store.count(), 0, self.store.digest() if digest else "", at)
 
-    async def search(self, query: VectorQuery) -> tuple[list[Hit], int]:
+    async def search(self, query: VectorQuery) -> Searched:
         return await self._searches.ask(query)
 
-    async def _search(self, queries: Sequence[VectorQuery]) -> Sequence[tuple[list[Hit], int] | Exception]:
+    async def _search(self, queries: Sequence[VectorQuery]) -> Sequence[Searched | Exception]:
         return await self.projection.on_worker(self._searched, queries)
 
-    def _searched(self, queries: Sequence[VectorQuery]) -> list[tuple[list[Hit], int] | Exception]:
+    def _searched(self, queries: Sequence[VectorQuery]) -> list[Searched | Exception]:
         """The answers, and where the store stands: what waited for it may see more than it asked for."""
         at = self.projection.stands_at
         answers = self.store.search(queries)
-        return [answer if isinstance(answer, Exception) else (answer, at) for answer in answers]
+        return [answer if isinstance(answer, Exception) else Searched(answer, at, at) for answer in answers]
 
     async def vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
         return await self.projection.on_worker(self._vectors_of, tenant, entity_id)

@@ -129,6 +129,7 @@ class Neo4jStore:
     """Writes the edges of some partitions of a site's log. What was written for another is cleared as it is opened."""
 
     outages = neo4j_client.OUTAGES
+    is_shared = True
 
     def __init__(self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str) -> None:
         self.target = Target.of(url)

@@ -44,6 +44,7 @@ class RedisStore:
     """
 
     outages = OUTAGES
+    is_shared = True
 
     def __init__(self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str) -> None:
         self.url = url

@@ -3,7 +3,7 @@
     attributes   sqlite: | redis://…
     edges        sqlite: | bolt://… | neo4j://…
     text         sqlite:
-    vectors      faiss:cpu | cuda:
+    vectors      faiss:cpu | faiss:gpu | cuda: | milvus: | milvus://…
 
 Looks at `mnemesh` only: whoever starts a shard needs no driver for it.
 """
@@ -37,7 +37,10 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "attributes": ("sqlite:", "redis://", "rediss://"),
     "edges": ("sqlite:", "bolt://", "bolt+s://", "bolt+ssc://", "neo4j://", "neo4j+s://", "neo4j+ssc://"),
     "text": ("sqlite:",),
-    "vectors": ("faiss:cpu", "cuda:", "cuda:cupy", "cuda:torch", "cuda:numpy"),
+    "vectors": (
+        *("faiss:cpu", "faiss:gpu", "cuda:", "cuda:cupy", "cuda:torch", "cuda:numpy"),
+        *("milvus:", "milvus://", "milvus+s://"),
+    ),
 }
 
 EMBEDDED = StoreUrls()

@@ -98,6 +98,11 @@ class StoredVector(NamedTuple):
     length: float
     halves: bytes
 
+    @property
+    def vector(self) -> Vector:
+        """Float32 (d,) to the precision of fp16."""
+        return _vector(self.length, self.halves)
+
 
 class SpaceSettings(msgspec.Struct, frozen=True, kw_only=True):
     """An entry of an event's `spaces`: how a space is to be made. The first vector fixes it."""
@@ -147,8 +152,7 @@ class VectorReader:
 
     def vector(self, space: VectorSpace, entity: int) -> Vector:
         """The vector of an entity by its number, float32 (d,) to the precision of fp16."""
-        length, halves = self.kept(space, entity)
-        return np.frombuffer(halves, HALF).astype(np.float32) * np.float32(length)
+        return _vector(*self.kept(space, entity))
 
     def kept(self, space: VectorSpace, entity: int) -> Kept:
         """The vector of an entity by its number, as it is in the file."""
@@ -439,6 +443,10 @@ class VectorFile:
 
 _Waiting: TypeAlias = list[tuple[str, str, bytes, bytes]]
 """(tenant, entity, no state, puts one after another) of entities without a vector."""
+
+
+def _vector(length: float, halves: bytes) -> Vector:
+    return np.frombuffer(halves, HALF).astype(np.float32) * np.float32(length)
 
 
 def _place(space: VectorSpace, entity: int) -> int:

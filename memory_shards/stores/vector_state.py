@@ -72,6 +72,10 @@ class VectorState:
         """The spaces in which it has a vector, sorted."""
         return sorted(name for name, thing in self._spaces.items() if thing[0][1])
 
+    def was_in(self, space: str) -> bool:
+        """Whether it has, or had, a vector in a space; not after a forget."""
+        return space in self._spaces
+
     def encode(self) -> bytes:
         return wire.encode((self.stamps, self.births, self._tombstone, self._type, self._attributes, self._spaces))
 

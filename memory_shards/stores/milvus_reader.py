@@ -1,0 +1,224 @@
+"""The searches of the store `milvus:`, on a thread: in Milvus, and what it does not hold from the file of vectors.
+
+A search sees all up to the watermark that the reply tells: Milvus is told from when on it has to be as new
+(`guarantee_timestamp`), which costs nothing once that is past. What passes a filter there is checked against the file.
+Looks at `milvus_store`, `milvus_filter`, `columns`, `memory_shards.outside` and `mnemesh`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from pymilvus import MilvusClient
+
+from memory_shards.batcher import Batcher
+from memory_shards.breaker import ANSWER_S
+from memory_shards.outside import OutsideProjection
+from memory_shards.projection import Projection
+from memory_shards.stores import Counted, Searched, VectorQuery, milvus_client
+from memory_shards.stores.columns import Columns, Condition, parse_filter
+from memory_shards.stores.milvus_filter import expression
+from memory_shards.stores.milvus_store import MilvusStore
+from memory_shards.stores.vector_file import VectorFile, VectorSpace
+from memory_shards.stores.vector_state import VectorState
+from mnemesh import wire
+from mnemesh.errors import BadRequest, MnemeshError, NotFound
+from mnemesh.messages import Hit
+from mnemesh.wire import Vector
+
+Result = TypeVar("Result")
+
+MOST_APPLIED = 1_000
+"""Records in one go."""
+
+MOST_HITS = 16_384
+"""Milvus gives no more."""
+
+FIRST_MORE = 64
+
+
+class MilvusVectors:
+    """Vectors in Milvus. Belongs to the event loop; `run` answers its searches, for ever.
+
+    `file` is the projection of what every replica keeps of them itself, which Milvus is written from.
+    """
+
+    def __init__(self, store: MilvusStore, file: Projection, stored: VectorFile) -> None:
+        self.projection = OutsideProjection("vectors", store, most=MOST_APPLIED)
+        self.file = file
+        self.store = store
+        self._stored = stored
+        self._read = stored.reader()
+        self._client: MilvusClient | None = None
+        self._loaded: set[str] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="search-milvus")
+        self._searches: Batcher[VectorQuery, Searched] = Batcher(self._search)
+
+    async def run(self) -> None:
+        await self._searches.run()
+
+    async def close(self) -> None:
+        await self._on_thread(self._close)
+        self._thread.shutdown()
+        await self.projection.close()
+        await self.file.close()
+
+    def _close(self) -> None:
+        self._read.close()
+        if self._client is not None:
+            self._client.close()
+
+    async def _on_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    async def counted(self, *, digest: bool) -> Counted:
+        """What the file says, which Milvus follows; `doctor --stores` compares them."""
+        return await self.file.on_worker(self._counted, digest)
+
+    def _counted(self, digest: bool) -> Counted:
+        at = min(self.file.stands_at, self.projection.stands_at)
+        return Counted(self._stored.read.count(), 0, self._stored.digest() if digest else "", at)
+
+    async def vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
+        return await self.file.on_worker(self._vectors_of, tenant, entity_id)
+
+    def _vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
+        return self._stored.read.vectors_of(tenant, entity_id), self.file.stands_at
+
+    # ── searching ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def search(self, query: VectorQuery) -> Searched:
+        return await self._searches.ask(query)
+
+    async def _search(self, queries: Sequence[VectorQuery]) -> Sequence[Searched | Exception]:
+        return await self.projection.read(lambda: self._on_thread(self._searched, queries))
+
+    def _searched(self, queries: Sequence[VectorQuery]) -> list[Searched | Exception]:
+        """The answers in order. Queries of one space without a filter share one call."""
+        at = self.projection.stands_at
+        answers: dict[int, list[Hit] | MnemeshError] = {}
+        together: dict[VectorSpace, list[int]] = defaultdict(list)
+        for position, query in enumerate(queries):
+            try:
+                space, conditions = self._planned(query)
+            except MnemeshError as error:
+                answers[position] = error
+                continue
+            if conditions or query.type is not None:
+                answers[position] = self._filtered(space, query, conditions)
+            else:
+                together[space].append(position)
+        for space, positions in together.items():
+            asked = [queries[position] for position in positions]
+            found = self._asked(space, [query.vector for query in asked], max(query.k for query in asked), "")
+            for position, query, hits in zip(positions, asked, found, strict=True):
+                answers[position] = self._hits(space, query, hits[: query.k])
+        latest = max(at, self.file.stands_at, self.projection.stands_at)
+        return [
+            answer if isinstance(answer, MnemeshError) else Searched(answer, at, latest)
+            for answer in (answers[position] for position in range(len(queries)))
+        ]
+
+    def _planned(self, query: VectorQuery) -> tuple[VectorSpace, list[Condition]]:
+        space = self._stored.spaces.get((query.tenant, query.space))
+        if space is None:
+            raise NotFound(f"no vector space {query.space!r}")
+        vector = wire.as_vector(query.vector)
+        if len(vector) != space.dimension:
+            raise BadRequest(f"the vector has {len(vector)} dimensions, space {query.space!r} has {space.dimension}")
+        return space, parse_filter(query.filter)
+
+    def _filtered(
+        self, space: VectorSpace, query: VectorQuery, conditions: Sequence[Condition]
+    ) -> list[Hit] | MnemeshError:
+        """The hits that pass, which may take more than Milvus was asked for at first."""
+        passing = expression(query.type, conditions)
+        asked = query.k
+        while True:
+            (hits,) = self._asked(space, [query.vector], asked, passing)
+            right = self._meeting(query, conditions, [entity_id for entity_id, _ in hits])
+            passed = [hit for hit in hits if hit[0] in right]
+            if len(passed) >= query.k or len(hits) < asked:
+                return self._hits(space, query, passed[: query.k])
+            if asked == MOST_HITS:
+                return BadRequest(f"too many of the nearest {MOST_HITS} do not pass this filter: make it narrower")
+            asked = min(MOST_HITS, max(FIRST_MORE, 4 * asked))
+
+    def _meeting(self, query: VectorQuery, conditions: Sequence[Condition], entity_ids: list[str]) -> set[str]:
+        """Those of some entities that meet a filter, by what the file knows of them."""
+        stored = self._read.stored(query.tenant, entity_ids)
+        known = [entity for entity in stored.values() if query.space in entity.spaces]
+        columns = Columns()
+        for row, entity in enumerate(known):
+            attributes = entity.attributes
+            columns.describe(row, entity.type, attributes, attributes)
+        rows = columns.select(np.ones(len(known), np.bool_), query.type, conditions)
+        return {known[row].entity_id for row in rows.tolist()}
+
+    def _asked(
+        self, space: VectorSpace, vectors: Sequence[Vector], k: int, passing: str
+    ) -> list[list[tuple[str, float]]]:
+        """For each of (d,) vectors the nearest: entities and scores, larger is better."""
+        collection = milvus_client.collection_of(self.store.shard, space.tenant, space.name)
+        if collection not in self._loaded:
+            if not milvus_client.is_loaded(self._connected, collection):
+                return [[] for _ in vectors]  # nothing of it is written yet
+            self._loaded.add(collection)
+        padding = milvus_client.padded(space.dimension) - space.dimension
+        found = self._connected.search(
+            collection,
+            [np.pad(wire.as_vector(vector), (0, padding)) for vector in vectors],
+            filter=passing,
+            limit=k,
+            timeout=ANSWER_S,
+            **self._level,
+        )
+        sign = -1.0 if space.metric == "l2" else 1.0
+        return [[(hit["id"], _score(sign * hit["distance"])) for hit in hits] for hits in found]
+
+    @property
+    def _connected(self) -> MilvusClient:
+        if self._client is None:
+            self._client = milvus_client.connect(self.store.target)
+        return self._client
+
+    @property
+    def _level(self) -> dict[str, Any]:
+        """How new a search has to be: as new as what is told of the store."""
+        if self.store.target.is_file:
+            return {}
+        if not self.store.visible_from:
+            return {"consistency_level": "Strong"}
+        return {"consistency_level": "Customized", "guarantee_timestamp": self.store.visible_from}
+
+    def _hits(self, space: VectorSpace, query: VectorQuery, found: Sequence[tuple[str, float]]) -> list[Hit]:
+        if not query.output_fields and not query.include_vectors:
+            return [Hit(entity_id=entity_id, score=score) for entity_id, score in found]
+        stored = self._read.stored(query.tenant, [entity_id for entity_id, _ in found])
+        return [
+            self._told(space, query, stored[entity_id], score)
+            for entity_id, score in found
+            if entity_id in stored and query.space in stored[entity_id].spaces  # else it was just taken out
+        ]
+
+    def _told(self, space: VectorSpace, query: VectorQuery, entity: VectorState, score: float) -> Hit:
+        held = entity.attributes
+        return Hit(
+            entity_id=entity.entity_id,
+            score=score,
+            attributes={name: held[name] for name in query.output_fields if name in held}
+            if query.output_fields
+            else None,
+            vector=self._read.vector(space, entity.number) if query.include_vectors else None,
+        )
+
+
+def _score(distance: float) -> float:
+    """A vector of length zero is like no other."""
+    return 0.0 if math.isnan(distance) else distance
