@@ -15,7 +15,7 @@ from conftest import server_options, server_or_skip
 from ledger import STRONG
 from test_crash import alice_on
 
-from bench.store_servers import Neo4jServer, RedisServer, Server, running
+from bench.store_servers import MilvusServer, Neo4jServer, RedisServer, Server, running
 from cli.doctor import diagnose
 from cli.mesh import Mesh, MeshOptions
 from memory_shards.stores.urls import StoreUrls
@@ -115,6 +115,20 @@ async def check_whole(memory: Memory, load: Load) -> None:
     assert len(listed.events) == min(1000, len(load.written) + len(listed.events) - len(listed_puts))
 
 
+async def check_found(memory: Memory, load: Load) -> None:
+    """The vectors of all that was acknowledged are found, each once."""
+    written = set(load.written)
+    since = Consistency(level="session", token={"hub": load.last})
+    found: list[int] = []
+    for low in range(0, max(written), 500):
+        among = {"n": {"gt": low, "lte": low + 500}}
+        asked = {"space": "v", "k": 1000, "consistency": since, "budget_ms": LONG_MS}
+        hits = (await memory.search_embedding([1.0, 1.0], filter=among, **asked)).hits
+        found += [int(hit.entity_id[1:]) for hit in hits]
+    assert written <= set(found)
+    assert len(found) == len(set(found))
+
+
 def kill(server: Server) -> None:
     server.kill()
 
@@ -211,6 +225,43 @@ async def test_another_replica_applies_when_one_dies(
         await check_whole(memory, load)
         with pytest.raises(NotFound):
             await memory.get_context("mark", consistency=STRONG)
+
+
+async def test_milvus_goes_away_under_load(tmp_path: Path) -> None:
+    server = server_or_skip(lambda: MilvusServer(tmp_path / "milvus"))
+    with running(server):
+        async with (
+            mesh_on(tmp_path / "mesh", StoreUrls(vectors=server.url), replicas=2) as mesh,
+            alice_on(mesh.server) as memory,
+        ):
+            load = Load(memory)
+            async with load.running():
+                await load.wrote(100)
+                await check_found(memory, load)
+                for away, back in ((pause, resume), (kill, start)):
+                    away(server)
+                    await load.wrote(30)
+                    with pytest.raises(AWAY):
+                        await memory.search_embedding([1.0, 1.0], space="v", k=3, budget_ms=GOES_WELL_MS)
+                    assert (await memory.get_context("e1")).attributes == {"n": 1}
+                    await asyncio.to_thread(back, server)
+                    await load.wrote(30)
+                mesh.children["s0.0"].send(signal.SIGKILL)
+                await load.wrote(30)
+            await check_found(memory, load)
+
+
+async def test_milvus_lite_is_killed_with_its_shard_and_loses_nothing(tmp_path: Path) -> None:
+    async with mesh_on(tmp_path, StoreUrls(vectors="milvus:"), replicas=2) as mesh, alice_on(mesh.server) as memory:
+        load = Load(memory)
+        async with load.running():
+            await load.wrote(100)
+            for _ in range(2):
+                for replica in ("s0.0", "s0.1"):
+                    mesh.children[replica].send(signal.SIGKILL)
+                    await load.wrote(50)
+        for _ in range(8):  # by both replicas
+            await check_found(memory, load)
 
 
 async def test_an_accelerator_that_is_not_there_is_said_at_the_start(tmp_path: Path) -> None:
