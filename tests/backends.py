@@ -45,7 +45,7 @@ class Backend:
         stores = await open_stores(self.urls, self.origin)
         try:
             for outside in stores.outside:
-                await outside.begin(_endless)
+                await outside.begin(endless)
             searching = asyncio.ensure_future(stores.vectors.run())
             yield stores
             searching.cancel()
@@ -53,7 +53,7 @@ class Backend:
             await stores.close()
 
 
-async def _endless() -> int:
+async def endless() -> int:
     """Where a log ends that nothing is ahead of."""
     return 1 << 60
 

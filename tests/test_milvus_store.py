@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend, apply
+from backends import Backend, apply, endless
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_merge import put
 from test_stores import found, log_of
 
+from memory_shards.outside import OutsideProjection
+from memory_shards.stores import WentBack, milvus_client
 from memory_shards.stores.by_url import Stores
+from memory_shards.stores.milvus_client import PLACES, Target, collection_of
 from memory_shards.stores.milvus_reader import MilvusVectors
 from memory_shards.stores.milvus_store import MilvusStore
 from memory_shards.stores.urls import EMBEDDED
+from mnemesh.errors import Unavailable
+from mnemesh.event import Record
 
+LITE = pytest.mark.parametrize("backend", ["milvus-lite"], indirect=True)
 BOTH = pytest.mark.parametrize("backend", ["milvus-lite", "milvus"], indirect=True)
 EAST = np.array([1, 0], np.float32)
 
@@ -93,3 +100,73 @@ def filters_to_try() -> Sequence[tuple[dict[str, Any], str | None]]:
 
     draw()
     return drawn
+
+
+async def everything(stores: Stores) -> set[str]:
+    return {name for name, _ in await found(stores, EAST, k=200)}
+
+
+def some_vectors(count: int) -> Sequence[Record]:
+    return log_of(*(put(ms=n, entity_id=f"e{n}", vectors={"s": EAST * n}) for n in range(1, count + 1)))
+
+
+@BOTH
+async def test_an_index_that_lost_everything_is_filled_from_the_file(backend: Backend) -> None:
+    async with backend.opened() as stores:
+        await apply(stores, some_vectors(9))
+        assert len(await everything(stores)) == 9
+        store, projection = milvus(stores), stores.vectors.projection
+        assert isinstance(projection, OutsideProjection)
+        with milvus_client.connected(store.target) as client:
+            for name in [PLACES, collection_of(store.shard, "acme", "s")]:
+                client.drop_collection(name)
+        with suppress(*store.outages):  # a flush that was under way has nothing to flush any more
+            await projection.on_worker(store.look)
+        assert await projection.on_worker(store.look) is None
+        with pytest.raises(Unavailable):
+            await everything(stores)
+        await projection.begin(endless)
+        assert projection.watermark.value == 9
+        assert await everything(stores) == {f"e{n}" for n in range(1, 10)}
+
+
+@LITE
+async def test_whoever_applies_next_goes_on_from_what_was_flushed(backend: Backend) -> None:
+    log = some_vectors(9)
+    async with backend.opened() as stores:
+        store, projection = milvus(stores), stores.vectors.projection
+        await apply(stores, log[:4])
+        await apply(stores, log)
+        assert store.place.written == 9 > store.place.flushed
+        await projection.on_worker(lambda: store.begin(afresh=False))
+        at = await projection.on_worker(store.look)
+        assert at in (0, 4)
+        await projection.on_worker(store.apply, log[at:], 9, at)
+        assert await everything(stores) == {f"e{n}" for n in range(1, 10)}
+    async with backend.opened() as stores:  # it was flushed as it was closed
+        assert milvus(stores).place._replace(visible_from=0) == (9, 0, 9)
+
+
+@LITE
+async def test_an_index_that_went_back_is_not_applied_to_and_one_that_another_moved_on_is_left(
+    backend: Backend,
+) -> None:
+    log = some_vectors(9)
+    async with backend.opened() as stores:
+        store, projection = milvus(stores), stores.vectors.projection
+        await apply(stores, log[:5])
+        assert isinstance(projection, OutsideProjection)
+        for embedded in stores.beside:
+            await embedded.on_worker(embedded.store.apply, log, 9)
+            embedded.watermark.advance(9)
+        with pytest.raises(WentBack):
+            await projection.on_worker(store.apply, log[7:], 9, 7)
+        await projection.on_worker(store.apply, log[5:], 9, 5)
+        await projection.on_worker(store.apply, log[:6], 6, 5)  # by one that was held up
+        assert await projection.on_worker(store.look) == 9
+
+
+def test_a_url_leads_to_a_file_or_a_server(tmp_path: Path) -> None:
+    assert Target.of("milvus:", tmp_path) == (str(tmp_path / "milvus.db"), "", "", True)
+    assert Target.of("milvus://host:1953/db", tmp_path) == ("http://host:1953", "", "db", False)
+    assert Target.of("milvus+s://ann:p%40ss@host", tmp_path) == ("https://host", "ann:p@ss", "", False)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from pymilvus import MilvusClient
+from pymilvus import MilvusClient, MilvusException
 
 from memory_shards.batcher import Batcher
 from memory_shards.breaker import ANSWER_S
@@ -171,14 +171,18 @@ class MilvusVectors:
                 return [[] for _ in vectors]  # nothing of it is written yet
             self._loaded.add(collection)
         padding = milvus_client.padded(space.dimension) - space.dimension
-        found = self._connected.search(
-            collection,
-            [np.pad(wire.as_vector(vector), (0, padding)) for vector in vectors],
-            filter=passing,
-            limit=k,
-            timeout=ANSWER_S,
-            **self._level,
-        )
+        try:
+            found = self._connected.search(
+                collection,
+                [np.pad(wire.as_vector(vector), (0, padding)) for vector in vectors],
+                filter=passing,
+                limit=k,
+                timeout=ANSWER_S,
+                **self._level,
+            )
+        except MilvusException:
+            self._loaded.discard(collection)  # it may be gone
+            raise
         sign = -1.0 if space.metric == "l2" else 1.0
         return [[(hit["id"], _score(sign * hit["distance"])) for hit in hits] for hits in found]
 

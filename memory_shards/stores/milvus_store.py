@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from pymilvus import MilvusClient
+from pymilvus import MilvusClient, MilvusException
 
 from memory_shards.stores import WentBack, milvus_client
 from memory_shards.stores.milvus_client import CALL_S, LAYOUT, PLACES, Target, make_collection, prefix_of
@@ -100,7 +100,7 @@ class MilvusStore:
         self._counts = f"{LAYOUT} {incarnation} {sorted(partitions)}"
         self._opened: MilvusClient | None = None
         self._reader: VectorReader | None = None
-        self._place = NOWHERE
+        self.place = NOWHERE
         self._collections: dict[tuple[str, str], str] = {}
         self._unflushed: set[str] = set()
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="milvus-flush")
@@ -112,12 +112,12 @@ class MilvusStore:
     @property
     def watermark(self) -> int:
         """Where it stood when it was last asked, or applied."""
-        return self._place.written
+        return self.place.written
 
     @property
     def visible_from(self) -> int:
         """What a search has to wait for, as Milvus counts time, to see all up to the watermark; 0 if not known."""
-        return self._place.visible_from
+        return self.place.visible_from
 
     def open(self) -> None:
         """Connect. Raises `BadRequest` on a server that is no good."""
@@ -129,7 +129,7 @@ class MilvusStore:
         """Flush what is written to a file, and let go."""
         try:
             if self._opened is not None and self._writes and self.target.is_file:
-                self._flush(self._unflushed, self._place.written)
+                self._flush(self._unflushed, self.place.written)
         finally:
             self._flusher.shutdown()
             if self._reader is not None:
@@ -154,14 +154,15 @@ class MilvusStore:
         """Where the server stands now; `None` where what it has is of another log."""
         self._flush_if_due()
         place = self._asked()
-        if place is None or place.written > self._place.written:
+        if place is None or place.written > self.place.written:
             self._writes = False  # another does
-        self._place = place or NOWHERE
+        self.place = place or NOWHERE
         return None if place is None else place.written
 
     def begin(self, *, afresh: bool) -> None:
         """Drop what was written for another log, and fill what is empty from the file; go on from what was flushed."""
         self._writes = False
+        milvus_client.make_places(self._client)
         place = None if afresh else self._asked()
         if place is None:
             self._drop()
@@ -171,7 +172,7 @@ class MilvusStore:
         self._writes = True
 
     def _drop(self) -> None:
-        self._collections, self._unflushed, self._place = {}, set(), NOWHERE
+        self._collections, self._unflushed, self.place = {}, set(), NOWHERE
         for name in self._client.list_collections(timeout=CALL_S):
             if name.startswith(prefix_of(self.shard)):
                 self._client.drop_collection(name, timeout=CALL_S)
@@ -191,7 +192,12 @@ class MilvusStore:
         """
         level = {} if self.target.is_file else {"consistency_level": "Session" if self._writes else "Strong"}
         fields = ["counts", *Place._fields]
-        found = self._client.get(PLACES, [self.shard], output_fields=fields, timeout=CALL_S, **level)
+        try:
+            found = self._client.get(PLACES, [self.shard], output_fields=fields, timeout=CALL_S, **level)
+        except MilvusException:
+            if self._client.has_collection(PLACES, timeout=CALL_S):
+                raise
+            return None  # it was emptied
         if not found or found[0]["counts"] != self._counts:
             return None
         return Place(*(found[0][name] for name in Place._fields))
@@ -199,7 +205,7 @@ class MilvusStore:
     def _put_place(self, place: Place) -> None:
         row = {"id": self.shard, "vector": [0.0, 0.0], "counts": self._counts, **place._asdict()}
         self._client.upsert(PLACES, [row], timeout=CALL_S)
-        self._place = place
+        self.place = place
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -210,7 +216,7 @@ class MilvusStore:
         if there is None or there.written < after:
             raise WentBack(f"Milvus stood at {after} of the log and stands at {there.written if there else 0}")
         if there.written >= watermark:
-            self._place = there
+            self.place = there
             return
         rows, gone = self._changed(records)
         self._upsert(rows)
@@ -218,7 +224,7 @@ class MilvusStore:
             self._client.delete(collection, ids=entity_ids, timeout=CALL_S)
             self._unflushed.add(collection)
         with self._placing:
-            self._put_place(Place(watermark, self._visible_from(), max(there.flushed, self._place.flushed)))
+            self._put_place(Place(watermark, self._visible_from(), max(there.flushed, self.place.flushed)))
         self._flush_if_due()
 
     def _wait_for_file(self, watermark: int) -> None:
@@ -276,7 +282,7 @@ class MilvusStore:
     def _visible_from(self) -> int:
         database = self.target.database
         written = [milvus_client.last_written(self._client, name, database) for name in self._collections.values()]
-        return max([self._place.visible_from, *written])
+        return max([self.place.visible_from, *written])
 
     # ── flushing ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -289,10 +295,10 @@ class MilvusStore:
             flushing.result()
         every = FLUSH_FILE_S if self.target.is_file else FLUSH_SERVER_S
         is_due = time.monotonic() - self._flushed_at > every
-        if self._writes and is_due and self._place.flushed < self._place.written:
+        if self._writes and is_due and self.place.flushed < self.place.written:
             self._flushed_at = time.monotonic()
             unflushed, self._unflushed = self._unflushed, set()
-            self._flushing = self._flusher.submit(self._flush, unflushed, self._place.written)
+            self._flushing = self._flusher.submit(self._flush, unflushed, self.place.written)
 
     def _flush(self, collections: set[str], written: int) -> None:
         """Flush these collections, which have all up to `written`, and say so."""
