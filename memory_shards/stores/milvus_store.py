@@ -20,7 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import msgspec
@@ -172,6 +172,9 @@ class MilvusStore:
         self._writes = True
 
     def _drop(self) -> None:
+        if self._flushing is not None:
+            wait([self._flushing])  # of what is dropped: it may fail
+            self._flushing = None
         self._collections, self._unflushed, self.place = {}, set(), NOWHERE
         for name in self._client.list_collections(timeout=CALL_S):
             if name.startswith(prefix_of(self.shard)):
