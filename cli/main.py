@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import agent, bench, contract, demo, doctor, edge, erasure, policy, up
+from cli import agent, bench, contract, demo, doctor, edge, erasure, policy, up, view
 from cli.run import RunOptions, run_service
 from cli.server import NatsServerError
 from mnemesh.client import read_credentials
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=lambda flags: run_process(lambda stop: up.up(up.options(flags), stop)))
 
     command = commands.add_parser("run", help="run one service against any NATS")
-    command.add_argument("service", choices=("gateway", "router", "shard", "hub"))
+    command.add_argument("service", choices=("gateway", "router", "shard", "hub", "views"))
     command.add_argument("--credentials", type=Path, help="credentials file of the service's role")
     command.add_argument("--url", help="NATS server (default: the credentials' own)")
     command.add_argument("--site", default="hub", help="site whose log it serves (default: %(default)s)")
@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("policy", help="what of a site's data may leave it")
     policy.add_flags(command, DATA)
     command.set_defaults(run=policy.run)
+
+    command = commands.add_parser("view", help="vectors that follow from attributes")
+    view.add_flags(command, DATA)
+    command.set_defaults(run=view.run)
 
     command = commands.add_parser("erasure", help="what was forgotten, and which sites have erased it")
     erasure.add_flags(command, DATA)

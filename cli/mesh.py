@@ -53,7 +53,7 @@ class MeshOptions:
 
 @dataclass
 class Child:
-    """One service process. `name` is unique in the mesh: `gateway`, `router`, `hub`, `s0.0`, `s0.1`, …"""
+    """One service process. `name` is unique in the mesh: `gateway`, `router`, `views`, `hub`, `s0.0`, `s0.1`, …"""
 
     name: str
     command: list[str]
@@ -126,7 +126,7 @@ class Mesh:
 
     def _plan(self) -> list[Child]:
         data = self.options.server.data.absolute()
-        services = [("gateway", ["gateway"]), ("router", ["router"])]
+        services = [("gateway", ["gateway"]), ("router", ["router"]), ("views", ["views"])]
         if self.options.server.leaf_port:
             services.append(("hub", ["hub"]))
         for shard in even_shards(self.options.shards):

@@ -1,4 +1,4 @@
-"""`mnemesh run gateway|router|shard|hub`: one service in this process, against any NATS that has been provisioned."""
+"""`mnemesh run gateway|router|shard|hub|views`: one service in this process, against any NATS that is provisioned."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from services.hub import Hub
 from services.observer import observed
 from services.policy import TenantGuard
 from services.site_policy import SitePolicy
+from services.views import Views
 
 logger = logging.getLogger("mnemesh.run")
 
@@ -83,6 +84,8 @@ async def _actor(options: RunOptions, link: Link) -> Actor:
         return Router(link, peers=Devices(SitePolicy(options.site)), guard=guard)
     if options.service == "hub":
         return Hub(link, site=options.site)
+    if options.service == "views":
+        return Views(link, site=options.site)
     partitions = await _partitions(link, options.shard)
     return Shard(
         link,

@@ -19,11 +19,11 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from memory_shards.breaker import Breaker
 from memory_shards.freshness import REPLY_MARGIN_S
-from memory_shards.lease import Held, Lease
 from memory_shards.stores import WentBack
 from memory_shards.watermark import Watermark
 from mnemesh.errors import MnemeshError, Unavailable
 from mnemesh.event import Record
+from mnemesh.lease import Held, Lease
 from mnemesh.supervision import first_of
 
 logger = logging.getLogger("mnemesh.outside")

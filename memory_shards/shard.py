@@ -25,7 +25,6 @@ from memory_shards import folder as folders
 from memory_shards.elsewhere import OF_HUB, Elsewhere
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.intake import Intake
-from memory_shards.lease import HELD, Lease
 from memory_shards.origins import Origins
 from memory_shards.outside import OutsideProjection
 from memory_shards.stores import Counted, Facet, VectorQuery
@@ -46,6 +45,7 @@ from mnemesh.follower import Follower
 from mnemesh.guard import Guard
 from mnemesh.ids import from_token, to_token
 from mnemesh.jetstream import last_of_each, stream_state
+from mnemesh.lease import HELD, Lease
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
 

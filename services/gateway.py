@@ -16,11 +16,12 @@ from functools import partial
 from typing import Any
 
 import nats.nuid
+from msgspec.structs import asdict, replace
 
 from mnemesh import messages, subjects, wire
 from mnemesh.actor import Actor, handles
 from mnemesh.atomic_batch import MOST_IN_BATCH, ROLLUP
-from mnemesh.call import MESSAGE_ID, Call, check_message_id
+from mnemesh.call import MESSAGE_ID, Call, Caller, check_message_id
 from mnemesh.clock import HybridClock, is_too_far_ahead, to_ms
 from mnemesh.connection import Link
 from mnemesh.errors import BY_CODE, BadRequest, Conflict, MnemeshError, NotFound, TooLarge
@@ -180,6 +181,25 @@ class Gateway(Actor):
         ]
         return self._ingested(request, outcomes)
 
+    @handles(subjects.DERIVE)
+    async def derive(self, request: messages.Derive, call: Call) -> messages.Written:
+        view = f"view:{call.tokens['view']}"  # no agent can be called so
+        entity = messages.Entity(
+            entity_id=request.entity_id,
+            vectors={} if request.vector is None else {request.space: request.vector},
+            remove_vectors=[request.space] if request.vector is None else [],
+            expected_version=request.expected_version,
+        )
+        call = replace(call, caller=Caller(call.caller.tenant, view))
+        append = await self._put(
+            entity,
+            call,
+            self._event_id(call),
+            wanted={request.space: {"model": request.model}},
+            derived=request.derived,
+        )
+        return await self._commit(request.entity_id, append)
+
     # ── from event to log ───────────────────────────────────────────────────────────────────────────────────
 
     async def _commit(self, entity_id: str, append: Append) -> messages.Written:
@@ -264,8 +284,11 @@ class Gateway(Actor):
         call: Call,
         event_id: str,
         wanted: Mapping[str, dict[str, Any]] | None = None,
+        derived: messages.Derivation | None = None,
     ) -> Append:
         body = body_of(entity)
+        if derived is not None:
+            body["derived"] = asdict(derived)
         settings = {}
         for name, vector in body.get("vectors", {}).items():
             space = await self._spaces.settle(

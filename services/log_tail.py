@@ -39,6 +39,8 @@ class LogTail:
         self._log = log
         self._incarnation = ""
         self._begins_after = self._ends = 0
+        self.head = 0
+        """Where the log ends, as far as the server has told."""
         self._kept: list[Stored] = []
         self._bytes = 0
         self._older_until = 0
@@ -50,7 +52,7 @@ class LogTail:
         while True:
             state = await stream_state(self._inbox, self._log)
             self._incarnation = state.incarnation
-            self._begins_after = self._ends = self._older_until = state.last_sequence
+            self._begins_after = self._ends = self._older_until = self.head = state.last_sequence
             self._kept, self._bytes = [], 0
             follower = Follower(
                 self._link, self._inbox, self._log, after=state.last_sequence, incarnation=state.incarnation
@@ -109,6 +111,7 @@ class LogTail:
     def _keep(self, batch: Sequence[Stored]) -> None:
         self._kept += batch
         self._ends = batch[-1].sequence
+        self.head = self._ends + batch[-1].following
         self._bytes += _size(batch)
         while self._bytes > KEPT_BYTES:
             self._drop(upto=self._kept[len(self._kept) // 2].sequence)

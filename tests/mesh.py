@@ -1,7 +1,7 @@
 """A whole mesh in this process, on a real nats-server: what the tests of operations stand on.
 
-Each service has a link of its own and can be stopped and started again by name: `gateway`, `router`, `s0` and `s1`, and
-`s0b` and `s1b`, which are second replicas of the shards.
+Each service has a link of its own and can be stopped and started again by name: `gateway`, `router`, `views`, `s0` and `s1`,
+and `s0b`, `s1b` and `views2`, which are second replicas.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from router.router import Router
 from services.gateway import Gateway
 from services.policy import TenantGuard
 from services.site_policy import SitePolicy
+from services.views import Views
 
 SHARDS = ("s0", "s1")
 STRONG = Consistency(level="strong")
@@ -94,9 +95,11 @@ class Mesh:
         makers: dict[str, Callable[[Link], Actor]] = {
             "gateway": lambda link: Gateway(link, site=self.site, guard=TenantGuard()),
             "router": lambda link: Router(link, peers=Devices(SitePolicy(self.site)), guard=TenantGuard()),
+            "views": lambda link: Views(link, site=self.site),
+            "views2": lambda link: Views(link, site=self.site),
         }
         if name in makers:
-            return makers[name](await self.link(name))
+            return makers[name](await self.link(name.rstrip("2")))
         (entry,) = (entry for entry in even_shards(len(SHARDS)) if entry.name == name[:2])
         return PausableShard(
             await self.link("shard"),

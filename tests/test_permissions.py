@@ -29,7 +29,7 @@ from mnemesh.ids import partition_of, to_token
 Connect = Callable[[str], Awaitable[Raw]]
 
 CONTRACT: dict[str, Any] = yaml.safe_load(SOURCE.read_text())
-SERVICES = ("gateway", "router", "shard", "operator", "hub")
+SERVICES = ("gateway", "router", "shard", "operator", "hub", "views")
 USERS = (*SERVICES, *(f"{tenant}.{agent}" for tenant, agent in AGENTS))
 STREAMS = {
     **{stream["name"].replace("<site>", SITE): stream for stream in CONTRACT["streams"].values()},
@@ -52,6 +52,7 @@ def concrete(template: str, tenant: str, agent: str) -> str:
         "origin": SITE,
         "partition": "7",
         "shard": "s0",
+        "view": "v",
         "entity": "e1",
         "tenant": tenant,
         "agent": agent,

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
-Role = Literal["agent", "gateway", "router", "shard", "operator", "hub", "edge"]
+Role = Literal["agent", "gateway", "router", "shard", "operator", "hub", "edge", "views"]
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R", bound=msgspec.Struct)

@@ -103,6 +103,11 @@ class BucketView:
             await self._changed.wait_for(lambda: key in self.entries)
             return self.entries[key]
 
+    async def changed(self, version: int) -> None:
+        """Return once the view is another than that of this `version`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.version != version)
+
     async def reached(self, revision: int) -> None:
         """Return once the view is as of this revision or later."""
         async with self._changed:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "1a2f1137d159"
+CONTRACT = "c9bf603844ad"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -69,11 +69,26 @@ INGEST = Operation(
     concurrency=16,
     mailbox=256,
 )
+DERIVE = Operation(
+    name="derive",
+    owner="gateway",
+    callers=("views",),
+    inboxes=("_INBOX_views_0",),
+    subject="mnemesh.v1.view.derive.<tenant>.<view>",
+    served="mnemesh.v1.view.derive.<tenant>.<view>",
+    request=messages.Derive,
+    reply=messages.Written,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="by_id",
+    concurrency=1024,
+    mailbox=4096,
+)
 GET_CONTEXT = Operation(
     name="get_context",
     owner="shard",
-    callers=("agent", "hub",),
-    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0",),
+    callers=("agent", "hub", "views",),
+    inboxes=("_INBOX_agent.<tenant>.<agent>", "_INBOX_hub_0", "_INBOX_views_0",),
     subject="mnemesh.v1.memory.get_context.<tenant>.<agent>.<entity>",
     served="mnemesh.v1.shard.get.<site>.<partition>.<tenant>.<agent>.<entity>",
     request=messages.GetContext,
@@ -237,8 +252,8 @@ SHARD_STATUS = Operation(
 SHARD_LIST = Operation(
     name="shard_list",
     owner="shard",
-    callers=("hub", "edge",),
-    inboxes=("_INBOX_hub_0", "_INBOX_edge.<site>",),
+    callers=("hub", "edge", "views",),
+    inboxes=("_INBOX_hub_0", "_INBOX_edge.<site>", "_INBOX_views_0",),
     subject="mnemesh.v1.shard.list.<site>.<shard>.<tenant>.<agent>",
     served="mnemesh.v1.shard.list.<site>.<shard>.<tenant>.<agent>",
     request=messages.ListEntities,
@@ -252,8 +267,8 @@ SHARD_LIST = Operation(
 SHARD_DESCRIBE = Operation(
     name="shard_describe",
     owner="shard",
-    callers=("hub", "edge",),
-    inboxes=("_INBOX_hub_0", "_INBOX_edge.<site>",),
+    callers=("hub", "edge", "views",),
+    inboxes=("_INBOX_hub_0", "_INBOX_edge.<site>", "_INBOX_views_0",),
     subject="mnemesh.v1.shard.describe.<site>.<shard>.<tenant>.<agent>",
     served="mnemesh.v1.shard.describe.<site>.<shard>.<tenant>.<agent>",
     request=messages.Describe,
@@ -307,6 +322,21 @@ SHARD_FORGOTTEN = Operation(
     max_bytes=131072,
     idempotent="always",
     concurrency=16,
+    mailbox=64,
+)
+VIEW_STATUS = Operation(
+    name="view_status",
+    owner="views",
+    callers=("operator",),
+    inboxes=("_INBOX_operator_0",),
+    subject="mnemesh.v1.view.status",
+    served="mnemesh.v1.view.status",
+    request=messages.Status,
+    reply=messages.ViewsSeen,
+    budget_ms=5000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=4,
     mailbox=64,
 )
 UPLINK_POSITION = Operation(
@@ -565,6 +595,7 @@ OPERATIONS: dict[str, AnyOperation] = {
     "upsert_embedding": UPSERT_EMBEDDING,
     "forget": FORGET,
     "ingest": INGEST,
+    "derive": DERIVE,
     "get_context": GET_CONTEXT,
     "timeline": TIMELINE,
     "search_embedding": SEARCH_EMBEDDING,
@@ -581,6 +612,7 @@ OPERATIONS: dict[str, AnyOperation] = {
     "shard_held": SHARD_HELD,
     "shard_erased": SHARD_ERASED,
     "shard_forgotten": SHARD_FORGOTTEN,
+    "view_status": VIEW_STATUS,
     "uplink_position": UPLINK_POSITION,
     "uplink": UPLINK,
     "open_feed": OPEN_FEED,
@@ -604,10 +636,12 @@ SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves 
 SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
 POLICIES = Bucket(name="mnemesh_policies", about="what may leave, as set here or handed by the hub; its enrolment")
 SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of its devices, revoked or not")
-LEASES = Bucket(name="mnemesh_leases", about="which replica of a shard applies the log to the stores that they share")
+LEASES = Bucket(name="mnemesh_leases", about="which replica of a shard applies the log to shared stores, and which keeps the views")
+VIEWS = Bucket(name="mnemesh_views", about="the views, of which attributes of which entities there is a vector")
+VIEW_PLACES = Bucket(name="mnemesh_view_places", about="up to where a view has the log")
 RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site and, at a hub, at its devices")
 
-BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, LEASES, RECEIPTS)
+BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, LEASES, VIEWS, VIEW_PLACES, RECEIPTS)
 
 
 LOG_DUPLICATE_WINDOW_S = {"hub": 120, "device": 45}
@@ -696,6 +730,16 @@ def hub_user() -> str:
     return "hub"
 
 
+def views_inbox() -> str:
+    """Inbox prefix of views: keeps the vectors that follow from attributes."""
+    return "_INBOX_views_0"
+
+
+def views_user() -> str:
+    """User name of views."""
+    return "views"
+
+
 def edge_inbox(site: str) -> str:
     """Inbox prefix of edge: what a device does for its hub."""
     return f"_INBOX_edge.{site}"
@@ -724,6 +768,11 @@ def forget(tenant: str, agent: str) -> str:
 def ingest(tenant: str, agent: str) -> str:
     """Write many documents in one request, each on its own or all or nothing."""
     return f"mnemesh.v1.memory.ingest.{tenant}.{agent}"
+
+
+def derive(tenant: str, view: str) -> str:
+    """Set or remove the vector that a view has of one entity, as of one version of it."""
+    return f"mnemesh.v1.view.derive.{tenant}.{view}"
 
 
 def get_context(tenant: str, agent: str, entity: str) -> str:
@@ -804,6 +853,11 @@ def shard_erased(site: str, shard: str, tenant: str, agent: str) -> str:
 def shard_forgotten(site: str, shard: str) -> str:
     """Which messages of a site's log are forgets, or came after the forget that wins over them."""
     return f"mnemesh.v1.shard.forgotten.{site}.{shard}"
+
+
+def view_status() -> str:
+    """Where each view stands."""
+    return "mnemesh.v1.view.status"
 
 
 def uplink_position(site: str) -> str:

@@ -1,9 +1,9 @@
-"""A lease in KV: which of a shard's replicas applies the log to the stores that they share.
+"""A lease in KV: which of several replicas does what only one of them is to do.
 
 The holder renews it every `RENEW_S` by compare-and-set. Whoever else wants it watches its revision by its own clock,
 and takes it by compare-and-set once that has not moved for `EXPIRES_S`: no two clocks are compared. A holder that hears
-nothing for that long may have lost it, and does not know until then; so the stores are fenced by sequence besides, and
-what two apply at once is applied once. Looks at `mnemesh` only.
+nothing for that long may have lost it, and does not know until then; so what it guards must bear two at once. The
+stores that a shard's replicas share are fenced by sequence, and a view's vectors by the version that they are of.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ class Lease:
             return
         await self._write(self._holder)
         self._moved_at = now
-        logger.info("this replica applies for %s now", self._key)
+        logger.info("this replica has the lease on %s", self._key)
         self.lost.clear()
         self.taken.set()
 
     def _let_go(self) -> None:
         if self.is_held:
-            logger.info("this replica applies for %s no more", self._key)
+            logger.info("this replica has the lease on %s no more", self._key)
         self.taken.clear()
         self.lost.set()
 
