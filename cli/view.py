@@ -47,7 +47,8 @@ def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Returns the exit status. Raises a `MnemeshError` that says what cannot be."""
     if flags.verb == "set":
-        work = _set(options_of(flags.data), read_view(flags.file))
+        view = read_view(flags.file)
+        work = _set(options_of(flags.data), view)
     elif flags.verb == "remove":
         work = _remove(options_of(flags.data), check_name("view", flags.name), with_vectors=flags.with_vectors)
     else:

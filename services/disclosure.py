@@ -7,7 +7,8 @@ are told by their code alone, for their words may quote what is kept back. Looks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -34,10 +35,19 @@ WIDENED = 4
 class Disclosure:
     """Asks the router of its own site, and lets out what may leave."""
 
-    def __init__(self, asker: Asker, inventory: Inventory, policy: SitePolicy) -> None:
+    def __init__(
+        self,
+        asker: Asker,
+        inventory: Inventory,
+        policy: SitePolicy,
+        *,
+        made_of: Callable[[str, str], Collection[str]] = lambda tenant, space: (),
+    ) -> None:
+        """`made_of` tells of which attributes the vectors of a tenant's space are made by this site."""
         self._asker = asker
         self._inventory = inventory
         self._policy = policy
+        self._made_of = made_of
 
     async def search(self, request: SearchEmbedding, call: Call) -> Hits:
         return await self._search(
@@ -120,7 +130,8 @@ class Disclosure:
         }
 
     def _leaves(self, tenant: str, entity: Description) -> Leaves:
-        return self._policy.leaves_of(tenant, entity.types, (*entity.sites, self._policy.site))
+        leaves = self._policy.leaves_of(tenant, entity.types, (*entity.sites, self._policy.site))
+        return leaves.without_made(partial(self._made_of, tenant))
 
     def _admitted(self, call: Call) -> str:
         """The caller's tenant. Raises `Denied` where nothing at all of it may leave."""

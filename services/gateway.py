@@ -289,10 +289,11 @@ class Gateway(Actor):
         body = body_of(entity)
         if derived is not None:
             body["derived"] = asdict(derived)
+        made_of = derived.attributes if derived is not None else ()
         settings = {}
         for name, vector in body.get("vectors", {}).items():
             space = await self._spaces.settle(
-                self.asker.inbox, call.caller.tenant, name, vector, (wanted or {}).get(name)
+                self.asker.inbox, call.caller.tenant, name, vector, (wanted or {}).get(name), made_of=made_of
             )
             if beyond := space.settings():
                 settings[name] = beyond

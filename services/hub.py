@@ -105,12 +105,12 @@ class Hub(Actor):
         self._policy = SitePolicy(site)
         self._shards = ShardMap()
         self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
-        self._disclosure = Disclosure(self.asker, self._inventory, self._policy)
         self._tail = LogTail(link, self.asker.inbox, self._log)
         self._eraser = Eraser(
             self.asker, self._inventory, site=site, on_late=self._owe_forget, next_after=self._tail.next
         )
         self._uplinks = Uplinks(link, self.asker.inbox)
+        self._disclosure = Disclosure(self.asker, self._inventory, self._policy, made_of=self._uplinks.spaces.made_of)
         self._debts = Debts(self.asker.inbox)
         self._receipts = Receipts(self.asker, self._policy, self._presence, site=site)
         self._openings: dict[str, _Opening] = {}

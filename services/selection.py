@@ -12,7 +12,7 @@ from mnemesh.event import Event
 from mnemesh.messages import Interest
 from router.inventory import Inventory
 from services.roster import Candidate, Key, Roster
-from services.sovereignty import Leaves, reduced_event
+from services.sovereignty import ALL, Leaves, derivation_of, reduced_event
 
 LeavesOf: TypeAlias = Callable[[str, Collection[str], str], Leaves]
 """What may leave of (tenant, types, region where it was born)."""
@@ -138,12 +138,16 @@ class Selection:
     def reduced(self, event: Event, origin: str, types: Collection[str]) -> Event | None:
         """What of an event of an entity of these types may go to the device; the same where all of it may.
 
-        A forget goes whatever the types: who is sent it has something of the entity, and is to erase that.
+        What a view made counts as born also where that was written which it is made of. A forget goes whatever the
+        types: who is sent it has something of the entity, and is to erase that.
         """
-        region = self._region_of(origin)
-        leaves = self._leaves(event.tenant, types, region)
-        if isinstance(told := event.body.get("type"), str):
-            leaves &= self._leaves(event.tenant, {told}, region)
+        derived = derivation_of(event)
+        told = event.body.get("type")
+        leaves = ALL
+        for region in self._regions([origin, *(derived.sites if derived is not None else ())]):
+            leaves &= self._leaves(event.tenant, types, region)
+            if isinstance(told, str):
+                leaves &= self._leaves(event.tenant, {told}, region)
         if event.op == "forget" and not leaves.tells_fields:
             leaves = Leaves()
         return reduced_event(event, leaves)

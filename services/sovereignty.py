@@ -14,7 +14,8 @@ was given several types since it was last forgotten, what the rules of all of th
 * `nothing`;
 * `scores`: a search may tell the entity's id and score, and nothing else;
 * a map of the `attributes` (by name), `edges` (by relation; with their properties and the ids of their targets),
-  `vectors` (by space) and `text` that may leave beside the id, the type and the times. What it does not name stays;
+  `vectors` (by space) and `text` that may leave beside the id, the type and the times. What it does not name stays,
+  and so do vectors that a view made of what stays;
 * `all`.
 
 Pure functions over plain data: no NATS, no clock, no files. `sovereignty_text` reads such a text; who knows an entity's
@@ -23,7 +24,7 @@ type, and asks, is elsewhere. Looks at `mnemesh` and the merge rules only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property, reduce
@@ -34,7 +35,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from memory_shards.merge import edge_view, patch_of
-from mnemesh import messages
+from mnemesh import messages, wire
 from mnemesh.errors import MnemeshError
 from mnemesh.event import Event
 
@@ -100,6 +101,13 @@ class Leaves(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tells_text(self) -> bool:
         return self.is_all or self.text
+
+    def without_made(self, made_of: Callable[[str], Collection[str]]) -> Leaves:
+        """The same but for spaces whose vectors are `made_of` attributes, by name, that may not all leave."""
+        if self.level is not Level.FIELDS:
+            return self
+        vectors = frozenset(space for space in self.vectors if self.attributes.issuperset(made_of(space)))
+        return msgspec.structs.replace(self, vectors=vectors)
 
 
 def _level(leaves: Leaves) -> Level:
@@ -228,6 +236,9 @@ def reduced_event(event: Event, leaves: Leaves) -> Event | None:
         patch = patch_of(event)
     except MnemeshError:
         return None
+    derived = derivation_of(event)
+    if derived is not None:
+        leaves = leaves.without_made(lambda space: derived.attributes)
     settings = event.body.get("spaces")
     parts: dict[str, Any] = {
         "attributes": {name: value for name, value in patch.attributes.items() if leaves.tells_attribute(name)},
@@ -254,7 +265,24 @@ def reduced_event(event: Event, leaves: Leaves) -> Event | None:
         body["type"] = patch.type
     if patch.text is not None and leaves.tells_text:
         body["text"] = patch.text
+    if derived is not None and leaves.attributes.issuperset(derived.attributes):
+        body["derived"] = msgspec.structs.asdict(derived)
     return msgspec.structs.replace(event, id=opaque_id(event), body=body, extra={})
+
+
+def derivation_of(event: Event) -> messages.Derivation | None:
+    """What the vectors of an event were made of, where a view made them."""
+    said = event.body.get("derived")
+    if said is None:
+        return None
+    try:
+        return wire.convert(said, messages.Derivation)
+    except MnemeshError:
+        return _OF_UNKNOWN
+
+
+_OF_UNKNOWN = messages.Derivation(definition="", attributes=[""], sites=[])
+"""Of what no rule can name."""
 
 
 def opaque_id(event: Event) -> str:

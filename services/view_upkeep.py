@@ -47,7 +47,7 @@ MOST_AT_ONCE = 128
 """Entities that are read, embedded and written together."""
 MOST_REMEMBERED = 100_000
 """Entities of which it is known what text their vector is of, at some 250 bytes each."""
-SAVE_S = 2.0
+SAVE_S = 1.0
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 5.0
 

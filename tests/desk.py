@@ -14,7 +14,7 @@ from mnemesh.call import Call
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
 from mnemesh.guard import Guard
-from mnemesh.messages import Forget, Ingest, Ingested, SetContext, UpsertEmbedding, Written
+from mnemesh.messages import Derive, Forget, Ingest, Ingested, SetContext, UpsertEmbedding, Written
 
 Work = Callable[[Any, Call], Awaitable[Any]]
 
@@ -64,6 +64,10 @@ class Desk(Actor):
     @handles(subjects.INGEST)
     async def ingest(self, request: Ingest, call: Call) -> Ingested:
         return Ingested(accepted=0, refused=0, token={}, versions=[])
+
+    @handles(subjects.DERIVE)
+    async def derive(self, request: Derive, call: Call) -> Written:
+        return written(request.entity_id)
 
 
 class SmallDesk(Desk):

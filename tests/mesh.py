@@ -1,7 +1,7 @@
 """A whole mesh in this process, on a real nats-server: what the tests of operations stand on.
 
-Each service has a link of its own and can be stopped and started again by name: `gateway`, `router`, `views`, `s0` and `s1`,
-and `s0b`, `s1b` and `views2`, which are second replicas.
+Each service has a link of its own and can be stopped and started again by name: `gateway`, `router`, `views`, `s0`
+and `s1`, and `s0b`, `s1b` and `views2`, which are second replicas.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 from test_merge import forget, put
 
+from mnemesh.event import Event
 from mnemesh.messages import Interest
 from services.selection import Selection
 from services.sovereignty_text import parse
@@ -18,7 +20,7 @@ def selection(policy: str) -> Selection:
         site="hub",
         device="sub7",
         leaves=parse(policy).leaves_under,
-        region_of=lambda site: "",
+        region_of=lambda site: {"sub9": "north"}.get(site, ""),
     )
 
 
@@ -41,3 +43,21 @@ def test_a_forget_goes_to_whoever_is_to_erase_whatever_the_type() -> None:
         told = may.reduced(event, "hub", types)
         assert told is not None
         assert (told.op, told.entity_id, told.hlc) == ("forget", "pump", event.hlc)
+
+
+def test_what_a_view_made_stays_where_what_it_is_made_of_does() -> None:
+    def vector(*sites: str, attributes: tuple[str, ...] = ("title",)) -> Event:
+        derived = {"definition": "d", "attributes": list(attributes), "sites": list(sites)}
+        return put(vectors={"notes": np.ones(2, np.float32)}, derived=derived)
+
+    may = selection("{version: 1, rules: [{region: north, leaves: nothing}]}")
+    assert may.reduced(vector("hub", "sub7"), "hub", {"note"}) is not None
+    assert may.reduced(vector("hub", "sub9"), "hub", {"note"}) is None
+    may = selection("{version: 1, rules: [{type: note, leaves: {attributes: [title], vectors: [notes]}}]}")
+    told = may.reduced(vector("hub"), "hub", {"note"})
+    assert told is not None
+    assert told.body.keys() == {"vectors", "derived"}
+    for kept in (vector("hub", attributes=("title", "body")), put(vectors={"notes": np.ones(2)}, derived=5)):
+        told = may.reduced(kept, "hub", {"note"})
+        assert told is not None
+        assert told.body == {}

@@ -7,16 +7,19 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
-from mesh import STRONG, Mesh
+from mesh import SHARDS, STRONG, Mesh
 
 from cli.view import put_view
-from mnemesh import Memory, kv, subjects
+from mnemesh import Memory, kv, messages, subjects
 from mnemesh.asker import Asker
 from mnemesh.embedding import embedder
+from mnemesh.errors import BadRequest, Conflict
 from mnemesh.event import decode_event
+from mnemesh.hashing_embedder import HashingEmbedder
 from mnemesh.jetstream import history_of, stream_state
 from services.view import View
 from services.views import Views
@@ -211,19 +214,145 @@ async def test_a_restart_goes_on_where_it_was_and_makes_nothing_again(mesh: Mesh
     await settled(mesh, operator, view)
     # As after a kill: the place that was kept is that from before all of it.
     place = upkeep_of(mesh, view)._current()
-    (first, *_) = await derived_in(operator, mesh, own.tenant)
     await mesh.stop("views")
     await own.set_context("n3", attributes={"title": "while away"})
     link = await mesh.link("views")
     asker = await Asker(link).open()
-    old = type(place)(
-        definition=place.definition, incarnation=place.incarnation, sequence=0, filled=False, since_ms=place.since_ms
-    )
-    await kv.put(asker.inbox, subjects.VIEW_PLACES.name, view.name, __import__("msgspec").json.encode(old))
+    old = msgspec.structs.replace(place, sequence=0, filled=False)
+    await kv.put(asker.inbox, subjects.VIEW_PLACES.name, view.name, msgspec.json.encode(old))
     await link.close()
     await mesh.start("views")
     await settled(mesh, operator, view)
     assert upkeep_of(mesh, view).embedded == 1
     assert is_of(await vector_of(own, "n3"), "title: while away")
     assert len(await derived_in(operator, mesh, own.tenant)) == 21
-    assert first.id == (await derived_in(operator, mesh, own.tenant))[0].id
+
+
+async def test_of_two_replicas_one_works_and_the_other_takes_over(mesh: Mesh, own: Memory, operator: Asker) -> None:
+    view = await set_view(operator, own.tenant)
+    await mesh.start("views2")
+    one, two = mesh.actors["views"], mesh.actors["views2"]
+    assert isinstance(one, Views)
+    assert isinstance(two, Views)
+    try:
+        assert (one.is_at_work, two.is_at_work) == (True, False)
+        assert two.gauges() == []
+        await own.set_context("n", type="note", attributes={"title": "one"})
+        await settled(mesh, operator, view)
+        async with mesh.without("views"):
+            await until(lambda: two.is_at_work)
+            await own.set_context("n", attributes={"title": "two"})
+            await settled(mesh, operator, view)
+            assert is_of(await vector_of(own, "n"), "title: two")
+            assert two.upkeeps[view.name].embedded == 1
+    finally:
+        await mesh.stop("views2")
+    await settled(mesh, operator, view)
+
+
+async def test_two_that_both_believe_to_have_the_lease_leave_the_newest_text(
+    mesh: Mesh, own: Memory, operator: Asker
+) -> None:
+    view = await set_view(operator, own.tenant)
+    await mesh.start("views2")
+    other = mesh.actors["views2"]
+    assert isinstance(other, Views)
+    leading = asyncio.ensure_future(other._lead())
+    try:
+        await until(lambda: view.name in other.upkeeps)
+        for number in range(100):
+            await own.set_context(f"n{number % 5}", type="note", attributes={"title": f"text {number}"})
+        await settled(mesh, operator, view)
+        head = (await stream_state(operator.inbox, subjects.log_stream(mesh.site))).last_sequence
+
+        def has_all() -> bool:
+            place = other.upkeeps[view.name]._current()
+            return place is not None and place.filled and place.sequence >= head
+
+        await until(has_all)
+        await settled(mesh, operator, view)
+        for number in range(95, 100):
+            assert is_of(await vector_of(own, f"n{number % 5}"), f"title: text {number}")
+        assert other.upkeeps[view.name].embedded + upkeep_of(mesh, view).embedded >= 5
+    finally:
+        leading.cancel()
+        await asyncio.wait([leading])
+        other.upkeeps = {}
+        await mesh.stop("views2")
+
+
+async def test_a_vector_of_an_older_version_is_refused(mesh: Mesh, own: Memory, operator: Asker) -> None:
+    old = await own.set_context("n", type="note", attributes={"title": "old"})
+    await own.set_context("n", attributes={"title": "new"})
+    link = await mesh.link("views")
+    try:
+        asker = await Asker(link).open()
+        wanted = messages.Derive(
+            entity_id="n",
+            space="late",
+            vector=embedder(EMBEDDER).embed(["old"])[0],
+            model=EMBEDDER,
+            derived=messages.Derivation(definition="d", attributes=["title"], sites=["hub"]),
+            expected_version=old.version,
+        )
+        with pytest.raises(Conflict, match="is not at version"):
+            await asker.ask(subjects.DERIVE, subjects.derive(own.tenant, "late"), wanted)
+        wanted = msgspec.structs.replace(wanted, expected_version=old.version + 1)
+        subject = subjects.derive(own.tenant, "late")
+        first, again = [await asker.ask(subjects.DERIVE, subject, wanted, message_id="m") for _ in range(2)]
+        assert (again.version, again.duplicate) == (first.version, True)
+    finally:
+        await link.close()
+
+
+async def test_lag_grows_while_nothing_can_be_read_and_falls_to_nothing(
+    mesh: Mesh, own: Memory, operator: Asker
+) -> None:
+    view = await set_view(operator, own.tenant)
+    await settled(mesh, operator, view)
+    async with mesh.without(*SHARDS):
+        await own.set_context("n", type="note", attributes={"title": "one"})
+        await own.set_context("n", attributes={"kv": 1})
+
+        def is_behind() -> bool:
+            behind = lag(mesh, view)
+            return behind is not None and behind[0] >= 2 and behind[1] > 0.05
+
+        await until(is_behind)
+    await settled(mesh, operator, view)
+    await until(lambda: lag(mesh, view) == (0, 0))
+    assert is_of(await vector_of(own, "n"), "title: one")
+
+
+async def test_an_embedder_that_fails_holds_up_its_own_view_alone(
+    mesh: Mesh, own: Memory, operator: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = HashingEmbedder.embed
+
+    def broken(self: HashingEmbedder, texts: list[str]) -> Any:
+        if self.dimension == 32:
+            raise RuntimeError("no model")
+        return made(self, texts)
+
+    monkeypatch.setattr(HashingEmbedder, "embed", broken)
+    sick = await set_view(operator, own.tenant, f"sick-{own.tenant}", embedder="hashing:32", space="sick")
+    well = await set_view(operator, own.tenant)
+    await own.set_context("n", type="note", attributes={"title": "one"})
+    await settled(mesh, operator, well)
+    assert is_of(await vector_of(own, "n"), "title: one")
+    await until(lambda: "no model" in upkeep_of(mesh, sick)._trouble)
+    monkeypatch.undo()
+    await settled(mesh, operator, sick)
+    assert await vector_of(own, "n", "sick") is not None
+    assert upkeep_of(mesh, sick)._trouble == ""
+
+
+async def test_a_view_that_cannot_be_is_refused(mesh: Mesh, own: Memory, operator: Asker) -> None:
+    await set_view(operator, own.tenant)
+    with pytest.raises(BadRequest, match=f"space 'notes' is that of view 'v-{own.tenant}'"):
+        await set_view(operator, own.tenant, "another")
+    with pytest.raises(BadRequest, match="there is no tenant 'nobody'"):
+        await set_view(operator, "nobody")
+    await own.upsert_embedding("n", [1.0, 0.0], space="taken")
+    with pytest.raises(BadRequest, match="space 'taken' has vectors of 2 dimensions, made by no embedder"):
+        await set_view(operator, own.tenant, "another", space="taken")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "c9bf603844ad"
+CONTRACT = "943df6068281"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -636,7 +636,7 @@ SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves 
 SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
 POLICIES = Bucket(name="mnemesh_policies", about="what may leave, as set here or handed by the hub; its enrolment")
 SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of its devices, revoked or not")
-LEASES = Bucket(name="mnemesh_leases", about="which replica of a shard applies the log to shared stores, and which keeps the views")
+LEASES = Bucket(name="mnemesh_leases", about="which replica of a shard writes to shared stores, or keeps the views")
 VIEWS = Bucket(name="mnemesh_views", about="the views, of which attributes of which entities there is a vector")
 VIEW_PLACES = Bucket(name="mnemesh_view_places", about="up to where a view has the log")
 RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site and, at a hub, at its devices")
