@@ -108,7 +108,7 @@ class Upkeep:
         self._place: Place | None = None
         self._backlog = Backlog(0)
         self._listed = False
-        self._refused: dict[str, str] = {}
+        self._refused: set[str] = set()
         self._trouble = ""
 
     # ── what operators see ──────────────────────────────────────────────────────────────────────────────────
@@ -299,11 +299,11 @@ class Upkeep:
                 due[entity_id] = read
         written = await self._write_all(due) if due else {}
         for entity_id, outcome in written.items():
-            self._refused.pop(entity_id, None)
+            self._refused.discard(entity_id)
             if isinstance(outcome, Conflict):
                 again[entity_id] = changes[entity_id]._replace(contested=True)
             elif isinstance(outcome, BadRequest | TooLarge | Denied):
-                self._refused[entity_id] = str(outcome)
+                self._refused.add(entity_id)
                 logger.error("view %s makes no vector of %.200r: %s", self.view.name, entity_id, outcome)
             elif isinstance(outcome, MnemeshError):
                 again[entity_id], failed = changes[entity_id], outcome

@@ -80,7 +80,7 @@ class Views(Actor):
         await self._shards.ready.wait()
 
     async def release(self) -> None:
-        self._executor.shutdown()
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     # ── what it does ────────────────────────────────────────────────────────────────────────────────────────
 

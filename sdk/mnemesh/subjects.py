@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "943df6068281"
+CONTRACT = "f3d9240c0ee3"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -79,7 +79,7 @@ DERIVE = Operation(
     request=messages.Derive,
     reply=messages.Written,
     budget_ms=5000,
-    max_bytes=65536,
+    max_bytes=524288,
     idempotent="by_id",
     concurrency=1024,
     mailbox=4096,
