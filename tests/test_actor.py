@@ -430,7 +430,9 @@ class Greedy(Desk):
     async def traverse(self, request: Any, call: Call) -> Any: ...
 
 
-@pytest.mark.parametrize(("kind", "complaint"), [(Lazy, "must handle forget, ingest"), (Greedy, "handles traverse")])
+@pytest.mark.parametrize(
+    ("kind", "complaint"), [(Lazy, "must handle derive, forget, ingest"), (Greedy, "handles traverse")]
+)
 async def test_an_actor_serves_exactly_what_the_contract_says_it_owns(
     open_link: OpenLink, kind: type[Actor], complaint: str
 ) -> None:

@@ -46,7 +46,7 @@ async def test_ping_info_and_stats_have_the_fields_of_the_adr(open_link: OpenLin
     )
     assert datetime.fromisoformat(stats["started"]).tzinfo is not None
     endpoints = {endpoint["name"]: endpoint for endpoint in info["endpoints"]}
-    assert set(endpoints) == {"set_context", "upsert_embedding", "forget", "ingest"}
+    assert set(endpoints) == {"set_context", "upsert_embedding", "forget", "ingest", "derive"}
     assert endpoints["set_context"] == {
         "name": "set_context",
         "subject": subjects.SET_CONTEXT.pattern(),
