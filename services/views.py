@@ -70,7 +70,7 @@ class Views(Actor):
             "views": partial(self._views.follow, self.link, self.asker.inbox),
             "places": partial(self._places.follow, self.link, self.asker.inbox),
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
-            "lease": self._lease.run,
+            "lease": self._contend,
             "upkeep": self._keep_up,
         }
 
@@ -83,6 +83,18 @@ class Views(Actor):
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     # ── what it does ────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _contend(self) -> None:
+        """Want the lease as long as there is a view: to renew it is a write to disk, several times a second."""
+        await self.ready()
+        while True:
+            await self._until(lambda: bool(self._views.entries))
+            await first_of(self._lease.run(), self._until(lambda: not self._views.entries))
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds of the views that there are."""
+        while not holds():
+            await self._views.changed(self._views.version)
 
     async def _keep_up(self) -> None:
         await self.ready()

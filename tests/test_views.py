@@ -109,7 +109,10 @@ async def derived_in(operator: Asker, mesh: Mesh, tenant: str) -> list[Any]:
     return [event for event in events if event.agent.startswith("view:")]
 
 
-async def test_an_attribute_that_is_written_is_found_by_its_text(mesh: Mesh, own: Memory, operator: Asker) -> None:
+async def test_an_attribute_that_is_written_is_found_by_its_text(
+    mesh: Mesh, own: Memory, operator: Asker, views: Views
+) -> None:
+    assert not views.is_at_work, "where there is no view, no lease is renewed"
     view = await set_view(operator, own.tenant)
     await own.set_context("n1", type="note", attributes={"title": "a transformer is hot"})
     await own.set_context("n2", type="note", attributes={"title": "lunch at noon"})
