@@ -413,7 +413,7 @@ class Shard(Actor):
             try:
                 told[facet] = await facet.counted(digest=request.digest)
             except Unavailable:
-                told[facet] = Counted(0, 0, "", facet.projection.watermark.value)
+                told[facet] = Counted(0, 0, facet.projection.watermark.value)
                 missing.append(facet.projection.name)
         return messages.ShardStatus(
             shard=self.name,
@@ -427,6 +427,15 @@ class Shard(Actor):
             stores={facet.projection.name: counted.at for facet, counted in told.items()},
             missing=missing,
             digest="-".join(counted.digest for counted in told.values()) if request.digest else None,
+            digests=[
+                messages.StoreDigest(
+                    part=part,
+                    at=counted.at if digests.at is None else digests.at,
+                    partitions=digests.by_partition(),
+                )
+                for counted in told.values()
+                for part, digests in counted.digests.items()
+            ],
         )
 
     # ── how fresh, and whether all of it ────────────────────────────────────────────────────────────────────

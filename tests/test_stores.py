@@ -20,6 +20,7 @@ from test_sqlite_store import ENTITIES, Model, shown
 
 from memory_shards.stores import VectorQuery, WentBack
 from memory_shards.stores.by_url import Stores
+from memory_shards.stores.urls import EMBEDDED
 from mnemesh.clock import wall_ms
 from mnemesh.errors import BadRequest, NotFound
 from mnemesh.event import Event, Record
@@ -515,3 +516,27 @@ async def test_a_vector_of_another_dimension_is_left_out_and_the_rest_of_its_eve
         assert [name for name, _ in await found(stores, np.ones(2, np.float32))] == ["pump"]
         assert list((await stores.vectors.vectors_of("acme", "odd"))[0]) == ["t"]
         assert (await got(stores, "odd") or {})["attributes"] == {"n": 1}
+
+
+@ON_REAL_SERVERS
+@given(st.data(), logs())
+async def test_digests_are_the_same_whatever_keeps_it(
+    backend: Backend, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, log: list[Record]
+) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(log) - 1)), max_size=3)))
+    embedded = Backend.of(EMBEDDED, tmp_path_factory.mktemp("embedded"))
+    async with backend.elsewhere(tmp_path_factory.mktemp("stores")).opened() as stores, embedded.opened() as other:
+        for start, end in zip([0, *cuts], [*cuts, len(log)], strict=True):
+            if some := log[start:end]:
+                await apply(stores, some)
+        if log:
+            await apply(other, log)
+        assert await by_part(stores) == await by_part(other)
+
+
+async def by_part(stores: Stores) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for facet in stores.facets:
+        for part, digests in (await facet.counted(digest=True)).digests.items():
+            parts[part] = digests.by_partition()
+    return parts

@@ -23,6 +23,7 @@ from mnemesh.messages import Description, Direction, Hit, Left, ListedEntity, Su
 from mnemesh.wire import Vector
 
 if TYPE_CHECKING:
+    from memory_shards.digests import Digests
     from memory_shards.merge import Document
     from memory_shards.outside import OutsideProjection
     from memory_shards.projection import Projection
@@ -60,13 +61,19 @@ class Searched(NamedTuple):
 class Counted(NamedTuple):
     """How much there is, of one moment where a digest was asked for; else at least as new as `at` says.
 
-    `things` are entities of documents and vectors of vectors. Where only edges are kept there are no things.
+    `things` are entities of documents and vectors of vectors. Where only edges are kept there are no things. `digests`
+    are those of each part that is kept.
     """
 
     things: int
     edges: int
-    digest: str
     at: int
+    digests: Mapping[str, Digests] = {}
+
+    @property
+    def digest(self) -> str:
+        """A hash of all of it."""
+        return "-".join(digests.whole() for digests in self.digests.values())
 
 
 class VectorQuery(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from contextlib import closing
 from typing import TypeVar
 
 from memory_shards.batcher import Batcher
+from memory_shards.digests import Digests
 from memory_shards.merge import Document
 from memory_shards.projection import Projection
 from memory_shards.stores import Counted, Edge, Searched, VectorQuery, Walk
@@ -68,13 +69,14 @@ class EmbeddedMemory:
         projection = self.projection
         if not digest:
             at = projection.stands_at
-            return Counted(*await self._scan(self._scanned.counts), "", at)
+            return Counted(*await self._scan(self._scanned.counts), at)
         return await projection.on_worker(self._digested)
 
     def _digested(self) -> Counted:
         """On the worker, so that all of it is of one moment; the loop and the scanner have readers of their own."""
         with closing(self.store.reader()) as reader:
-            return Counted(*reader.counts(), self.store.digest(), self.projection.stands_at)
+            digests: dict[str, Digests] = {**self.store.digests()}
+            return Counted(*reader.counts(), self.projection.stands_at, digests)
 
     # ── documents ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -204,7 +206,7 @@ class EmbeddedVectors:
 
     def _counted(self, digest: bool) -> Counted:
         at = self.projection.stands_at
-        return Counted(self.store.count(), 0, self.store.digest() if digest else "", at)
+        return Counted(self.store.count(), 0, at, {"vectors": self.store.digests()} if digest else {})
 
     async def search(self, query: VectorQuery) -> Searched:
         return await self._searches.ask(query)

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import faiss
 import numpy as np
 
+from memory_shards.digests import Digests
 from memory_shards.stores import VectorQuery
 from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.columns import Rows, parse_filter
@@ -202,6 +203,10 @@ class MemoryVectors:
 
     def digest(self) -> str:
         return self.file.digest()
+
+    def digests(self) -> Digests:
+        """A hash of what is kept, by partition."""
+        return self.file.read.digests()
 
     # ── the index in memory ─────────────────────────────────────────────────────────────────────────────────
 

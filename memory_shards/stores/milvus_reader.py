@@ -19,11 +19,12 @@ from pymilvus import MilvusClient, MilvusException
 
 from memory_shards.batcher import Batcher
 from memory_shards.breaker import ANSWER_S
+from memory_shards.digests import Digests
 from memory_shards.outside import OutsideProjection
 from memory_shards.projection import Projection
 from memory_shards.stores import Counted, Searched, VectorQuery, milvus_client
 from memory_shards.stores.columns import Columns, Condition, parse_filter
-from memory_shards.stores.milvus_filter import expression
+from memory_shards.stores.milvus_rows import COLUMNS, expression, facts_of
 from memory_shards.stores.milvus_store import MilvusStore
 from memory_shards.stores.vector_file import VectorFile, VectorSpace
 from memory_shards.stores.vector_state import VectorState
@@ -41,6 +42,7 @@ MOST_HITS = 16_384
 """Milvus gives no more."""
 
 FIRST_MORE = 64
+ROWS_A_PAGE = 500
 
 
 class MilvusVectors:
@@ -78,12 +80,31 @@ class MilvusVectors:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def counted(self, *, digest: bool) -> Counted:
-        """What the file says, which Milvus follows; `doctor --stores` compares them."""
-        return await self.file.on_worker(self._counted, digest)
+        """What the file says; with `digest` also what Milvus has of it, as long as nothing is written there."""
+        counted = await self.file.on_worker(self._counted, digest)
+        if not digest:
+            return counted
+        index = await self.projection.on_worker(self._of_index)
+        return counted._replace(digests={**counted.digests, "index": index})
 
     def _counted(self, digest: bool) -> Counted:
-        at = min(self.file.stands_at, self.projection.stands_at)
-        return Counted(self._stored.read.count(), 0, self._stored.digest() if digest else "", at)
+        at = self.file.stands_at
+        return Counted(self._stored.read.count(), 0, at, {"vectors": self._stored.read.digests()} if digest else {})
+
+    def _of_index(self) -> Digests:
+        """The rows in Milvus. On the projection's worker, so that this replica writes none meanwhile."""
+        digests = Digests(self.projection.stands_at)
+        with milvus_client.connected(self.store.target) as client:
+            for space in list(self._stored.spaces.values()):
+                collection = milvus_client.collection_of(self.store.shard, space.tenant, space.name)
+                if not milvus_client.is_loaded(client, collection):
+                    continue
+                rows = client.query_iterator(collection, ROWS_A_PAGE, output_fields=list(COLUMNS), **self._level)
+                while page := rows.next():
+                    for row in page:
+                        digests.add(space.tenant, row["id"], facts_of(space, row))
+                rows.close()
+        return digests
 
     async def vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
         return await self.file.on_worker(self._vectors_of, tenant, entity_id)

@@ -30,7 +30,7 @@ from pymilvus import MilvusClient, MilvusException
 
 from memory_shards.stores import WentBack, milvus_client
 from memory_shards.stores.milvus_client import CALL_S, LAYOUT, PLACES, Target, make_collection, prefix_of
-from memory_shards.stores.milvus_filter import pushed
+from memory_shards.stores.milvus_rows import row_of
 from memory_shards.stores.vector_file import VectorFile, VectorReader, VectorSpace
 from memory_shards.stores.vector_state import VectorState
 from mnemesh.event import Record
@@ -262,7 +262,8 @@ class MilvusStore:
         batches: dict[str, _Batch] = {}
         for row in rows:
             collection = self._collection(row.space)
-            data, size = _as_data(row)
+            data = row_of(*row)
+            size = row.vector.nbytes + len(msgspec.json.encode(data["attributes"]))
             batch = batches.setdefault(collection, _Batch())
             if not batch.takes(size):
                 self._put(collection, batch)
@@ -330,17 +331,3 @@ class _Batch:
     def add(self, row: dict[str, Any], size: int) -> None:
         self.rows.append(row)
         self._size += size
-
-
-def _as_data(row: Row) -> tuple[dict[str, Any], int]:
-    attributes, complete = pushed(row.entity.attributes)
-    vector = row.vector if row.space.dimension > 1 else np.append(row.vector, np.float32(0))
-    size = vector.nbytes + len(msgspec.json.encode(attributes)) + len(row.entity.entity_id)
-    data = {
-        "id": row.entity.entity_id,
-        "vector": vector,
-        "type": row.entity.type or "",
-        "attributes": attributes,
-        "complete": complete,
-    }
-    return data, size

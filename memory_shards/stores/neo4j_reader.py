@@ -6,7 +6,6 @@ An entity whose edges have validities that begin or end is not known by its edge
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import msgspec
 import neo4j
 
+from memory_shards.digests import Digests, fact_of_edge
 from memory_shards.merge import State, edge_view, fold
 from memory_shards.outside import OutsideProjection
 from memory_shards.stores import Counted, Edge, Walk
 from memory_shards.stores.neo4j_client import key_of
-from memory_shards.stores.neo4j_store import Neo4jStore, decode_kept, decode_stored
-from mnemesh import wire
+from memory_shards.stores.neo4j_store import Neo4jStore, decode_kept
 from mnemesh.clock import wall_ms
 from mnemesh.messages import Direction
 
@@ -65,10 +64,8 @@ _WALK_ENDS = "MATCH (m:Shard {key: $shard}) RETURN walked, from, m.watermark AS 
 _COUNT = "MATCH (s:Shard {key: $shard}) RETURN coalesce(s.edges, 0) AS edges, s.watermark AS at"
 _DIGESTED = """
 MATCH (e:Entity) WHERE e.site = $site AND e.partition IN $partitions AND e.ledger IS NOT NULL
-RETURN e.tenant, e.id, e.ledger,
-    [(e)-[r:EDGE|GONE]->(t) | [r.relation, t.id, type(r), r._valid_from, r._stamp, r._site, r._properties]] AS edges,
-    [(e)-[:SAID]->(v) | [v.stamp, v.site]] AS events
-ORDER BY e.key
+RETURN e.tenant, e.id,
+    [(e)-[r:EDGE|GONE]->(t) | [r.relation, t.id, type(r), r._valid_from, r._stamp, r._site, r._properties]] AS edges
 """
 
 
@@ -174,17 +171,18 @@ class Neo4jEdges:
 
     async def counted(self, *, digest: bool) -> Counted:
         ((edges, at),) = await self._ask(_COUNT, shard=self.store.shard_key) or [(0, 0)]
-        return Counted(0, edges, await self._digest() if digest else "", at or 0)
+        return Counted(0, edges, at or 0, {"edges": await self._digests()} if digest else {})
 
-    async def _digest(self) -> str:
-        hashed = hashlib.blake2b(digest_size=16)
+    async def _digests(self) -> Digests:
+        digests = Digests()
         asked = {"site": self.store.site, "partitions": self.store.partitions}
         async with self._driver.session(database=self.store.target.database) as session:
-            async for tenant, entity_id, ledger, edges, events in await session.run(_DIGESTED, asked):
-                tombstone = decode_stored(ledger).ledger.tombstone
-                if edges or events or tombstone:
-                    hashed.update(wire.encode([tenant, entity_id, tombstone, sorted(edges), sorted(events)]))
-        return hashed.hexdigest()
+            async for tenant, entity_id, edges in await session.run(_DIGESTED, asked):
+                for relation, target, kind, *key, raw in edges:
+                    properties = msgspec.json.decode(raw) if raw else None
+                    fact = fact_of_edge(relation, target, kind == "GONE", tuple(key), properties)
+                    digests.add(tenant, entity_id, fact)
+        return digests
 
     async def _stands_at(self) -> int:
         ((_, at),) = await self._ask(_COUNT, shard=self.store.shard_key) or [(0, 0)]

@@ -6,7 +6,6 @@ once and merges. Looks at `redis_layout`, `redis_client`, `memory_shards.merge` 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from memory_shards.digests import Digests, facts_of_document
 from memory_shards.merge import Change, Document, fold
 from memory_shards.merger import Kept, Stored
 from memory_shards.outside import OutsideProjection
@@ -248,7 +248,7 @@ class RedisDocuments:
         at = self.projection.stands_at
         tenants = await self._tenants()
         counts = await self._ask(lambda pipe: [pipe.zcard(keys.ids) for _, _, keys in tenants])
-        return Counted(sum(counts), 0, await self._digest(tenants) if digest else "", at)
+        return Counted(sum(counts), 0, at, {"attributes": await self._digests(tenants)} if digest else {})
 
     async def _tenants(self) -> list[tuple[str, Keys, Tenant]]:
         """Every tenant in every partition."""
@@ -262,9 +262,9 @@ class RedisDocuments:
             key=lambda each: (each[0], each[1].meta),
         )
 
-    async def _digest(self, tenants: Iterable[tuple[str, Keys, Tenant]]) -> str:
-        """A hash of all that is remembered and was forgotten, the same wherever the same was written."""
-        hashed = hashlib.blake2b(digest_size=16)
+    async def _digests(self, tenants: Iterable[tuple[str, Keys, Tenant]]) -> Digests:
+        """Of all that is remembered and was forgotten."""
+        digests = Digests()
         for tenant, _, keys in tenants:
             indices = await self._ask(partial(_add_indices, keys))
             names = [name.decode() for name in heapq.merge(*indices)]
@@ -272,9 +272,12 @@ class RedisDocuments:
                 some = names[start : start + _NAMES_A_PAGE]
                 stored = await self._stored(tenant, some)
                 events = await self._ask(partial(_add_events, keys, some))
-                for name, entries in zip(some, events, strict=True):
-                    hashed.update(wire.encode(_digested(tenant, name, stored[name], list(_kept_in(entries)))))
-        return hashed.hexdigest()
+                hashes = await self._ask(partial(_add_hashes, keys, some))
+                for name, entries, fields in zip(some, events, hashes, strict=True):
+                    if not stored[name].alive and stored[name].ledger.tombstone is None:
+                        continue  # only ever named by events that were skipped
+                    digests.add(tenant, name, _facts(stored[name], fields, list(_kept_in(entries))))
+        return digests
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -306,6 +309,11 @@ def _add_events(keys: Tenant, names: Iterable[str], pipe: Any) -> None:
         pipe.xrange(keys.events(name))
 
 
+def _add_hashes(keys: Tenant, names: Iterable[str], pipe: Any) -> None:
+    for name in names:
+        pipe.hgetall(keys.entity(name))
+
+
 def _kept_in(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Iterable[Kept]:
     return (layout.decode_kept(fields[EVENT]) for _, fields in entries)
 
@@ -329,11 +337,23 @@ def _event(entity_id: str, kept: Kept) -> TimelineEvent:
     )
 
 
-def _digested(tenant: str, entity_id: str, stored: Stored, history: list[Kept]) -> object:
-    state = fold(kept.change() for kept in history)
-    ledger = stored.ledger
-    return (
-        (tenant, entity_id, stored.alive, stored.type, state.text, sorted(state.attributes.items()), state.spaces),
-        (ledger.tombstone, ledger.type, ledger.text, sorted(ledger.attributes.items()), sorted(ledger.spaces.items())),
-        sorted((kept.stamp, kept.site, kept.event_id) for kept in history),
+def _facts(stored: Stored, fields: dict[bytes, bytes], history: list[Kept]) -> object:
+    """What is told of an entity: by its hash, or by its history where all of that has ended, and so the hash with it.
+
+    A hash that is missing for another reason is told as empty, which it is to readers.
+    """
+    events = [(kept.stamp, kept.site, kept.event_id) for kept in history]
+    if not fields and (not stored.alive or stored.ends <= wall_ms()):
+        state = fold(kept.change() for kept in history)
+        return facts_of_document(
+            stored.alive, stored.type, state.text, state.attributes, state.spaces, stored.ledger, events
+        )
+    return facts_of_document(
+        stored.alive,
+        layout.text_in(fields.get(layout.TYPE)),
+        layout.text_in(fields.get(layout.TEXT)),
+        layout.attributes_in(fields),
+        layout.names_in(fields.get(layout.SPACES)),
+        stored.ledger,
+        events,
     )

@@ -12,16 +12,16 @@ Vectors are in another store. Looks at `memory_shards.merge`, its own `sqlite_*`
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import closing
 from pathlib import Path
 
 import msgspec
 
 from memory_shards import merge
+from memory_shards.digests import Digests, fact_of_edge, facts_of_document
 from memory_shards.merger import ALL_PARTS, Part
 from memory_shards.stores.provenance import keep_or_clear
 from memory_shards.stores.sqlite_batch import Batch
@@ -141,35 +141,33 @@ class SqliteStore(SqliteReader):
 
         Reads everything, on a connection of its own: it may run on any thread.
         """
-        hashed = hashlib.blake2b(digest_size=16)
+        return "-".join(digests.whole() for digests in self.digests().values())
+
+    def digests(self) -> dict[Part, Digests]:
+        """The same of each part that it keeps, by partition."""
+        found = {part: Digests() for part in sorted(self._parts)}
         with closing(connect(self._file)) as connection:
             connection.execute("BEGIN")
-            for row in _digested(connection):
-                hashed.update(wire.encode(row))
-        return hashed.hexdigest()
+            _add_all(connection, found)
+        return found
 
 
-def _digested(connection: sqlite3.Connection) -> Iterator[object]:
-    """All that replicas agree on, and sites that have heard the same, in an order that owes nothing to how it came.
-
-    Not the stamps of sites, the versions nor the types: a log that was purged of what a forget erased no longer tells
-    them. Nor from when on a state is exact: that depends on when a site heard of it.
-    """
+def _add_all(connection: sqlite3.Connection, found: Mapping[Part, Digests]) -> None:
     entities = "SELECT id, tenant, entity_id, alive, type, text, doc, ledger FROM entity"
     edges = "SELECT relation, target, removed, valid_from, stamp, site, properties FROM edge WHERE source = ?"
-    events = "SELECT event_id FROM event WHERE entity = ? ORDER BY stamp, site, event_id"
-    for id, *values, doc, ledger in connection.execute(f"{entities} ORDER BY tenant, entity_id"):
-        attributes, spaces = wire.decode(doc)
-        keys = msgspec.msgpack.decode(ledger, type=merge.Ledger)
-        if not values[2] and keys.tombstone is None:
+    events = "SELECT stamp, site, event_id FROM event WHERE entity = ?"
+    for id, tenant, entity_id, alive, type, text, doc, encoded in connection.execute(entities):
+        ledger = msgspec.msgpack.decode(encoded, type=merge.Ledger)
+        if not alive and ledger.tombstone is None:
             continue  # only ever named by events that were skipped
-        yield values, sorted(attributes.items()), spaces
-        yield (
-            keys.tombstone,
-            keys.type,
-            keys.text,
-            sorted(keys.attributes.items()),
-            sorted(keys.spaces.items()),
-        )
-        yield connection.execute(f"{edges} ORDER BY relation, target", (id,)).fetchall()
-        yield connection.execute(events, (id,)).fetchall()
+        if "attributes" in found:
+            attributes, spaces = wire.decode(doc)
+            history = connection.execute(events, (id,)).fetchall()
+            facts = facts_of_document(bool(alive), type, text, attributes, spaces, ledger, history)
+            found["attributes"].add(tenant, entity_id, facts)
+        if "edges" in found:
+            for relation, target, removed, *key, properties in connection.execute(edges, (id,)):
+                told = wire.decode(properties) if properties else None
+                found["edges"].add(tenant, entity_id, fact_of_edge(relation, target, bool(removed), tuple(key), told))
+        if "text" in found and text is not None:
+            found["text"].add(tenant, entity_id, text)

@@ -10,7 +10,6 @@ its first vector.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sqlite3
 from collections import defaultdict
@@ -23,6 +22,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import astuple
 
+from memory_shards.digests import Digests
 from memory_shards.merge import Patch, is_repeated, patch_of, stamped
 from memory_shards.stores.bulk import execute_all, select_all
 from memory_shards.stores.halves import HALF, Halves, halves_of
@@ -183,21 +183,20 @@ class VectorReader:
         (count,) = self._db.execute("SELECT count(*) FROM vectors").fetchone()
         return int(count)
 
-    def digest(self) -> str:
-        """A hash of all vectors with their entities' types and attributes, the same on replicas that know the same.
+    def digests(self) -> Digests:
+        """Of all vectors with their entities' types and attributes, the same on replicas that know the same.
 
         Reads the whole file. What only tells how it came about (stamps, tombstones, row numbers) is left out, and so
         are entities without a vector: whether their puts still wait is nobody's concern.
         """
         spaces = {(space.tenant, space.name): space for space in self.spaces()}
-        digest = hashlib.blake2b(digest_size=16)
-        for row in self._db.execute("SELECT number, tenant, entity_id, state FROM entities ORDER BY tenant, entity_id"):
+        digests = Digests()
+        for row in self._db.execute("SELECT number, tenant, entity_id, state FROM entities"):
             entity = VectorState(*row)
             vectors = [(name, *self.kept(spaces[entity.tenant, name], entity.number)) for name in entity.spaces]
             if vectors:
-                attributes = _sorted(entity.attributes)
-                digest.update(wire.encode([entity.tenant, entity.entity_id, entity.type, attributes, vectors]))
-        return digest.hexdigest()
+                digests.add(entity.tenant, entity.entity_id, (entity.type, entity.attributes, vectors))
+        return digests
 
 
 Holds: TypeAlias = Callable[[str, str], bool]
@@ -248,7 +247,7 @@ class VectorFile:
         return VectorReader(connect(self._file))
 
     def digest(self) -> str:
-        return self.read.digest()
+        return self.read.digests().whole()
 
     def close(self) -> None:
         self._db.close()
@@ -451,10 +450,3 @@ def _vector(length: float, halves: bytes) -> Vector:
 
 def _place(space: VectorSpace, entity: int) -> int:
     return space.number << _ENTITY_BITS | entity
-
-
-def _sorted(value: object) -> object:
-    """The value with the keys of its maps in order."""
-    if isinstance(value, dict):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(item) for item in value] if isinstance(value, list) else value

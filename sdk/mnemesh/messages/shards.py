@@ -169,12 +169,28 @@ class Status(Request, frozen=True, kw_only=True):
     digest: bool = False
 
 
+class PartDigest(msgspec.Struct, frozen=True, kw_only=True):
+    """How many entities (or rows) a partition has, and a hash of all that is held of them."""
+
+    count: int
+    hash: str
+
+
+class StoreDigest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store holds of one part of what is remembered, by partition, after the log up to `at`."""
+
+    part: str
+    at: int
+    partitions: dict[str, PartDigest]
+
+
 class ShardStatus(Reply, frozen=True, kw_only=True):
     """Where a replica stands. `digest` is a hash over all that it holds, to compare replicas with.
 
     `skipped` events of the log have no effect: they could not be read, or broke a rule. Nor have those `quarantined`,
     by the site that they came from: they are stamped further ahead of the hub's clock than may be. `stores` tells up to
-    where each store has the log, `missing` which of them do not answer: what they hold is not counted.
+    where each store has the log, `missing` which of them do not answer: what they hold is not counted. `digests` tell
+    the same as `digest`, of each part: `attributes`, `edges`, `text`, `vectors`; `index`, where a server has those.
     """
 
     shard: str
@@ -188,3 +204,4 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     stores: dict[str, int] = {}
     missing: list[str] = []
     digest: str | None = None
+    digests: list[StoreDigest] = []

@@ -1,9 +1,9 @@
-"""Filters as Milvus evaluates them, beside the vectors: an expression that lets pass whatever may meet them, and a
-little more.
+"""Rows as Milvus holds them, and filters as it evaluates them: an expression that lets pass whatever may meet them, and
+a little more.
 
 Milvus and `columns` agree on nearly all of it; where they differ (numbers beyond what a float holds, lists that are
 measurements, text that an expression cannot hold) the expression lets the row pass, and whoever reads it checks it
-against the file. So a condition is never missed, and seldom checked in vain. Looks at `columns`.
+against the file. So a condition is never missed, and seldom checked in vain. Looks at `columns` and `vector_file`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from memory_shards.digests import Digests
 from memory_shards.stores.columns import Condition, is_tag
+from memory_shards.stores.vector_file import VectorReader, VectorSpace
+from memory_shards.stores.vector_state import VectorState
+from mnemesh.wire import Vector
 
 MOST_BYTES = 60_000
 """Of a row's attributes as JSON; Milvus takes 65,536."""
@@ -21,9 +27,40 @@ MOST_BYTES = 60_000
 MOST_PUSHED = 64
 """Values of one `in`: a longer list makes an expression that takes longer to read than to leave out."""
 
+COLUMNS = ("id", "vector", "type", "attributes", "complete")
+
 _SYMBOLS = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _EXACT = 1 << 53
 """Beyond this integers are compared as floats, here as there."""
+
+
+def row_of(space: VectorSpace, entity: VectorState, vector: Vector) -> dict[str, Any]:
+    """The row of an entity's vector in one space."""
+    attributes, complete = pushed(entity.attributes)
+    return {
+        "id": entity.entity_id,
+        "vector": vector if space.dimension > 1 else np.append(vector, np.float32(0)),  # it takes two numbers at least
+        "type": entity.type or "",
+        "attributes": attributes,
+        "complete": complete,
+    }
+
+
+def facts_of(space: VectorSpace, row: Mapping[str, Any]) -> object:
+    """What is told of a row in a digest."""
+    vector = np.asarray(row["vector"], np.float32).tobytes()
+    return space.name, vector, row["type"], row["attributes"], row["complete"]
+
+
+def digests_of_index(file: VectorReader) -> Digests:
+    """Of the rows that Milvus has to have, by the file."""
+    digests = Digests()
+    for space in file.spaces():
+        for some in file.vectors_in(space):
+            for each in some:
+                told = facts_of(space, row_of(space, each.entity, each.vector))
+                digests.add(space.tenant, each.entity.entity_id, told)
+    return digests
 
 
 def pushed(attributes: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
