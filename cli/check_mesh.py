@@ -124,6 +124,11 @@ async def running(asker: Asker) -> list[Service]:
     ]
 
 
+def replicas(found: list[Service]) -> Counter[str]:
+    """How many replicas of each shard run."""
+    return Counter(service.shard for service in found if service.role == "shard")
+
+
 def services(found: list[Service], shards: dict[str, ShardEntry]) -> Iterator[Finding]:
     """Whether all that is meant to run does, and every partition is served."""
     complete = True
@@ -133,14 +138,14 @@ def services(found: list[Service], shards: dict[str, ShardEntry]) -> Iterator[Fi
             yield wrong(
                 f"no {role} runs: {consequence}", f"`mnemesh up`, or `mnemesh run {role}`; its log says why it ended"
             )
-    replicas = Counter(service.shard for service in found if service.role == "shard")
+    running = replicas(found)
     for name, entry in shards.items():
-        if replicas[name] >= entry.replicas:
+        if running[name] >= entry.replicas:
             continue
         complete = False
-        say = wrong if not replicas[name] else warning
+        say = wrong if not running[name] else warning
         yield say(
-            f"{replicas[name]} of {entry.replicas} replicas of shard {name} run",
+            f"{running[name]} of {entry.replicas} replicas of shard {name} run",
             f"`mnemesh up`, or `mnemesh run shard --shard {name}`; its log says why it ended",
         )
     for service in found:
@@ -156,7 +161,7 @@ def services(found: list[Service], shards: dict[str, ShardEntry]) -> Iterator[Fi
                 f"{len(shards[service.shard].partitions)}",
                 "restart it: it reads the map when it starts",
             )
-    served: set[int] = set().union(*(entry.partitions for name, entry in shards.items() if replicas[name]))
+    served: set[int] = set().union(*(entry.partitions for name, entry in shards.items() if running[name]))
     if unserved := sorted(set(range(PARTITIONS)) - served):
         complete = False
         yield wrong(
@@ -182,10 +187,9 @@ def contracts(found: list[Service]) -> Iterator[Finding]:
 async def lag(asker: Asker, options: ServerOptions, found: list[Service]) -> AsyncIterator[Finding]:
     """How far each replica of each shard is behind the log."""
     head = (await stream_state(asker.inbox, subjects.log_stream(options.site))).last_sequence
-    replicas = Counter(service.shard for service in found if service.role == "shard")
     furthest = 0
     current = True
-    for shard, count in sorted(replicas.items()):
+    for shard, count in sorted(replicas(found).items()):
         asked = subjects.shard_status(shard)
         answers = await asker.inbox.gather(asked, wire.encode(messages.Status()), most=count, wait_s=STATUS_S)
         if len(answers) < count:
@@ -220,5 +224,5 @@ async def lag(asker: Asker, options: ServerOptions, found: list[Service]) -> Asy
                     f"a replica of shard {shard} is {behind:,} events behind the log",
                     "wait if it has just started; if the number grows, give its partitions to more shards",
                 )
-    if current and replicas:
+    if current and replicas(found):
         yield ok(f"the shards are at most {furthest:,} events behind the log, which ends at {head:,}")

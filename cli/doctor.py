@@ -1,8 +1,8 @@
 """`mnemesh doctor`: what is wrong with the mesh of a data folder, and what to do about it.
 
 `diagnose` is the order of the checks. Each needs what the ones before it found in order, so it ends at the first
-thing without which the others cannot be made. The checks are in `check_machine`, `check_access`, `check_mesh` and
-`check_edge`.
+thing without which the others cannot be made. The checks are in `check_machine`, `check_access`, `check_mesh`,
+`check_stores` and `check_edge`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
-from cli import check_access, check_edge, check_machine, check_mesh
+from cli import check_access, check_edge, check_machine, check_mesh, check_stores
 from cli.contract import load as load_contract
 from cli.finding import Finding, wrong
 from cli.server_config import ServerOptions
@@ -23,11 +23,11 @@ OPERATOR = "operator"
 SIGNS = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
 
 
-async def main(data: Path) -> int:
-    """Print every finding; returns the exit status."""
+async def main(data: Path, *, stores: bool) -> int:
+    """Print every finding; returns the exit status. With `stores` also whether they hold what the log says."""
     logging.getLogger("mnemesh").setLevel(logging.CRITICAL)  # what the probes provoke is told as findings
     findings = []
-    async for finding in diagnose(data):
+    async for finding in diagnose(data, stores=stores):
         findings.append(finding)
         print(f"{SIGNS[finding.verdict]}  {finding.what}", flush=True)
         if finding.advice:
@@ -40,7 +40,7 @@ def exit_status(findings: Iterable[Finding]) -> int:
     return int(any(finding.verdict == "wrong" for finding in findings))
 
 
-async def diagnose(data: Path) -> AsyncIterator[Finding]:
+async def diagnose(data: Path, *, stores: bool = False) -> AsyncIterator[Finding]:
     """All findings, in the order of the checks, as they are made."""
     yield check_machine.program()
     options, finding = check_machine.initialised(data)
@@ -63,11 +63,11 @@ async def diagnose(data: Path) -> AsyncIterator[Finding]:
     async for finding in check_access.logins(options, users, contract):
         yield finding
     for operator in (user for user in users if user.role == OPERATOR):
-        async for finding in _as_operator(options, operator.link_options("doctor")):
+        async for finding in _as_operator(options, operator.link_options("doctor"), stores):
             yield finding
 
 
-async def _as_operator(options: ServerOptions, login: LinkOptions) -> AsyncIterator[Finding]:
+async def _as_operator(options: ServerOptions, login: LinkOptions, stores: bool) -> AsyncIterator[Finding]:
     """The checks that ask the mesh itself."""
     try:
         link = await Link.open(login)
@@ -81,7 +81,7 @@ async def _as_operator(options: ServerOptions, login: LinkOptions) -> AsyncItera
             yield finding
             stored = stored and finding.verdict == "ok"
         if stored:
-            async for finding in _services(asker, options):
+            async for finding in _services(link, asker, options, stores):
                 yield finding
     except MnemeshError as error:
         yield wrong(f"the mesh stopped answering: {error.message}", "run `mnemesh doctor` again")
@@ -89,7 +89,7 @@ async def _as_operator(options: ServerOptions, login: LinkOptions) -> AsyncItera
         await link.close()
 
 
-async def _services(asker: Asker, options: ServerOptions) -> AsyncIterator[Finding]:
+async def _services(link: Link, asker: Asker, options: ServerOptions, stores: bool) -> AsyncIterator[Finding]:
     shards, findings = await check_mesh.shard_map(asker.inbox)
     for finding in findings:
         yield finding
@@ -100,6 +100,9 @@ async def _services(asker: Asker, options: ServerOptions) -> AsyncIterator[Findi
         yield finding
     async for finding in check_mesh.lag(asker, options, found):
         yield finding
+    if stores:
+        async for finding in check_stores.stores(link, asker, options, check_mesh.replicas(found), shards):
+            yield finding
     if options.leaf_port:
         async for finding in check_edge.devices(asker, options):
             yield finding

@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("doctor", help="say what is wrong and what to do")
     command.add_argument("--data", type=Path, default=DATA)
-    command.set_defaults(run=lambda flags: asyncio.run(doctor.main(flags.data)))
+    command.add_argument("--stores", action="store_true", help="also compare every store with the log, from its start")
+    command.set_defaults(run=lambda flags: asyncio.run(doctor.main(flags.data, stores=flags.stores)))
 
     command = commands.add_parser("contract", help="generate from subjects.yaml, or check for drift")
     command.add_argument("verb", choices=("generate", "check"))

@@ -15,7 +15,6 @@ from contextlib import closing
 from typing import TypeVar
 
 from memory_shards.batcher import Batcher
-from memory_shards.digests import Digests
 from memory_shards.merge import Document
 from memory_shards.projection import Projection
 from memory_shards.stores import Counted, Edge, Searched, VectorQuery, Walk
@@ -75,8 +74,7 @@ class EmbeddedMemory:
     def _digested(self) -> Counted:
         """On the worker, so that all of it is of one moment; the loop and the scanner have readers of their own."""
         with closing(self.store.reader()) as reader:
-            digests: dict[str, Digests] = {**self.store.digests()}
-            return Counted(*reader.counts(), self.projection.stands_at, digests)
+            return Counted(*reader.counts(), self.projection.stands_at, self.store.digests())
 
     # ── documents ───────────────────────────────────────────────────────────────────────────────────────────
 

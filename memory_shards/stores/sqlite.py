@@ -143,16 +143,16 @@ class SqliteStore(SqliteReader):
         """
         return "-".join(digests.whole() for digests in self.digests().values())
 
-    def digests(self) -> dict[Part, Digests]:
+    def digests(self) -> dict[str, Digests]:
         """The same of each part that it keeps, by partition."""
-        found = {part: Digests() for part in sorted(self._parts)}
+        found: dict[str, Digests] = {part: Digests() for part in sorted(self._parts)}
         with closing(connect(self._file)) as connection:
             connection.execute("BEGIN")
             _add_all(connection, found)
         return found
 
 
-def _add_all(connection: sqlite3.Connection, found: Mapping[Part, Digests]) -> None:
+def _add_all(connection: sqlite3.Connection, found: Mapping[str, Digests]) -> None:
     entities = "SELECT id, tenant, entity_id, alive, type, text, doc, ledger FROM entity"
     edges = "SELECT relation, target, removed, valid_from, stamp, site, properties FROM edge WHERE source = ?"
     events = "SELECT stamp, site, event_id FROM event WHERE entity = ?"
