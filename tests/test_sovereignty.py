@@ -35,7 +35,8 @@ from services.sovereignty import (
     reduced_event,
     reduced_hit,
 )
-from services.sovereignty_text import LARGEST, MOST_NAMES, MOST_RULES, parse
+from services.sovereignty_text import MOST_RULES, parse
+from services.yaml_nodes import LARGEST, MOST_NAMES
 
 EXAMPLE = """
 version: 3
