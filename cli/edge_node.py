@@ -31,6 +31,7 @@ from router.shard_map import ShardEntry
 from services.gateway import Gateway
 from services.observer import observed
 from services.policy import TenantGuard
+from services.read_policy import SiteReadPolicy
 
 logger = logging.getLogger("mnemesh.edge")
 
@@ -113,6 +114,7 @@ class EdgeNode:
             folder=shard_folder(self.options.server),
             guard=self._guard(edge),
             hub=edge.hub,
+            reads=SiteReadPolicy(),
         )
         actors = (
             Gateway(await self._link("gateway"), site=site, kind="device", guard=self._guard(edge)),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import agent, bench, contract, demo, doctor, edge, erasure, policy, up, view
+from cli import agent, bench, consistency, contract, demo, doctor, edge, erasure, policy, up, view
 from cli.run import RunOptions, run_service
 from cli.server import NatsServerError
 from mnemesh.client import read_credentials
@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("policy", help="what of a site's data may leave it")
     policy.add_flags(command, DATA)
     command.set_defaults(run=policy.run)
+
+    command = commands.add_parser("consistency", help="how fresh reads must be, by tenant and type")
+    consistency.add_flags(command, DATA)
+    command.set_defaults(run=consistency.run)
 
     command = commands.add_parser("view", help="vectors that follow from attributes")
     view.add_flags(command, DATA)

@@ -22,6 +22,7 @@ from services.gateway import Gateway
 from services.hub import Hub
 from services.observer import observed
 from services.policy import TenantGuard
+from services.read_policy import SiteReadPolicy
 from services.site_policy import SitePolicy
 from services.views import Views
 
@@ -95,6 +96,7 @@ async def _actor(options: RunOptions, link: Link) -> Actor:
         folder=options.folder,
         guard=guard,
         stores=options.stores,
+        reads=SiteReadPolicy(),
     )
 
 

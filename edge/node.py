@@ -34,6 +34,7 @@ from router.inventory import Inventory
 from router.shard_map import ShardMap
 from services.disclosure import Disclosure
 from services.erasure import Eraser
+from services.read_policy import SiteReadPolicy
 from services.site_policy import SitePolicy
 
 LINK_S = 3.0
@@ -63,12 +64,14 @@ class Edge(Actor):
         self.site = site
         self._erase_first_after_s = erase_first_after_s
         self._policy = SitePolicy(site)
+        self._reads = SiteReadPolicy()
         self._shards = ShardMap()
         self._inventory = inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
         self._uplink = Uplink(
             self.asker,
             inventory,
             self._policy,
+            self._reads,
             site=site,
             sent=Sent(folder / "sent"),
             bytes_per_s=uplink_bytes_per_s,
@@ -116,6 +119,7 @@ class Edge(Actor):
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         return {
             "policy": partial(self._policy.follow, self.link, self.asker.inbox),
+            "read_policy": partial(self._reads.follow, self.link, self.asker.inbox),
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
             "uplink": partial(self._once_ready, self._uplink.run),
             "downlink": partial(self._once_ready, self._downlink.run),
@@ -129,6 +133,7 @@ class Edge(Actor):
 
     async def ready(self) -> None:
         await self._policy.ready()
+        await self._reads.ready()
         await self._shards.ready.wait()
 
     async def _once_ready(self, work: Callable[[], Awaitable[None]]) -> None:

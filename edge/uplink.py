@@ -11,7 +11,7 @@ What the policy keeps back is left out before anything is sent, and so is what i
 enrolled for; the mark passes over it. What decides is all the types that the entity was given, and that which an event
 brings.
 
-Looks at `aside`, `sent`, `services.site_policy`, `router.inventory`, `router.portions` and `mnemesh`.
+Looks at `aside`, `sent`, `services.site_policy` and `read_policy`, `router.inventory`, `router.portions` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from mnemesh.origin import Mark, hash_of, is_born_here, place_of
 from mnemesh.supervision import first_of
 from router.inventory import Inventory
 from router.portions import portions
+from services.read_policy import SiteReadPolicy
 from services.site_policy import SiteEntry, SitePolicy
 from services.sovereignty import Leaves, Policy, reduced_event
 
@@ -87,6 +88,7 @@ class Uplink:
         asker: Asker,
         inventory: Inventory,
         policy: SitePolicy,
+        reads: SiteReadPolicy,
         *,
         site: str,
         sent: Sent,
@@ -96,6 +98,7 @@ class Uplink:
         self._asker = asker
         self._inventory = inventory
         self._policy = policy
+        self._reads = reads
         self._site = site
         self._bytes_per_s = bytes_per_s
         self._says = says
@@ -265,6 +268,7 @@ class Uplink:
                 refused=self.refused,
                 contract=subjects.CONTRACT,
                 policy=self._policy.handed,
+                consistency=self._reads.handed,
                 log=log,
             )
         )
@@ -279,6 +283,7 @@ class Uplink:
         # Before anything is sent that it may keep back.
         entry = SiteEntry(position.region, position.tenants)
         await self._policy.take(self._asker.inbox, position.policy, entry)
+        await self._reads.take(self._asker.inbox, position.consistency)
         return position
 
     async def _send_from(self, position: Position) -> None:

@@ -72,10 +72,9 @@ async def timeline(elsewhere: Elsewhere, request: Timeline, call: Call) -> Timel
 
 def _with_own(asked: Consistency | None, site: str, version: int) -> Consistency:
     """What the read demands, and the last write of this device too."""
-    if asked is not None and asked.level in ("bounded", "strong"):
-        return asked
-    token = {} if asked is None else asked.token
-    return Consistency(level="session", token=token | {site: max(version, token.get(site, 0))})
+    if asked is None or asked.level == "eventual":
+        return Consistency(level="session", token={site: version})
+    return replace(asked, token=asked.token | {site: max(version, asked.token.get(site, 0))})
 
 
 def _not_held(entity_id: str | None, error: MnemeshError) -> Unavailable:

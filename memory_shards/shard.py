@@ -5,6 +5,9 @@ Every replica of a shard reads the same log and listens in the same queue group;
     prepare   which log is it, open the stores (they empty themselves if they were built for another)
     follow    messages of the log → records of our partitions → every projection
     serve     wait as fresh as demanded → read the store → say the watermark that was read
+
+What is demanded a request says, and the site's policy of reads (`demand`). Which rule of it a point read is under shows
+only in what is read: where that demands more than was waited for, it is waited for, and read again.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from msgspec.structs import replace
 
 from memory_shards import elsewhere
 from memory_shards import folder as folders
+from memory_shards.demand import NoPolicy, ReadPolicy, Types, lag_ms
 from memory_shards.elsewhere import OF_HUB, Elsewhere
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.intake import Intake
+from memory_shards.merge import Document
 from memory_shards.origins import Origins
 from memory_shards.outside import OutsideProjection
 from memory_shards.stores import Counted, Facet, VectorQuery
@@ -43,13 +48,15 @@ from mnemesh.errors import BadRequest, NotFound, Unavailable
 from mnemesh.event import Record
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
-from mnemesh.ids import from_token, to_token
-from mnemesh.jetstream import last_of_each, stream_state
+from mnemesh.ids import from_token, partition_of_tokens, to_token
+from mnemesh.jetstream import last_of, last_of_each, stream_state
 from mnemesh.lease import HELD, Lease
 from mnemesh.stats import Gauge
 from mnemesh.supervision import Escalated
 
 logger = logging.getLogger("mnemesh.shard")
+
+Result = TypeVar("Result")
 
 MOST_FOLLOWED = 1000
 MOST_BYTES_LISTED = 2 * 1024 * 1024
@@ -74,8 +81,10 @@ class Shard(Actor):
         guard: Guard | None = None,
         hub: Elsewhere | None = None,
         stores: StoreUrls = EMBEDDED,
+        reads: ReadPolicy | None = None,
     ) -> None:
         super().__init__(link, guard=guard)
+        self._reads = reads or NoPolicy()
         self._elsewhere = hub
         self.name = name
         self.site = site
@@ -146,7 +155,11 @@ class Shard(Actor):
         return gauges
 
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
-        works: dict[str, Callable[[], Awaitable[None]]] = {"follow": self._follow, "search": self.stores.vectors.run}
+        works: dict[str, Callable[[], Awaitable[None]]] = {
+            "follow": self._follow,
+            "search": self.stores.vectors.run,
+            "read_policy": partial(self._reads.follow, self.link, self.asker.inbox),
+        }
         for embedded in self.stores.embedded:
             works[f"apply.{embedded.name}"] = embedded.run
         if self.stores.outside:
@@ -176,6 +189,9 @@ class Shard(Actor):
         except sqlite3.DatabaseError as error:
             self.failed(error)
             raise
+
+    async def ready(self) -> None:
+        await self._reads.ready()
 
     @property
     def stores(self) -> Stores:
@@ -227,7 +243,9 @@ class Shard(Actor):
             return await here()
         if request.consistency is not None:
             await self._fresh(request.consistency.of_site(self.site), call, self.stores.documents)
-        held, last_own = self._device.held_or_own(tenant, entity_id)
+        held, last_own = await self._once_known(
+            lambda: self._device.held_or_own(tenant, entity_id), lambda told: told[0], request.consistency, call
+        )
         try:
             if held:
                 return await here()
@@ -235,42 +253,53 @@ class Shard(Actor):
             held, last_own = self._device.held_or_own(tenant, entity_id)
             if held:
                 raise  # else it was let go meanwhile
+
+        def types() -> list[str]:
+            return self._device.describe(tenant, [entity_id])[0].types
+
+        if last_own is not None and not (rules := self._reads.rules(tenant)).says_nothing:
+            # the hub takes what is asked for here for the caller's, and that goes before what its policy says
+            request = replace(request, consistency=rules.demand(request.consistency, types() or (None,)))
         return await elsewhere.get_context(
             self._elsewhere,
             replace(request, entity_id=entity_id),
             call,
             own=None if last_own is None else (self.site, last_own),
-            types=lambda: self._device.describe(tenant, [entity_id])[0].types,
+            types=types,
             here=here,
         )
 
     async def _get_context(self, entity_id: str, request: messages.GetContext, call: Call) -> messages.Context:
         tenant = call.caller.tenant
-        seen = await self._fresh(request.consistency, call, self.stores.documents)
-        document = await self.stores.documents.get(
-            tenant,
-            entity_id,
-            as_of_ms=to_ms(request.as_of) if request.as_of else None,
-            valid_at_ms=to_ms(request.valid_at) if request.valid_at else None,
-        )
+
+        async def read() -> tuple[Document | None, Types]:
+            document = await self.stores.documents.get(
+                tenant,
+                entity_id,
+                as_of_ms=to_ms(request.as_of) if request.as_of else None,
+                valid_at_ms=to_ms(request.valid_at) if request.valid_at else None,
+            )
+            return document, () if document is None else (document.type,)
+
+        demand, seen, document = await self._read_of(request.consistency, call, read)
         if document is None:
             raise NotFound(f"nothing is remembered of {entity_id[:200]!r} (as of {self.site} {seen[self.site]})")
         edges, latest = document.edges, document.version
         missing = []
         if edges is None:
             try:
-                places = await self._fresh(request.consistency, call, self.stores.edges)
+                places = await self._fresh(demand, call, self.stores.edges)
                 edges, at = await self.stores.edges.edges_of(tenant, entity_id)
             except Unavailable:
                 edges, missing = [], ["edges"]
             else:
-                seen = self._freshness.seen(min(places[self.site], seen[self.site]), request.consistency)
+                seen = self._freshness.seen(min(places[self.site], seen[self.site]), demand)
                 latest = max(latest, at)
         vectors = None
         if request.include_vectors:
-            await self._fresh(request.consistency, call, self.stores.vectors)
+            await self._fresh(demand, call, self.stores.vectors)
             vectors, at = await self.stores.vectors.vectors_of(tenant, entity_id)
-            seen = self._freshness.seen(min(at, seen[self.site]), request.consistency)
+            seen = self._freshness.seen(min(at, seen[self.site]), demand)
             latest = max(latest, at)
         suspects = None
         if request.include_suspects:
@@ -295,20 +324,34 @@ class Shard(Actor):
         entity_id = _entity_id(request.entity_id, call)
         tenant = call.caller.tenant
         if self._elsewhere is not None:
-            is_here = self._device.holds(tenant, entity_id) or self._device.timeline(tenant, entity_id, 0, 1)
+            is_here = await self._once_known(
+                lambda: self._device.holds(tenant, entity_id) or self._device.timeline(tenant, entity_id, 0, 1),
+                bool,
+                request.consistency,
+                call,
+            )
             if request.after >= OF_HUB or not is_here:
                 return await elsewhere.timeline(self._elsewhere, replace(request, entity_id=entity_id), call)
-        seen = await self._fresh(request.consistency, call, self.stores.documents)
-        complete = self._has_all_of(tenant, entity_id)
-        events = await self.stores.documents.timeline(tenant, entity_id, request.after, request.limit)
-        complete = complete and self._has_all_of(tenant, entity_id)
-        return replace(_page(events, request.limit, seen), complete=complete)
+
+        async def read() -> tuple[messages.TimelinePage, Types]:
+            complete = self._has_all_of(tenant, entity_id)
+            events = await self.stores.documents.timeline(tenant, entity_id, request.after, request.limit)
+            complete = complete and self._has_all_of(tenant, entity_id)
+            page = replace(_page(events, request.limit, {}), complete=complete)
+            if self._reads.rules(tenant).says_nothing:
+                return page, ()
+            (told,) = await self.stores.documents.describe(tenant, [entity_id])
+            return page, told.types or ((told.type,) if told.sites else ())
+
+        _, seen, page = await self._read_of(request.consistency, call, read)
+        return replace(page, watermark=seen)
 
     # ── parts of questions that span shards ─────────────────────────────────────────────────────────────────
 
     @handles(subjects.SHARD_TIMELINE_RANGE)
     async def timeline_range(self, request: messages.TimelineRange, call: Call) -> messages.TimelinePage:
-        seen = await self._fresh(request.consistency, call, self.stores.documents)
+        demand = self._demand(request.consistency, call, request.type)
+        seen = await self._fresh(demand, call, self.stores.documents)
         events = await self.stores.documents.timeline_range(
             call.caller.tenant,
             to_ms(request.start) if request.start else None,
@@ -321,7 +364,8 @@ class Shard(Actor):
 
     @handles(subjects.SHARD_SEARCH)
     async def search(self, request: messages.SearchEmbedding, call: Call) -> messages.Hits:
-        await self._fresh(request.consistency, call, self.stores.vectors)
+        demand = self._demand(request.consistency, call, request.type)
+        await self._fresh(demand, call, self.stores.vectors)
         query = VectorQuery(
             tenant=call.caller.tenant,
             space=request.space,
@@ -333,18 +377,19 @@ class Shard(Actor):
             include_vectors=request.include_vectors,
         )
         found = await self.stores.vectors.search(query)
-        seen = self._freshness.seen(found.at, request.consistency)
+        seen = self._freshness.seen(found.at, demand)
         return messages.Hits(hits=found.hits, watermark=seen, latest=found.latest)
 
     @handles(subjects.SHARD_SEARCH_TEXT)
     async def search_text(self, request: messages.SearchText, call: Call) -> messages.Hits:
-        seen = await self._fresh(request.consistency, call, self.stores.texts)
+        demand = self._demand(request.consistency, call, request.type)
+        seen = await self._fresh(demand, call, self.stores.texts)
         hits, latest = await self.stores.texts.search_text(call.caller.tenant, request.query, request.k, request.type)
         return messages.Hits(hits=hits, watermark=seen, latest=latest)
 
     @handles(subjects.SHARD_EXPAND)
     async def expand(self, request: messages.Expand, call: Call) -> messages.Expanded:
-        seen = await self._fresh(request.consistency, call, self.stores.edges)
+        seen = await self._fresh(self._demand(request.consistency, call), call, self.stores.edges)
         tenant, entity_ids = call.caller.tenant, request.entity_ids
         walk = await self.stores.edges.expand(
             tenant, entity_ids, request.relations, request.direction, request.limit, request.ahead
@@ -359,10 +404,13 @@ class Shard(Actor):
         )
 
     # ── what others exchange about what is here ─────────────────────────────────────────────────────────────
+    # Services of the site ask, and name the sequence that they ask about: no rule adds to that.
 
     @handles(subjects.SHARD_LIST)
     async def list_entities(self, request: messages.ListEntities, call: Call) -> messages.Entities:
-        seen = await self._fresh(request.consistency, call, self.stores.documents)
+        seen = await self._fresh(
+            request.consistency or self._demand(None, call, *request.types), call, self.stores.documents
+        )
         found = await self.stores.documents.list_entities(
             call.caller.tenant,
             request.after,
@@ -377,7 +425,7 @@ class Shard(Actor):
 
     @handles(subjects.SHARD_DESCRIBE)
     async def describe(self, request: messages.Describe, call: Call) -> messages.Descriptions:
-        seen = await self._fresh(request.consistency, call, self.stores.documents)
+        seen = await self._fresh(request.consistency or self._demand(None, call), call, self.stores.documents)
         found = await self.stores.documents.describe(call.caller.tenant, request.entity_ids)
         return messages.Descriptions(entities=found, watermark=seen)
 
@@ -451,6 +499,61 @@ class Shard(Actor):
                 await projection.ready(call.deadline)
             places.append((await self._freshness.wait(consistency, projection.watermark, call))[self.site])
         return self._freshness.seen(min(places), consistency)
+
+    def _demand(self, asked: messages.Consistency | None, call: Call, *types: str | None) -> messages.Consistency:
+        """What a read of many entities demands: of these types, or of any if it names none."""
+        return self._reads.rules(call.caller.tenant).demand(asked, [type for type in types if type is not None])
+
+    async def _read_of(
+        self, asked: messages.Consistency | None, call: Call, read: Callable[[], Awaitable[tuple[Result, Types]]]
+    ) -> tuple[messages.Consistency, messages.Token, Result]:
+        """Read what the documents have of the entity that a call is about, as fresh as what it turns out to be demands.
+
+        `read` tells its types, too. Returns what was waited for, what was seen, and what was read.
+        """
+        rules = self._reads.rules(call.caller.tenant)
+        demand = rules.least(asked)
+        while True:
+            seen = await self._fresh(demand, call, self.stores.documents)
+            found, types = await read()
+            if rules.says_nothing:
+                return demand, seen, found
+            stricter = rules.demand(asked, types)
+            may_turn_out = rules.has_access_control and lag_ms(demand) and lag_ms(stricter)
+            if may_turn_out and not await self._has_all_in_log(call, seen):
+                stricter = rules.demand(asked)  # what this replica lacks may say that it is access control
+            if demand == stricter or lag_ms(demand) <= lag_ms(stricter):
+                return demand, seen, found
+            demand = stricter
+
+    async def _has_all_in_log(self, call: Call, seen: messages.Token) -> bool:
+        """Whether a read that saw so much saw all events of the entity that a call is about."""
+
+        async def last_of_it() -> int:
+            tenant, token = call.caller.tenant, call.tokens["entity"]
+            subject = subjects.log_event("*", tenant, partition_of_tokens(tenant, token), token)
+            try:
+                return (await last_of(self.asker.inbox, self._log, subject)).sequence
+            except NotFound:
+                return 0
+
+        return await self._freshness.has_all(seen[self.site], last_of_it, call)
+
+    async def _once_known(
+        self,
+        look: Callable[[], Result],
+        is_here: Callable[[Result], object],
+        asked: messages.Consistency | None,
+        call: Call,
+    ) -> Result:
+        """What a device's own documents say of an entity; that it is not here only once they are as fresh as any rule
+        demands."""
+        found = look()
+        demand = self._demand(asked, call)
+        if not is_here(found) and lag_ms(demand) < float("inf"):
+            await self._fresh(demand.of_site(self.site), call, self.stores.documents)
+            found = look()
+        return found
 
     @property
     def _device(self) -> SqliteStore:

@@ -36,6 +36,7 @@ from services.erasure import Eraser
 from services.feed import Feed
 from services.log_tail import LogTail
 from services.presence import Presence, since_s
+from services.read_policy import SiteReadPolicy
 from services.receipts import Receipts
 from services.roster import Key
 from services.selection import Selection
@@ -103,6 +104,7 @@ class Hub(Actor):
         self._log = subjects.log_stream(site)
         self._presence = Presence()
         self._policy = SitePolicy(site)
+        self._reads = SiteReadPolicy()
         self._shards = ShardMap()
         self._inventory = Inventory(self.asker, self._shards, site=site, name=self.role)
         self._tail = LogTail(link, self.asker.inbox, self._log)
@@ -126,6 +128,7 @@ class Hub(Actor):
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         return {
             "policy": partial(self._policy.follow, self.link, self.asker.inbox),
+            "read_policy": partial(self._reads.follow, self.link, self.asker.inbox),
             "shard_map": partial(self._shards.follow, self.link, self.asker.inbox),
             "spaces": partial(self._uplinks.spaces.follow, self.link, self.asker.inbox),
             "receipts": partial(self._receipts.view.follow, self.link, self.asker.inbox),
@@ -141,6 +144,7 @@ class Hub(Actor):
 
     async def ready(self) -> None:
         await self._policy.ready()
+        await self._reads.ready()
         await self._shards.ready.wait()
         await self._uplinks.spaces.ready.wait()
         await self._receipts.view.ready.wait()
@@ -169,6 +173,7 @@ class Hub(Actor):
         self._check_enrolled(device)
         self._presence.hear(device, request)
         policy = self._policy.text if policy_hash(self._policy.text) != request.policy else ""
+        consistency = self._reads.text if policy_hash(self._reads.text) != request.consistency else ""
         entry = self._policy.entry(device)
         place, mark = await self._last_mark(device)
         if request.log:
@@ -183,6 +188,7 @@ class Hub(Actor):
             clock_ms=wall_ms(),
             contract=subjects.CONTRACT,
             policy=policy,
+            consistency=consistency,
             region=entry.region,
             tenants=entry.tenants,
         )

@@ -31,6 +31,7 @@ from router.peers import Devices
 from router.router import Router
 from services.gateway import Gateway
 from services.policy import TenantGuard
+from services.read_policy import SiteReadPolicy
 from services.site_policy import SitePolicy
 from services.views import Views
 
@@ -108,6 +109,7 @@ class Mesh:
             partitions=entry.partitions,
             folder=Path(self.folder) / name,
             guard=TenantGuard(),
+            reads=SiteReadPolicy(),
         )
 
 

@@ -29,6 +29,7 @@ from router.router import Router
 from services.gateway import Gateway
 from services.hub import Hub
 from services.policy import TenantGuard
+from services.read_policy import SiteReadPolicy
 from services.site_policy import SitePolicy
 
 TENANT = "acme"
@@ -62,6 +63,7 @@ class HubSite:
                     partitions=range(PARTITIONS),
                     folder=self.options.data / "shard",
                     guard=TenantGuard(),
+                    reads=SiteReadPolicy(),
                 ),
             ]
             async with hosted(*actors), hosted(Hub(await self.link("hub"), site="hub")) as self.for_devices:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "f3d9240c0ee3"
+CONTRACT = "0561c2cdf34e"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -635,13 +635,14 @@ TENANTS = Bucket(name="mnemesh_tenants", about="the tenants that exist")
 SHARDS = Bucket(name="mnemesh_shards", about="the shard map, which shard serves which partitions")
 SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimension, metric, index and model")
 POLICIES = Bucket(name="mnemesh_policies", about="what may leave, as set here or handed by the hub; its enrolment")
+CONSISTENCY = Bucket(name="mnemesh_consistency", about="how fresh reads must be, as set here or handed by the hub")
 SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of its devices, revoked or not")
 LEASES = Bucket(name="mnemesh_leases", about="which replica of a shard writes to shared stores, or keeps the views")
 VIEWS = Bucket(name="mnemesh_views", about="the views, of which attributes of which entities there is a vector")
 VIEW_PLACES = Bucket(name="mnemesh_view_places", about="up to where a view has the log")
 RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site and, at a hub, at its devices")
 
-BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, SITES, LEASES, VIEWS, VIEW_PLACES, RECEIPTS)
+BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, CONSISTENCY, SITES, LEASES, VIEWS, VIEW_PLACES, RECEIPTS)
 
 
 LOG_DUPLICATE_WINDOW_S = {"hub": 120, "device": 45}

@@ -40,8 +40,9 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Consistency(Request, frozen=True, kw_only=True):
     """How fresh a read must be. A replica waits within the budget, else answers `stale`.
 
-    `eventual`: answer now. `session`: at least `token`. `bounded`: at most `max_lag_ms` behind the log.
-    `strong`: at least the log's head when the request arrived.
+    `eventual`: answer now. `session`: at least `token`. `bounded`: at most `max_lag_ms` behind the log, and at least
+    `token`. `strong`: at least the log's head when the request arrived, and `token`. A request that has none gets what
+    the site's policy says of its tenant and type, and what is about access control is `strong` whatever it says.
     """
 
     level: Level = "eventual"
@@ -50,8 +51,6 @@ class Consistency(Request, frozen=True, kw_only=True):
 
     def of_site(self, site: str) -> Consistency:
         """What this demands of one site's own log."""
-        if self.level != "session":
-            return self
         token = {site: self.token[site]} if site in self.token else {}
         return msgspec.structs.replace(self, token=token)
 

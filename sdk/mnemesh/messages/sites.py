@@ -18,8 +18,9 @@ class AskPosition(Request, frozen=True, kw_only=True):
     `waiting` events are still to be sent, the oldest for `lag_s`; it has the hub's log up to `downlinked`, of what it
     wants, and has erased what was forgotten there up to `erased`. `clock_ms` is the device's time, in milliseconds
     since 1970, and `log_bytes` the size of its log. It holds so many entities and bytes of the hub's. Of its own events
-    the hub `refused` so many, in whole or in part. `policy` is a hash of the policy that it was handed. One that names
-    the incarnation of its `log` asks for an event beyond its mark, too.
+    the hub `refused` so many, in whole or in part. `policy` is a hash of the policy that it was handed, `consistency`
+    one of that of how fresh reads must be. One that names the incarnation of its `log` asks for an event beyond its
+    mark, too.
     """
 
     waiting: Sequence = 0
@@ -33,6 +34,7 @@ class AskPosition(Request, frozen=True, kw_only=True):
     log_bytes: Sequence = 0
     refused: Sequence = 0
     policy: Annotated[str, Meta(max_length=64)] = ""
+    consistency: Annotated[str, Meta(max_length=64)] = ""
     log: Annotated[str, Meta(max_length=255)] = ""
 
 
@@ -41,8 +43,8 @@ class Position(Reply, frozen=True, kw_only=True):
 
     `incarnation` tells the device's log from another of the same name made later; `last` is a hash of the last message,
     empty where it is not known, and `hlc` the newest stamp that came. `clock_ms` is the hub's time, in ms since
-    1970. `policy` is there where the device has another one. The device was enrolled with this `region` and these
-    `tenants`; none: all.
+    1970. `policy` and `consistency` are there where the device has others. The device was enrolled with this `region`
+    and these `tenants`; none: all.
     """
 
     hub: str
@@ -54,6 +56,7 @@ class Position(Reply, frozen=True, kw_only=True):
     clock_ms: int = 0
     contract: str = ""
     policy: str = ""
+    consistency: str = ""
     region: str = ""
     tenants: list[str] = []
 
