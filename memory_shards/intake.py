@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from memory_shards.origins import Origins
+from mnemesh.atomic_batch import whole_of
 from mnemesh.errors import MnemeshError
 from mnemesh.event import Record, decode_event
 from mnemesh.jetstream import SiteKind, Stored
@@ -84,7 +85,8 @@ class Intake:
         event = decode_event(stored.message.data)
         if is_born_here(stored.message, place, self._site):
             hub = stored.sequence if self._is_hub else None
-            return Record(stored.sequence, stored.recorded_at, partition, event, hub=hub)
+            write = whole_of(stored.message)
+            return Record(stored.sequence, stored.recorded_at, partition, event, hub=hub, write=write)
         check_carried(event, place)
         return Record(
             stored.sequence,

@@ -20,6 +20,7 @@ from typing import Protocol, TypeAlias, TypeVar
 from memory_shards.breaker import Breaker
 from memory_shards.freshness import REPLY_MARGIN_S
 from memory_shards.stores import WentBack
+from memory_shards.transactions import transactions
 from memory_shards.watermark import Watermark
 from mnemesh.errors import MnemeshError, Unavailable
 from mnemesh.event import Record
@@ -142,9 +143,7 @@ class OutsideProjection:
                 after = last
 
     async def _apply(self, records: Sequence[Record], last: int, after: int) -> None:
-        for start in range(0, max(1, len(records)), self._most):
-            chunk = records[start : start + self._most]
-            reached = last if start + self._most >= len(records) else chunk[-1].sequence
+        for chunk, reached in transactions(records, last, self._most):
             await self.on_worker(self.store.apply, chunk, reached, after)
             after = reached
             self.breaker.answered()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from memory_shards.stores import Store
+from memory_shards.transactions import transactions
 from memory_shards.watermark import Watermark
 from mnemesh.event import Record
 
@@ -30,7 +31,8 @@ MOST_WAITING = 8
 class Projection:
     """Feeds one store. `offer` records in log order; `run` applies them; `on_worker` runs reads beside them.
 
-    `most` bounds how many records one transaction applies, and so how long it keeps the worker from reads. Records that
+    `most` bounds how many records one transaction applies, and so how long it keeps the worker from reads; an atomic
+    write of more is one all the same. Records that
     no read can tell of are put off until a transaction that there is anyway: their watermark is reached at once.
     While nothing waits, the store settles, step by step.
     """
@@ -79,9 +81,7 @@ class Projection:
                 self._current = [*self._put_off, *records], watermark
                 self._put_off = []
             records, watermark = self._current
-            for start in range(0, max(1, len(records)), self._most):
-                chunk = records[start : start + self._most]
-                reached = watermark if start + self._most >= len(records) else chunk[-1].sequence
+            for chunk, reached in transactions(records, watermark, self._most):
                 await self.on_worker(self.store.apply, chunk, reached)
                 self.applied += len(chunk)
                 self.watermark.advance(reached)

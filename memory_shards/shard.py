@@ -215,8 +215,7 @@ class Shard(Actor):
         """Bring every event of our partitions to every projection, from where the slowest one stands."""
         projections = self.stores.embedded
         after = min(projection.offered for projection in projections)
-        follower = Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation)
-        async for batch in follower.batches(MOST_FOLLOWED):
+        async for batch in self._follower(after).batches(MOST_FOLLOWED):
             records = self._intake.records(batch)
             for projection in projections:
                 await projection.offer(records, batch[-1].sequence)
@@ -224,10 +223,13 @@ class Shard(Actor):
     async def _followed(self, after: int) -> AsyncGenerator[tuple[list[Record], int], None]:
         """The log from there on for one store alone: batches of our partitions' records, each with its last place."""
         intake = self._intake.of_one_store()
-        follower = Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation)
-        async with contextlib.aclosing(follower.batches(MOST_FOLLOWED)) as batches:
+        async with contextlib.aclosing(self._follower(after).batches(MOST_FOLLOWED)) as batches:
             async for batch in batches:
                 yield intake.records(batch), batch[-1].sequence
+
+    def _follower(self, after: int) -> Follower:
+        """One that brings what one write says in one list, so that a store can commit it in one transaction."""
+        return Follower(self.link, self.asker.inbox, self._log, after=after, incarnation=self._incarnation, whole=True)
 
     async def _ask_head(self) -> int:
         return (await stream_state(self.asker.inbox, self._log)).last_sequence

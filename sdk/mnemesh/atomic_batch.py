@@ -1,5 +1,8 @@
 """JetStream's atomic batch publish: many messages of one stream, stored at consecutive sequences or not at all.
 
+The stream keeps the headers of a batch, so a reader knows one. Most batches are of writes that only share a commit; the
+messages of one that is `WHOLE` are one write, and are to have their effects together.
+
 https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-50.md
 """
 
@@ -12,7 +15,7 @@ from typing import NamedTuple
 
 import nats.nuid
 
-from mnemesh.connection import Link
+from mnemesh.connection import Link, Message
 from mnemesh.errors import Internal, Timeout
 from mnemesh.inbox import Inbox
 from mnemesh.jetstream import check
@@ -20,6 +23,7 @@ from mnemesh.jetstream import check
 BATCH_ID = "Nats-Batch-Id"
 BATCH_SEQUENCE = "Nats-Batch-Sequence"
 BATCH_COMMIT = "Nats-Batch-Commit"
+WHOLE = "Mnemesh-Whole"
 
 MOST_IN_BATCH = 1000
 """nats-server's limit for one atomic batch."""
@@ -37,6 +41,17 @@ class Outgoing(NamedTuple):
     subject: str
     payload: bytes
     headers: Mapping[str, str]
+
+
+def whole_of(message: Message) -> str:
+    """The id of the batch that a message of the log is to have its effects together with; empty where it has none."""
+    headers = message.headers
+    return headers.get(BATCH_ID, "") if WHOLE in headers else ""
+
+
+def ends_whole(message: Message) -> bool:
+    """Whether it is the last one of its batch, unless that one was erased."""
+    return BATCH_COMMIT in message.headers
 
 
 def without_erased(messages: Sequence[Outgoing]) -> list[Outgoing]:

@@ -79,7 +79,8 @@ class Record(NamedTuple):
     """An event at its place in a site's log. `recorded_at` is the log's time, in milliseconds since 1970.
 
     `birth` is there where the event was carried here; `hub` is its sequence in the hub's log, as far as that is known.
-    One that is `quarantined` has no effect: it is stamped too far ahead of the hub's clock.
+    One that is `quarantined` has no effect: it is stamped too far ahead of the hub's clock. Those of one atomic `write`
+    have its id, and have their effects together.
     """
 
     sequence: int
@@ -89,6 +90,7 @@ class Record(NamedTuple):
     birth: Birth | None = None
     hub: int | None = None
     quarantined: bool = False
+    write: str = ""
 
     @property
     def log(self) -> str:

@@ -19,6 +19,7 @@ import nats.errors
 import nats.nuid
 from nats.aio.subscription import Subscription
 
+from mnemesh.atomic_batch import ends_whole, whole_of
 from mnemesh.connection import Link, Message
 from mnemesh.errors import MnemeshError
 from mnemesh.inbox import Inbox
@@ -41,10 +42,19 @@ class Follower:
 
     `incarnation` is the stream that the reader knows; if it is another now, `batches` raises `StreamShrank`. With a
     `subject`, by wildcards, only its messages are read, and the reader cannot know up to where it has seen all of them.
+    One that reads `whole` writes ends no list in the midst of an atomic one.
     """
 
     def __init__(
-        self, link: Link, inbox: Inbox, stream: str, *, after: int = 0, incarnation: str, subject: str = ""
+        self,
+        link: Link,
+        inbox: Inbox,
+        stream: str,
+        *,
+        after: int = 0,
+        incarnation: str,
+        subject: str = "",
+        whole: bool = False,
     ) -> None:
         self._link = link
         self._inbox = inbox
@@ -52,9 +62,13 @@ class Follower:
         self._incarnation = incarnation
         self._last = after
         self._subject = subject
+        self._whole = whole
         self._deliver = ""
         self._subscription: Subscription | None = None
         self._buffer: deque[Stored | str] = deque()
+        self._begun: list[Stored] = []
+        """What was taken of a write that is still to come in part."""
+        self._idle = False
         self._wake = asyncio.Event()
         self._expected = 1
         self._name = ""
@@ -67,7 +81,7 @@ class Follower:
         return len(self._buffer)
 
     async def batches(self, most: int) -> AsyncGenerator[list[Stored], None]:
-        """Lists of 1 to `most` messages in log order, for ever. Raises `StreamShrank`."""
+        """Lists of 1 to `most` messages in log order, for ever; longer of whole writes. Raises `StreamShrank`."""
         forget = self._link.on_lost(self._on_lost)
         try:
             await self._create()
@@ -88,17 +102,29 @@ class Follower:
             await self._unsubscribe()
 
     async def _take(self, most: int) -> list[Stored]:
-        """Up to `most` messages, answering the flow control that stood between them."""
-        batch: list[Stored] = []
-        while self._buffer and len(batch) < most:
+        """Up to `most` messages, and what else is of the last one's write, answering the flow control between them."""
+        batch, self._begun = self._begun, []
+        while self._buffer and (len(batch) < most or self._goes_on(batch[-1])):
             item = self._buffer.popleft()
             if isinstance(item, str):
                 await self._link.publish(item, b"")
             else:
                 batch.append(item)
+        if batch and not self._buffer and not self._idle and self._goes_on(batch[-1]):
+            batch, self._begun = _without_begun(batch)
         if not self._buffer and not self._broken:
             self._wake.clear()
         return batch
+
+    def _goes_on(self, last: Stored) -> bool:
+        """Whether more of a message's write is to come. Of one whose end was erased another message tells, or idleness.
+
+        Messages of a batch are delivered while the server still stores it, and it then says that none follow.
+        """
+        if not self._whole or not (write := whole_of(last.message)) or ends_whole(last.message):
+            return False
+        following = next((item for item in self._buffer if not isinstance(item, str)), None)
+        return following is None or whole_of(following.message) == write
 
     async def _create(self) -> None:
         """A fresh consumer from the last message taken, for as long as it takes to get one."""
@@ -111,6 +137,7 @@ class Follower:
                 self._deliver = f"{self._link.options.inbox_prefix}.{self._name}"
                 self._subscription = await self._link.subscribe(self._deliver, self._on_message)
                 self._buffer.clear()
+                self._begun = []
                 self._wake.clear()
                 self._expected = 1
                 self._broken = False
@@ -178,6 +205,7 @@ class Follower:
             self._wake.set()
             return
         self._expected += 1
+        self._idle = False
         recorded_at = int(moment) // 1_000_000
         self._buffer.append(Stored(int(sequence), recorded_at, message, int(following)))
         self._wake.set()
@@ -193,4 +221,14 @@ class Follower:
                 self._buffer.append(stalled)
             if int(headers.get("Nats-Last-Consumer", 0)) != self._expected - 1:
                 self._broken = True
+            self._idle = True
         self._wake.set()
+
+
+def _without_begun(batch: list[Stored]) -> tuple[list[Stored], list[Stored]]:
+    """The messages before those of the last one's write, and these."""
+    write = whole_of(batch[-1].message)
+    begin = len(batch) - 1
+    while begin and whole_of(batch[begin - 1].message) == write:
+        begin -= 1
+    return batch[:begin], batch[begin:]

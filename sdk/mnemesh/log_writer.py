@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import nats.nuid
 
-from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, ROLLUP, Outgoing, publish_batch
+from mnemesh.atomic_batch import MOST_BYTES_IN_BATCH, MOST_IN_BATCH, ROLLUP, WHOLE, Outgoing, publish_batch
 from mnemesh.connection import Link
 from mnemesh.errors import Busy, Conflict, MnemeshError, TooLarge, Unavailable
 from mnemesh.inbox import Inbox
@@ -123,9 +123,12 @@ class LogWriter:
         return await self._enqueue(appends, atomic=False) if appends else []
 
     async def append_all(self, appends: Sequence[Append]) -> list[Position]:
-        """Append all (at most 1,000) or none. Raises `Conflict` if any compare-and-set failed, or any id is taken."""
+        """Append all (at most 1,000) or none, as one write. Raises `Conflict` if any compare-and-set failed, or any id
+        is taken."""
         if len(appends) > MOST_IN_BATCH:
             raise TooLarge(f"at most {MOST_IN_BATCH} messages can be appended as one; these are {len(appends)}")
+        if len(appends) > 1:
+            appends = [append._replace(headers={**append.headers, WHOLE: "1"}) for append in appends]
         outcomes = await self._enqueue(appends, atomic=True) if appends else []
         positions = []
         for outcome in outcomes:
