@@ -10,16 +10,18 @@ it; who reads a policy's text, and follows it, is elsewhere. Looks at `mnemesh` 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from mnemesh.connection import Link
 from mnemesh.inbox import Inbox
-from mnemesh.messages import Consistency
+from mnemesh.messages import Consistency, Token
+
+Result = TypeVar("Result")
 
 EVENTUAL = Consistency()
 STRONG = Consistency(level="strong")
@@ -87,6 +89,32 @@ def lag_ms(demand: Consistency) -> float:
     if demand.level == "bounded" and demand.max_lag_ms is not None:
         return demand.max_lag_ms
     return float("inf")
+
+
+async def read_as_demanded(
+    rules: Rules,
+    asked: Consistency | None,
+    *,
+    fresh: Callable[[Consistency], Awaitable[Token]],
+    read: Callable[[], Awaitable[tuple[Result, Types]]],
+    has_all: Callable[[Token], Awaitable[bool]],
+) -> tuple[Consistency, Token, Result]:
+    """Read one thing as fresh as what it turns out to be demands: what was waited for, what was seen, what was read.
+
+    `fresh` waits, and says what a read then sees; `read` reads, and says of which types that is; `has_all` says whether
+    the log has nothing more of it now than a read saw that saw so much.
+    """
+    demand = rules.least(asked)
+    while True:
+        seen = await fresh(demand)
+        found, types = await read()
+        stricter = rules.demand(asked, types)
+        may_turn_out = rules.has_access_control and lag_ms(demand) and lag_ms(stricter)
+        if may_turn_out and not await has_all(seen):
+            stricter = rules.demand(asked)  # what this replica lacks may say that it is access control
+        if demand == stricter or lag_ms(demand) <= lag_ms(stricter):
+            return demand, seen, found
+        demand = stricter
 
 
 class ReadPolicy(Protocol):

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from memory_shards import elsewhere
 from memory_shards import folder as folders
-from memory_shards.demand import NoPolicy, ReadPolicy, Types, lag_ms
+from memory_shards.demand import NoPolicy, ReadPolicy, Types, lag_ms, read_as_demanded
 from memory_shards.elsewhere import OF_HUB, Elsewhere
 from memory_shards.freshness import Freshness, LogHead
 from memory_shards.intake import Intake
@@ -255,19 +255,14 @@ class Shard(Actor):
             held, last_own = self._device.held_or_own(tenant, entity_id)
             if held:
                 raise  # else it was let go meanwhile
-
-        def types() -> list[str]:
-            return self._device.describe(tenant, [entity_id])[0].types
-
-        if last_own is not None and not (rules := self._reads.rules(tenant)).says_nothing:
-            # the hub takes what is asked for here for the caller's, and that goes before what its policy says
-            request = replace(request, consistency=rules.demand(request.consistency, types() or (None,)))
+        if last_own is not None:  # for then the hub is told a token, and what a request demands goes before its policy
+            request = replace(request, consistency=self._demand(request.consistency, call))
         return await elsewhere.get_context(
             self._elsewhere,
             replace(request, entity_id=entity_id),
             call,
             own=None if last_own is None else (self.site, last_own),
-            types=types,
+            types=lambda: self._device.describe(tenant, [entity_id])[0].types,
             here=here,
         )
 
@@ -508,25 +503,19 @@ class Shard(Actor):
 
     async def _read_of(
         self, asked: messages.Consistency | None, call: Call, read: Callable[[], Awaitable[tuple[Result, Types]]]
-    ) -> tuple[messages.Consistency, messages.Token, Result]:
-        """Read what the documents have of the entity that a call is about, as fresh as what it turns out to be demands.
-
-        `read` tells its types, too. Returns what was waited for, what was seen, and what was read.
-        """
+    ) -> tuple[messages.Consistency | None, messages.Token, Result]:
+        """Read what the documents have of the entity that a call is about: what was waited for, seen and read."""
         rules = self._reads.rules(call.caller.tenant)
-        demand = rules.least(asked)
-        while True:
-            seen = await self._fresh(demand, call, self.stores.documents)
-            found, types = await read()
-            if rules.says_nothing:
-                return demand, seen, found
-            stricter = rules.demand(asked, types)
-            may_turn_out = rules.has_access_control and lag_ms(demand) and lag_ms(stricter)
-            if may_turn_out and not await self._has_all_in_log(call, seen):
-                stricter = rules.demand(asked)  # what this replica lacks may say that it is access control
-            if demand == stricter or lag_ms(demand) <= lag_ms(stricter):
-                return demand, seen, found
-            demand = stricter
+        if rules.says_nothing:
+            seen = await self._fresh(asked, call, self.stores.documents)
+            return asked, seen, (await read())[0]
+        return await read_as_demanded(
+            rules,
+            asked,
+            fresh=lambda demand: self._fresh(demand, call, self.stores.documents),
+            read=read,
+            has_all=partial(self._has_all_in_log, call),
+        )
 
     async def _has_all_in_log(self, call: Call, seen: messages.Token) -> bool:
         """Whether a read that saw so much saw all events of the entity that a call is about."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from memory_shards.demand import CLOSED, OPEN, Rules
+from memory_shards.demand import CLOSED, Rules
 from mnemesh import kv, subjects
 from mnemesh.connection import Link
 from mnemesh.errors import MnemeshError
@@ -30,7 +30,9 @@ class SiteReadPolicy:
 
     def __init__(self) -> None:
         self._texts = BucketView(subjects.CONSISTENCY.name)
-        self._read: tuple[bytes, ConsistencyPolicy] = b"", ConsistencyPolicy()
+        self._policy = ConsistencyPolicy()
+        self._version = 0
+        """The version of the texts that the policy was read from."""
 
     async def follow(self, link: Link, inbox: Inbox) -> None:
         await self._texts.follow(link, inbox)
@@ -40,12 +42,9 @@ class SiteReadPolicy:
 
     def rules(self, tenant: str) -> Rules:
         """What holds for a tenant's reads."""
-        text = self._text
-        if not text:
-            return OPEN
-        if text != self._read[0]:
-            self._read = text, self._parsed(text)
-        return self._read[1].rules(tenant)
+        if self._version != self._texts.version:
+            self._version, self._policy = self._texts.version, self._parsed(self._text)
+        return self._policy.rules(tenant)
 
     @property
     def text(self) -> str:
@@ -69,7 +68,7 @@ class SiteReadPolicy:
 
     def _parsed(self, text: bytes) -> ConsistencyPolicy:
         try:
-            return parse(text.decode())
+            return parse(text.decode()) if text else ConsistencyPolicy()
         except (MnemeshError, UnicodeDecodeError) as error:
             logger.error("the consistency policy cannot be read, so every read is strong: %s", error)
             return ALL_STRONG

@@ -230,11 +230,15 @@ async def test_a_hub_hands_its_policy_to_its_devices(hub: HubSite, tmp_path: Pat
         shard = next(actor for actor in node._host.actors if actor.role == "shard")
         reads = shard._reads  # type: ignore[attr-defined]
         assert isinstance(reads, SiteReadPolicy)
-        async with asyncio.timeout(10), reads._texts._changed:
-            await reads._texts._changed.wait_for(lambda: reads.rules("acme").access_control)
+        async with asyncio.timeout(10):
+            await reads._texts.wait_for("handed")
         written = await there.set_context("role:1", type="role")
         context = await there.get_context("role:1", consistency=EVENTUAL)
         assert context.watermark["sub7"] >= written.version
         async with alice_at(hub.server) as here:
             await here.set_context("role:2", type="role")
-        assert (await there.get_context("role:2")).type == "role"  # asked of the hub, under the same rule
+            assert (await there.get_context("role:2")).type == "role"  # asked of the hub, under the same rule
+            await here.set_context("both", type="role", attributes={"at": "hub"})
+            await there.set_context("both", attributes={"by": "device"})
+            both = await there.get_context("both")  # what it wrote itself goes there first
+            assert (both.complete, both.attributes) == (True, {"at": "hub", "by": "device"})
