@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import neo4j
 import pytest
@@ -21,14 +22,17 @@ from test_merge import put, records
 import mnemesh
 from bench.store_servers import Neo4jServer
 from cli.server import NatsServer
+from memory_shards.projection import Projection
 from memory_shards.shard import Shard
 from memory_shards.stores.neo4j_client import Target
+from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.urls import StoreUrls
 from memory_shards.transactions import transactions
 from mnemesh import Consistency, Memory, subjects
 from mnemesh import follower as following
 from mnemesh.asker import Asker
 from mnemesh.connection import Link
+from mnemesh.event import Record
 from mnemesh.follower import Follower
 from mnemesh.host import hosted
 from mnemesh.ids import PARTITIONS
@@ -57,6 +61,36 @@ def test_records_are_cut_in_order_and_a_write_never_in_two(writes: list[tuple[bo
     homes = Counter(name for run, _ in runs for name in {record.write for record in run} if name)
     assert set(homes.values()) <= {1}
     assert all(len(run) <= most or len({record.write for record in run}) == 1 for run, _ in runs)
+
+
+class Noting(SqliteStore):
+    """Notes how many records each of its transactions had."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.sizes: list[int] = []
+
+    def apply(self, records: Sequence[Record], watermark: int) -> None:
+        super().apply(records, watermark)
+        self.sizes.append(len(records))
+
+
+async def test_a_projection_commits_an_atomic_write_at_once_however_few_records_it_takes_at_a_time(
+    tmp_path: Path,
+) -> None:
+    log = [
+        Record(n, n, 0, put(ms=n, attributes={"n": n}), write="grants" if 4 <= n <= 13 else "") for n in range(1, 17)
+    ]
+    store = Noting(tmp_path, site="hub", partitions=frozenset({0}), incarnation="1")
+    projection = Projection("documents", store, most=4)
+    for some in (log[:3], log[3:13], log[13:]):
+        await projection.offer(some, some[-1].sequence)
+    running = asyncio.ensure_future(projection.run())
+    await projection.watermark.reached(16)
+    running.cancel()
+    await asyncio.wait([running])
+    assert store.sizes == [3, 10, 3]
+    await projection.close()
 
 
 # ── following ───────────────────────────────────────────────────────────────────────────────────────────────────
