@@ -23,7 +23,7 @@ OPERATOR = "operator"
 SIGNS = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
 
 
-async def main(data: Path, *, stores: bool) -> int:
+async def main(data: Path, *, stores: bool = False) -> int:
     """Print every finding; returns the exit status. With `stores` also whether they hold what the log says."""
     logging.getLogger("mnemesh").setLevel(logging.CRITICAL)  # what the probes provoke is told as findings
     findings = []
