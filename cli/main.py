@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import agent, bench, consistency, contract, demo, doctor, edge, erasure, policy, up, view
+from cli import agent, bench, consistency, contract, demo, doctor, edge, erasure, policy, rebuild, up, view
 from cli.run import RunOptions, run_service
 from cli.server import NatsServerError
 from mnemesh.client import read_credentials
@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data", type=Path, default=DATA)
     command.add_argument("--stores", action="store_true", help="also compare every store with the log, from its start")
     command.set_defaults(run=lambda flags: asyncio.run(doctor.main(flags.data, stores=flags.stores)))
+
+    command = commands.add_parser("rebuild", help="build a store anew from the log, while it is read")
+    rebuild.add_flags(command, DATA)
+    command.set_defaults(run=rebuild.run)
 
     command = commands.add_parser("contract", help="generate from subjects.yaml, or check for drift")
     command.add_argument("verb", choices=("generate", "check"))

@@ -48,6 +48,10 @@ class Batcher(Generic[Query, Answer]):
         self.queries += len(batch)
         try:
             answers = await self._work([query for query, _ in batch])
+        except asyncio.CancelledError:
+            self._waiting.extendleft(reversed(batch))  # for the next run
+            self._wake.set()
+            raise
         except Exception as error:  # noqa: BLE001 - handed to every caller of this batch, who answer it
             answers = [error] * len(batch)
         for (_, future), answer in zip(batch, answers, strict=True):

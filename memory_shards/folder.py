@@ -1,7 +1,8 @@
 """A shard's folder: one process at a time has it, for two that apply the log to one store would spoil it.
 
 The lock is the kernel's (`flock`), so it goes with its holder, however that ends. A folder whose files are no good any
-more is condemned: its next holder begins with an empty one. Looks at `mnemesh` only.
+more is condemned: its next holder begins with an empty one. A file that is built anew beside the one that is read lies
+in a folder `beside` it, from which the next holder takes it once it is `finished`. Looks at `mnemesh` only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import fcntl
 import logging
 import os
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +23,8 @@ logger = logging.getLogger("mnemesh.folder")
 
 LOCK = "lock"
 CONDEMNED = "condemned"
+BESIDE = "beside-"
+FINISHED = "finished"
 HANDOVER_S = 5.0
 """How long a new process waits for an old one that is still draining."""
 POLL_S = 0.05
@@ -38,7 +43,34 @@ async def hold(folder: Path) -> IO[str]:
     if (folder / CONDEMNED).exists():
         clear(folder)
         logger.warning("what was in %s could not be read any more; its stores start from empty", folder)
+    _take_over(folder)
     return lock
+
+
+def beside(folder: Path) -> Path:
+    """A new folder, within one that we hold, for files that are to take the place of those there."""
+    number = max((int(path.name.removeprefix(BESIDE)) for path in folder.glob(f"{BESIDE}*")), default=0) + 1
+    made = folder / f"{BESIDE}{number}"
+    made.mkdir()
+    return made
+
+
+def finished(made: Path) -> None:
+    """What is in a folder that was made `beside` is what is read from now on."""
+    (made / FINISHED).touch()
+
+
+def _take_over(folder: Path) -> None:
+    """Put in place what was finished beside, the last one last, and remove what was not."""
+    for made in sorted(folder.glob(f"{BESIDE}*"), key=lambda path: int(path.name.removeprefix(BESIDE))):
+        if (made / FINISHED).exists():
+            for file in made.glob("*.db"):
+                with closing(sqlite3.connect(file)) as connection:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # it is all in the one file then
+                for suffix in ("-wal", "-shm"):
+                    (folder / f"{file.name}{suffix}").unlink(missing_ok=True)
+                file.replace(folder / file.name)
+        shutil.rmtree(made)
 
 
 def condemn(folder: Path) -> None:

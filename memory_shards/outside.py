@@ -67,6 +67,9 @@ class OutsideStore(Protocol):
         They are all that came after `after`. Raises `WentBack` where the server stands before that.
         """
 
+    def drop(self) -> None:
+        """Delete all that the server has of it."""
+
     def close(self) -> None:
         """Let go of the connections."""
 

@@ -32,8 +32,10 @@ from memory_shards.intake import Intake
 from memory_shards.merge import Document
 from memory_shards.origins import Origins
 from memory_shards.outside import OutsideProjection
+from memory_shards.rebuild import Rebuilds, generations_in
+from memory_shards.served import Served
 from memory_shards.stores import Counted, Facet, VectorQuery
-from memory_shards.stores.by_url import Origin, Stores, open_stores
+from memory_shards.stores.by_url import Origin, Stores, open_beside, open_stores
 from memory_shards.stores.embedded import EmbeddedMemory
 from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.sqlite_schema import is_corrupt
@@ -44,7 +46,7 @@ from mnemesh.call import Call
 from mnemesh.clock import to_ms
 from mnemesh.connection import Link
 from mnemesh.contract import AnyOperation
-from mnemesh.errors import BadRequest, NotFound, Unavailable
+from mnemesh.errors import BadRequest, Conflict, NotFound, Unavailable
 from mnemesh.event import Record
 from mnemesh.follower import Follower
 from mnemesh.guard import Guard
@@ -92,7 +94,7 @@ class Shard(Actor):
         self._folder = folder
         self._urls = stores
         self._log = subjects.log_stream(site)
-        self._opened: Stores | None = None
+        self._opened: Served | None = None
         self._lock: IO[str] | None = None
         origins = Origins(may_go_back=hub is not None)  # a device does not go on from an older copy
         self._intake = Intake(
@@ -109,7 +111,8 @@ class Shard(Actor):
 
     def queue(self, operation: AnyOperation) -> str:
         """Replicas share the requests, but each tells its own status."""
-        return self.instance if operation is subjects.SHARD_STATUS else f"shard-{self.name}"
+        of_each = operation in (subjects.SHARD_STATUS, subjects.SHARD_REBUILD)
+        return self.instance if of_each else f"shard-{self.name}"
 
     def metadata(self) -> dict[str, str]:
         return {"shard": self.name, "site": self.site, "partitions": str(len(self.partitions))}
@@ -157,18 +160,27 @@ class Shard(Actor):
     def background(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         works: dict[str, Callable[[], Awaitable[None]]] = {
             "follow": self._follow,
-            "search": self.stores.vectors.run,
+            "search": partial(self._served.keep, self.stores.vectors.projection.name, lambda vectors: vectors.run()),
             "read_policy": partial(self._reads.follow, self.link, self.asker.inbox),
+            "rebuild": self._rebuilds.run,
+            "generations": partial(self._rebuilds.follow, self.link),
         }
-        for embedded in self.stores.embedded:
-            works[f"apply.{embedded.name}"] = embedded.run
-        if self.stores.outside:
-            lease = Lease(self.asker.inbox, subjects.LEASES.name, f"{self.site}.{self.name}", self.instance)
-            works["lease"] = lease.run
-            for outside in self.stores.outside:
-                held = lease if outside.store.is_shared else HELD
-                works[f"apply.{outside.name}"] = partial(outside.run, self._followed, self._ask_head, held)
+        for beside in self.stores.beside:
+            works[f"apply.{beside.name}"] = beside.run
+        for facet in self.stores.facets:
+            name = facet.projection.name
+            works[f"apply.{name}"] = partial(self._served.keep, name, self._apply)
+        if any(outside.store.is_shared for outside in self.stores.outside):
+            works["lease"] = self._lease.run
         return works
+
+    async def _apply(self, facet: Facet) -> None:
+        """Keep a store up to date from the log, for ever."""
+        if isinstance(facet.projection, OutsideProjection):
+            lease = self._lease if facet.projection.store.is_shared else HELD
+            await facet.projection.run(self._followed, self._ask_head, lease)
+        else:
+            await facet.projection.run()
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,30 +190,54 @@ class Shard(Actor):
             self._intake.note(stored)
         state = await stream_state(self.asker.inbox, self._log)
         self._incarnation = state.incarnation
-        origin = Origin(self.site, self.name, self.partitions, state.incarnation, self._folder)
+        generations = await generations_in(self.asker.inbox, subjects.GENERATIONS.name, self._place)
+        origin = Origin(self.site, self.name, self.partitions, state.incarnation, self._folder, generations)
         try:
-            self._opened = await open_stores(self._urls, origin)
-            if max(projection.watermark.value for projection in self._opened.embedded) > state.last_sequence:
+            opened = await open_stores(self._urls, origin)
+            if max(projection.watermark.value for projection in opened.embedded) > state.last_sequence:
                 logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
-                await self._opened.close()
+                await opened.close()
                 folders.clear(self._folder)
-                self._opened = await open_stores(self._urls, origin)
+                opened = await open_stores(self._urls, origin)
         except sqlite3.DatabaseError as error:
             self.failed(error)
             raise
+        self._opened = Served(opened)
+        self._lease = Lease(self.asker.inbox, subjects.LEASES.name, self._place, self.instance)
+        self._rebuilds = Rebuilds(
+            self._served,
+            partial(open_beside, self._urls, origin),
+            follow=self._followed,
+            head=self._ask_head,
+            lease=self._lease,
+            folder=self._folder,
+            inbox=self.asker.inbox,
+            bucket=subjects.GENERATIONS.name,
+            key=self._place,
+            generations=generations,
+        )
+
+    @property
+    def _place(self) -> str:
+        """What the shard's keys in KV are under."""
+        return f"{self.site}.{self.name}"
 
     async def ready(self) -> None:
         await self._reads.ready()
 
     @property
     def stores(self) -> Stores:
-        """Its stores, once it is prepared."""
+        """Its stores as they are read now, once it is prepared."""
+        return self._served.stores
+
+    @property
+    def _served(self) -> Served:
         assert self._opened is not None, "it is prepared first"
         return self._opened
 
     async def release(self) -> None:
         if self._opened is not None:
-            await self._opened.close()
+            await self.stores.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -213,11 +249,11 @@ class Shard(Actor):
 
     async def _follow(self) -> None:
         """Bring every event of our partitions to every projection, from where the slowest one stands."""
-        projections = self.stores.embedded
-        after = min(projection.offered for projection in projections)
+        after = min(projection.offered for projection in self.stores.embedded)
         async for batch in self._follower(after).batches(MOST_FOLLOWED):
             records = self._intake.records(batch)
-            for projection in projections:
+            self._served.offered_to = batch[-1].sequence
+            for projection in self.stores.embedded:
                 await projection.offer(records, batch[-1].sequence)
 
     async def _followed(self, after: int) -> AsyncGenerator[tuple[list[Record], int], None]:
@@ -471,6 +507,7 @@ class Shard(Actor):
             quarantined=dict(self.stores.documents.quarantined),
             stores={facet.projection.name: counted.at for facet, counted in told.items()},
             missing=missing,
+            rebuilds=self._rebuilds.states,
             digest="-".join(counted.digest for counted in told.values()) if request.digest else None,
             digests=[
                 messages.StoreDigest(
@@ -482,6 +519,14 @@ class Shard(Actor):
                 for part, digests in counted.digests.items()
             ],
         )
+
+    @handles(subjects.SHARD_REBUILD)
+    async def rebuild(self, request: messages.Rebuild, call: Call) -> messages.Rebuilding:
+        state = await stream_state(self.asker.inbox, self._log)
+        if state.first_sequence > 1:
+            raise Conflict(f"the log begins at {state.first_sequence}: what was before cannot be had from it")
+        self._rebuilds.ask(request.store)
+        return messages.Rebuilding(store=request.store)
 
     # ── how fresh, and whether all of it ────────────────────────────────────────────────────────────────────
 

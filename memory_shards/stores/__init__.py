@@ -34,6 +34,12 @@ Edge: TypeAlias = dict[str, Any]
 """An edge as readers see it: `{relation, target_id, properties?}`."""
 
 
+def namespace(site: str, generation: int) -> str:
+    """What stands for a site in a server's names. A store that is built anew lies beside the one that is read, as the
+    next generation."""
+    return f"{site}~{generation}" if generation else site
+
+
 class WentBack(Exception):
     """A server has less of the log than it had: it was restored, or another took over that had not heard of all."""
 

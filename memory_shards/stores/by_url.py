@@ -7,10 +7,10 @@ of the others waits for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from memory_shards.merger import Part
 from memory_shards.outside import OutsideProjection
@@ -39,15 +39,17 @@ class Origin:
     partitions: frozenset[int]
     incarnation: str
     folder: Path
+    generations: Mapping[str, int] = field(default_factory=dict)
+    """Of the stores that are servers, by their names: how often each was built anew."""
 
-    @property
-    def outside(self) -> dict[str, Any]:
-        """What a store takes that is a server."""
+    def outside(self, name: str) -> dict[str, Any]:
+        """What the store of this name takes that is a server."""
         return {
             "site": self.site,
             "shard": self.shard,
             "partitions": self.partitions,
             "incarnation": self.incarnation,
+            "generation": self.generations.get(name, 0),
         }
 
 
@@ -81,10 +83,17 @@ class Stores:
         """Those of stores that are servers."""
         return [projection for projection in self.projections if isinstance(projection, OutsideProjection)]
 
+    def with_(self, new: Facet, *, instead_of: Facet) -> Stores:
+        """These, but for one."""
+        replaced = {each.name: new for each in fields(self) if getattr(self, each.name) is instead_of}
+        return replace(self, **replaced)  # type: ignore[arg-type]  # it is of the same kind
+
     async def close(self) -> None:
         """Release all of them."""
         for facet in self.facets:
             await facet.close()
+        for projection in self.beside:
+            await projection.close()
 
 
 async def open_stores(urls: StoreUrls, origin: Origin) -> Stores:
@@ -93,7 +102,7 @@ async def open_stores(urls: StoreUrls, origin: Origin) -> Stores:
     A server that is not there is opened later. Raises `BadRequest` that names the setting where one is no good,
     `sqlite3.Error` where a file is.
     """
-    opened: list[Facet] = []
+    opened: list[Facet | Projection] = []
     settings: list[tuple[str, Facet]] = []
     try:
         memory = _memory(urls, origin)
@@ -109,22 +118,54 @@ async def open_stores(urls: StoreUrls, origin: Origin) -> Stores:
         vectors: Vectors
         beside: tuple[Projection, ...] = ()
         if urls.vectors.startswith("milvus"):
-            vectors = milvus = _milvus(urls.vectors, origin)
-            beside = (milvus.file,)
+            stored = VectorFile(origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation)
+            file = Projection("vectors_file", stored, most=MOST_VECTORS_APPLIED)
+            opened.append(file)
+            beside = (file,)
+            vectors = _milvus(urls.vectors, origin, file, stored)
             settings.append(("vectors", vectors))
         else:
             vectors = _vectors(urls.vectors, origin)
         opened.append(vectors)
         stores = Stores(documents, edges, memory, vectors, beside)
-        opened = stores.facets
+        opened = [*stores.facets, *beside]
         for setting, outside in settings:
             assert isinstance(outside.projection, OutsideProjection), "it is a server"
             await _open(setting, getattr(urls, setting), outside.projection)
         return stores
     except BaseException:
-        for facet in opened:
-            await facet.close()
+        for each in opened:
+            await each.close()
         raise
+
+
+async def open_beside(urls: StoreUrls, origin: Origin, current: Facet, where: Path | int) -> Facet:
+    """Another store like one that is open: a file in another folder, or another generation of a server's.
+
+    Raises as `open_stores` does.
+    """
+    if isinstance(where, Path):
+        origin = replace(origin, folder=where)
+    else:
+        origin = replace(origin, generations={current.projection.name: where})
+    if isinstance(current, EmbeddedMemory):
+        return _memory(urls, origin)
+    if isinstance(current, EmbeddedVectors):
+        return _vectors(urls.vectors, origin)
+    new: Facet
+    setting = {"documents": "attributes", "edges": "edges", "vectors": "vectors"}[current.projection.name]
+    if setting == "vectors":
+        milvus = cast("MilvusVectors", current)
+        new = _milvus(urls.vectors, origin, milvus.file, milvus.stored)
+    else:
+        new = _redis(urls.attributes, origin) if setting == "attributes" else _neo4j(urls.edges, origin)
+    try:
+        assert isinstance(new.projection, OutsideProjection), "it is a server"
+        await _open(setting, getattr(urls, setting), new.projection)
+    except BaseException:
+        await new.close()
+        raise
+    return new
 
 
 def _memory(urls: StoreUrls, origin: Origin) -> EmbeddedMemory:
@@ -162,25 +203,22 @@ def _redis(url: str, origin: Origin) -> Documents:
     from memory_shards.stores.redis_reader import RedisDocuments
     from memory_shards.stores.redis_store import RedisStore
 
-    return RedisDocuments(RedisStore(url, **origin.outside))
+    return RedisDocuments(RedisStore(url, **origin.outside("documents")))
 
 
 def _neo4j(url: str, origin: Origin) -> Edges:
     from memory_shards.stores.neo4j_reader import Neo4jEdges
     from memory_shards.stores.neo4j_store import Neo4jStore
 
-    return Neo4jEdges(Neo4jStore(url, **origin.outside))
+    return Neo4jEdges(Neo4jStore(url, **origin.outside("edges")))
 
 
-def _milvus(url: str, origin: Origin) -> MilvusVectors:
+def _milvus(url: str, origin: Origin, file: Projection, stored: VectorFile) -> MilvusVectors:
     from memory_shards.stores.milvus_client import Target
     from memory_shards.stores.milvus_reader import MilvusVectors
     from memory_shards.stores.milvus_store import MilvusStore
 
-    stored = VectorFile(origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation)
-    file = Projection("vectors_file", stored, most=MOST_VECTORS_APPLIED)
-    target = Target.of(url, origin.folder)
-    store = MilvusStore(target, stored, lambda: file.stands_at, **origin.outside)
+    store = MilvusStore(Target.of(url, origin.folder), stored, lambda: file.stands_at, **origin.outside("vectors"))
     return MilvusVectors(store, file, stored)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -44,6 +45,9 @@ CALL_S = 10.0
 PLACES = "mnemesh_places"
 LONGEST_TEXT = 65_535
 """Bytes: what a VARCHAR may have. An entity's id has 16 KiB at most."""
+
+_clients: Counter[str] = Counter()
+"""How many there are of each server or file in this process."""
 
 _REFUSALS = ("auth", "permission", "privilege", "database not found", "certificate")
 _METRICS = {"cosine": "COSINE", "ip": "IP", "l2": "L2"}
@@ -77,6 +81,16 @@ class Target(NamedTuple):
 
 def connect(target: Target) -> MilvusClient:
     """A client. Raises `BadRequest` where the server is no good, one of `OUTAGES` where it is not there."""
+    _clients[target.uri] += 1
+    try:
+        client = _connect(target)
+    except BaseException:
+        _let_go(target)
+        raise
+    return client
+
+
+def _connect(target: Target) -> MilvusClient:
     try:
         client = MilvusClient(target.uri, token=target.token, db_name=target.database, timeout=CALL_S)
         version = str(client.get_server_version(timeout=CALL_S))
@@ -100,13 +114,19 @@ def connected(target: Target) -> Iterator[MilvusClient]:
     try:
         yield client
     finally:
-        client.close()
+        close(client, target)
 
 
 def close(client: MilvusClient, target: Target) -> None:
     """Let go of the server, and of the file if it is one."""
     client.close()
-    if target.is_file:
+    _let_go(target)
+
+
+def _let_go(target: Target) -> None:
+    """Close the file once no client of this process has it any more."""
+    _clients[target.uri] -= 1
+    if target.is_file and not _clients[target.uri]:
         from milvus_lite.server_manager import server_manager_instance
 
         server_manager_instance.release_server(target.uri)

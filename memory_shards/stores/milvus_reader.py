@@ -55,7 +55,7 @@ class MilvusVectors:
         self.projection = OutsideProjection("vectors", store, most=MOST_APPLIED)
         self.file = file
         self.store = store
-        self._stored = stored
+        self.stored = stored
         self._read = stored.reader()
         self._client: MilvusClient | None = None
         self._loaded: set[str] = set()
@@ -69,12 +69,11 @@ class MilvusVectors:
         await self._on_thread(self._close)
         self._thread.shutdown()
         await self.projection.close()
-        await self.file.close()
 
     def _close(self) -> None:
         self._read.close()
         if self._client is not None:
-            self._client.close()
+            milvus_client.close(self._client, self.store.target)
 
     async def _on_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -89,13 +88,13 @@ class MilvusVectors:
 
     def _counted(self, digest: bool) -> Counted:
         at = self.file.stands_at
-        return Counted(self._stored.read.count(), 0, at, {"vectors": self._stored.read.digests()} if digest else {})
+        return Counted(self.stored.read.count(), 0, at, {"vectors": self.stored.read.digests()} if digest else {})
 
     def _of_index(self) -> Digests:
         """The rows in Milvus. On the projection's worker, so that this replica writes none meanwhile."""
         digests = Digests(self.projection.stands_at)
         with milvus_client.connected(self.store.target) as client:
-            for space in list(self._stored.spaces.values()):
+            for space in list(self.stored.spaces.values()):
                 collection = milvus_client.collection_of(self.store.shard, space.tenant, space.name)
                 if not milvus_client.is_loaded(client, collection):
                     continue
@@ -110,7 +109,7 @@ class MilvusVectors:
         return await self.file.on_worker(self._vectors_of, tenant, entity_id)
 
     def _vectors_of(self, tenant: str, entity_id: str) -> tuple[dict[str, Vector], int]:
-        return self._stored.read.vectors_of(tenant, entity_id), self.file.stands_at
+        return self.stored.read.vectors_of(tenant, entity_id), self.file.stands_at
 
     # ── searching ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,7 +146,7 @@ class MilvusVectors:
         ]
 
     def _planned(self, query: VectorQuery) -> tuple[VectorSpace, list[Condition]]:
-        space = self._stored.spaces.get((query.tenant, query.space))
+        space = self.stored.spaces.get((query.tenant, query.space))
         if space is None:
             raise NotFound(f"no vector space {query.space!r}")
         vector = wire.as_vector(query.vector)

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pymilvus import MilvusClient, MilvusException
 
-from memory_shards.stores import WentBack, milvus_client
+from memory_shards.stores import WentBack, milvus_client, namespace
 from memory_shards.stores.milvus_client import CALL_S, LAYOUT, PLACES, Target, make_collection, prefix_of
 from memory_shards.stores.milvus_rows import row_of
 from memory_shards.stores.vector_file import VectorFile, VectorReader, VectorSpace
@@ -91,9 +91,10 @@ class MilvusStore:
         shard: str,
         partitions: Iterable[int],
         incarnation: str,
+        generation: int = 0,
     ) -> None:
         self.target = target
-        self.shard = f"{site}.{shard}"
+        self.shard = f"{namespace(site, generation)}.{shard}"
         self.is_shared = not target.is_file
         self._file = file
         self._stands_at = stands_at
@@ -170,6 +171,11 @@ class MilvusStore:
         else:
             self._put_place(place._replace(written=place.flushed))
         self._writes = True
+
+    def drop(self) -> None:
+        """Delete its collections, and its place."""
+        self._drop()
+        self._client.delete(PLACES, ids=[self.shard], timeout=CALL_S)
 
     def _drop(self) -> None:
         if self._flushing is not None:

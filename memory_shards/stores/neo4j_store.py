@@ -20,7 +20,7 @@ import neo4j
 
 from memory_shards.merge import Edge
 from memory_shards.merger import Kept, Merger, Name, Stored, Touched
-from memory_shards.stores import WentBack, neo4j_client
+from memory_shards.stores import WentBack, namespace, neo4j_client
 from memory_shards.stores.neo4j_client import LAYOUT, Target, key_of
 from mnemesh.event import Record
 from mnemesh.ids import partition_of
@@ -112,6 +112,8 @@ MATCH (s:Shard {site: $site}) WHERE s.key <> $shard AND any(each IN s.partitions
 SET s.counts = ''
 """
 
+_DROP = "MATCH (s:Shard {key: $shard}) DELETE s"
+
 _CLEARED_AT_ONCE = 2_000
 
 WRITE_S = 5.0
@@ -135,11 +137,14 @@ class Neo4jStore:
     outages = neo4j_client.OUTAGES
     is_shared = True
 
-    def __init__(self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str) -> None:
+    def __init__(
+        self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str, generation: int = 0
+    ) -> None:
         self.target = Target.of(url)
-        self.site = site
+        self._born = site
+        self.site = namespace(site, generation)
         self.partitions = sorted(partitions)
-        self.shard_key = f"{site}.{shard}"
+        self.shard_key = f"{self.site}.{shard}"
         self._counts = f"{LAYOUT} {incarnation} {self.partitions}"
         self._opened: neo4j.Driver | None = None
         self._watermark = 0
@@ -171,6 +176,15 @@ class Neo4jStore:
                 while self._write(session, self._clear, statement):
                     pass
             self._write(session, self._begin, self._counts)
+
+    def drop(self) -> None:
+        """Delete all that Neo4j has of it, a piece at a time."""
+        with self._session() as session:
+            self._write(session, self._begin, "")
+            for statement in (_CLEAR, _CLEAR_TARGETS):
+                while self._write(session, self._clear, statement):
+                    pass
+            self._write(session, lambda tx: tx.run(_DROP, self._asked).consume())
 
     def _end_others(self, tx: neo4j.ManagedTransaction) -> None:
         """Whoever had some of our partitions, and may again, has to begin anew."""
@@ -211,7 +225,7 @@ class Neo4jStore:
             raise WentBack(f"it stands at {stands}, and stood at {after}")
         if watermark <= stands:
             return stands
-        batch = _Batch(tx, self.site, [record for record in records if record.sequence > stands])
+        batch = _Batch(tx, self.site, self._born, [record for record in records if record.sequence > stands])
         told = {"shard": self.shard_key, "watermark": watermark, "counts": self._counts, "edges": batch.write()}
         tx.run(_MARK, told).consume()
         return watermark
@@ -233,12 +247,12 @@ class Neo4jStore:
 class _Batch:
     """Records on their way into Neo4j, in a transaction that its maker owns."""
 
-    def __init__(self, tx: neo4j.ManagedTransaction, site: str, records: Sequence[Record]) -> None:
+    def __init__(self, tx: neo4j.ManagedTransaction, site: str, born: str, records: Sequence[Record]) -> None:
         self._tx = tx
         self._site = site
         names = dict.fromkeys((record.event.tenant, record.event.entity_id) for record in records)
         self._keys = {name: key_of(site, *name) for name in names}
-        self._merger = Merger(self._load(), self._history, site=site, put_aside={}, parts=frozenset(("edges",)))
+        self._merger = Merger(self._load(), self._history, site=born, put_aside={}, parts=frozenset(("edges",)))
         for record in records:
             self._merger.take(record)
 

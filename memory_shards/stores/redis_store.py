@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from memory_shards.merge import NEVER, State
 from memory_shards.merger import Kept, Merger, Name, Stored, Touched
-from memory_shards.stores import WentBack
+from memory_shards.stores import WentBack, namespace
 from memory_shards.stores import redis_layout as layout
 from memory_shards.stores.redis_client import OUTAGES, AnyRedis, open_sync
 from memory_shards.stores.redis_layout import EVENT, Keys
@@ -46,13 +46,16 @@ class RedisStore:
     outages = OUTAGES
     is_shared = True
 
-    def __init__(self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str) -> None:
+    def __init__(
+        self, url: str, *, site: str, shard: str, partitions: Iterable[int], incarnation: str, generation: int = 0
+    ) -> None:
         self.url = url
-        self.keys: Mapping[int, Keys] = {partition: Keys(site, partition) for partition in sorted(partitions)}
+        named = namespace(site, generation)
+        self.keys: Mapping[int, Keys] = {partition: Keys(named, partition) for partition in sorted(partitions)}
         self.in_cluster = False
         self._client: AnyRedis = None
         self._site = site
-        self._shard = layout.shard_key(site, shard)
+        self._shard = layout.shard_key(named, shard)
         self._counts = f"{layout.LAYOUT} {incarnation} {sorted(self.keys)}".encode()
         self._written_for = f"{layout.LAYOUT} {incarnation}".encode()
         self._watermark = 0
@@ -112,6 +115,13 @@ class RedisStore:
                 self._clear(keys)
         self._client.hset(self._shard, mapping={"watermark": 0, "counts": self._counts})
         self._counted_at = float("-inf")
+
+    def drop(self) -> None:
+        """Delete all that Redis has of it, partition by partition."""
+        self.begin(afresh=True)
+        self._client.delete(self._shard)
+        for keys in self.keys.values():
+            self._client.delete(keys.meta)
 
     def apply(self, records: Sequence[Record], watermark: int, after: int = 0) -> None:
         """Commit the effects of `records`, in log order, and stand at `watermark`. On the worker thread only.

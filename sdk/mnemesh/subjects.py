@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "0561c2cdf34e"
+CONTRACT = "cf0867b6b376"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -248,6 +248,21 @@ SHARD_STATUS = Operation(
     idempotent="always",
     concurrency=2,
     mailbox=64,
+)
+SHARD_REBUILD = Operation(
+    name="shard_rebuild",
+    owner="shard",
+    callers=("operator",),
+    inboxes=("_INBOX_operator_0",),
+    subject="mnemesh.v1.shard.rebuild.<shard>",
+    served="mnemesh.v1.shard.rebuild.<shard>",
+    request=messages.Rebuild,
+    reply=messages.Rebuilding,
+    budget_ms=5000,
+    max_bytes=4096,
+    idempotent="always",
+    concurrency=1,
+    mailbox=16,
 )
 SHARD_LIST = Operation(
     name="shard_list",
@@ -607,6 +622,7 @@ OPERATIONS: dict[str, AnyOperation] = {
     "shard_expand": SHARD_EXPAND,
     "shard_timeline_range": SHARD_TIMELINE_RANGE,
     "shard_status": SHARD_STATUS,
+    "shard_rebuild": SHARD_REBUILD,
     "shard_list": SHARD_LIST,
     "shard_describe": SHARD_DESCRIBE,
     "shard_held": SHARD_HELD,
@@ -638,11 +654,12 @@ POLICIES = Bucket(name="mnemesh_policies", about="what may leave, as set here or
 CONSISTENCY = Bucket(name="mnemesh_consistency", about="how fresh reads must be, as set here or handed by the hub")
 SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of its devices, revoked or not")
 LEASES = Bucket(name="mnemesh_leases", about="which replica of a shard writes to shared stores, or keeps the views")
+GENERATIONS = Bucket(name="mnemesh_generations", about="how often a store that replicas share was built anew")
 VIEWS = Bucket(name="mnemesh_views", about="the views, of which attributes of which entities there is a vector")
 VIEW_PLACES = Bucket(name="mnemesh_view_places", about="up to where a view has the log")
 RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site and, at a hub, at its devices")
 
-BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, CONSISTENCY, SITES, LEASES, VIEWS, VIEW_PLACES, RECEIPTS)
+BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, CONSISTENCY, SITES, LEASES, GENERATIONS, VIEWS, VIEW_PLACES, RECEIPTS)
 
 
 LOG_DUPLICATE_WINDOW_S = {"hub": 120, "device": 45}
@@ -829,6 +846,11 @@ def shard_timeline_range(shard: str, tenant: str, agent: str) -> str:
 def shard_status(shard: str) -> str:
     """Where one replica of a shard stands."""
     return f"mnemesh.v1.shard.status.{shard}"
+
+
+def shard_rebuild(shard: str) -> str:
+    """Have a replica build one of its stores anew from the log, while it is read."""
+    return f"mnemesh.v1.shard.rebuild.{shard}"
 
 
 def shard_list(site: str, shard: str, tenant: str, agent: str) -> str:

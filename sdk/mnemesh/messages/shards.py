@@ -169,6 +169,18 @@ class Status(Request, frozen=True, kw_only=True):
     digest: bool = False
 
 
+class Rebuild(Request, frozen=True, kw_only=True):
+    """Request of `shard_rebuild`: build this store anew, by its name in `ShardStatus.stores`."""
+
+    store: str
+
+
+class Rebuilding(Reply, frozen=True, kw_only=True):
+    """Reply of `shard_rebuild`, by a replica that has begun. `ShardStatus.rebuilds` tells how far it is."""
+
+    store: str
+
+
 class PartDigest(msgspec.Struct, frozen=True, kw_only=True):
     """How many entities (or rows) a partition has, and a hash of all that is held of them."""
 
@@ -189,7 +201,8 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
 
     `skipped` events of the log have no effect: they could not be read, or broke a rule. Nor have those `quarantined`,
     by the site that they came from: they are stamped further ahead of the hub's clock than may be. `stores` tells up to
-    where each store has the log, `missing` which of them do not answer: what they hold is not counted. `digests` tell
+    where each store has the log, `missing` which of them do not answer: what they hold is not counted. `rebuilds` says
+    how far each store is that is built anew: `building`, `done` or `failed`, and what of it. `digests` tell
     the same as `digest`, of each part: `attributes`, `edges`, `text`, `vectors`; `index`, where a server has those.
     """
 
@@ -203,5 +216,6 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     quarantined: dict[str, int] = {}
     stores: dict[str, int] = {}
     missing: list[str] = []
+    rebuilds: dict[str, str] = {}
     digest: str | None = None
     digests: list[StoreDigest] = []

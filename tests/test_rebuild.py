@@ -1,0 +1,227 @@
+"""Stores that drifted from the log: `doctor --stores` finds them, `rebuild` builds them anew while they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import neo4j
+import pytest
+import redis
+from conftest import server_options
+from ledger import STRONG
+from test_crash import alice_on
+
+from bench.store_servers import Neo4jServer, RedisServer
+from cli.doctor import diagnose
+from cli.main import main
+from cli.mesh import Mesh, MeshOptions
+from memory_shards.stores.milvus_client import Target, connected, prefix_of
+from memory_shards.stores.urls import StoreUrls
+from mnemesh import Memory
+from mnemesh.errors import NotFound, Stale, Timeout, Unavailable
+
+SITE = "hub"
+LONG_MS = 60_000
+
+
+def options(data: Path, urls: StoreUrls, replicas: int) -> MeshOptions:
+    return MeshOptions(
+        server=server_options(data),
+        shards=1,
+        replicas=replicas,
+        tenants=["acme"],
+        agents=[("acme", "alice")],
+        stores=urls,
+    )
+
+
+def folder_of(mesh: Mesh) -> Path:
+    """Where the first replica keeps its files."""
+    return next(mesh.options.server.data.rglob("vectors.db")).parent
+
+
+async def write_some(memory: Memory) -> None:
+    for n in range(40):
+        await memory.set_context(
+            f"e{n}",
+            type="thing",
+            attributes={"n": n},
+            text=f"words of {n}",
+            edges=[{"relation": "after", "target_id": f"e{n - 1}"}],
+            vectors={"v": [float(n + 1), 1.0]},
+        )
+    await memory.forget("e7")
+
+
+async def amiss(data: Path) -> list[str]:
+    """What doctor says of stores that do not hold what the log says, and of nothing else."""
+    found = [finding async for finding in diagnose(data, stores=True)]
+    assert not [finding for finding in found if finding.verdict == "wrong" and "the log says" not in finding.what]
+    return [finding.what for finding in found if finding.verdict == "wrong"]
+
+
+async def rebuilt(data: Path, store: str) -> int:
+    return await asyncio.to_thread(main, ["rebuild", "--shard", "s0", "--store", store, "--data", str(data)])
+
+
+async def check_reads(memory: Memory) -> None:
+    context = await memory.get_context("e5", consistency=STRONG, include_vectors=True, budget_ms=LONG_MS)
+    assert (context.attributes, context.edges) == ({"n": 5}, [{"relation": "after", "target_id": "e4"}])
+    assert list(context.vectors or {}) == ["v"]
+    with pytest.raises(NotFound):
+        await memory.get_context("e7", consistency=STRONG, budget_ms=LONG_MS)
+    hits = (await memory.search_embedding([6.0, 1.0], space="v", k=100, consistency=STRONG, budget_ms=LONG_MS)).hits
+    assert {hit.entity_id for hit in hits} == {f"e{n}" for n in range(40) if n != 7}
+
+
+async def is_back(memory: Memory) -> None:
+    """Wait until a shard that was killed answers again."""
+    while True:
+        try:
+            await memory.get_context("e5", consistency=STRONG)
+        except (Timeout, Unavailable, Stale):
+            await asyncio.sleep(0.05)
+        else:
+            return
+
+
+class Reading:
+    """Reads what does not change, again and again, and counts."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self.done = 0
+
+    async def run(self) -> None:
+        while True:
+            context = await self._memory.get_context("e5", include_vectors=True)
+            assert (context.attributes, len(context.edges), list(context.vectors or {})) == ({"n": 5}, 1, ["v"])
+            hits = (await self._memory.search_embedding([6.0, 1.0], space="v", k=3)).hits
+            assert len(hits) == 3
+            self.done += 1
+
+
+async def while_reading(memory: Memory, work: Callable[[], object]) -> None:
+    reading = Reading(memory)
+    task = asyncio.ensure_future(reading.run())
+    try:
+        await work()  # type: ignore[misc]
+        wanted = reading.done + 5
+        while reading.done < wanted and not task.done():  # noqa: ASYNC110  # another task reads
+            await asyncio.sleep(0.01)
+    finally:
+        task.cancel()
+        done, _ = await asyncio.wait([task])
+    assert all(each.cancelled() for each in done), task.exception()
+
+
+async def test_embedded_stores_that_were_written_to_by_hand_are_found_and_built_anew(tmp_path: Path) -> None:
+    async with Mesh(options(tmp_path, StoreUrls(), replicas=1)) as mesh, alice_on(mesh.server) as memory:
+        await write_some(memory)
+        await check_reads(memory)
+        assert await amiss(tmp_path) == []
+        folder = folder_of(mesh)
+        for file, statement in (
+            ("memory.db", "UPDATE entity SET text = 'other' WHERE entity_id = 'e3'"),
+            ("vectors.db", "UPDATE vectors SET length = 9 WHERE place = (SELECT max(place) FROM vectors)"),
+        ):
+            with closing(sqlite3.connect(folder / file)) as connection, connection:
+                connection.execute(statement)
+        found = await amiss(tmp_path)
+        assert [line.split()[4] for line in found] == ["attributes", "text", "vectors"]
+
+        async def rebuild() -> None:
+            assert await rebuilt(tmp_path, "attributes") == 0
+            await memory.set_context("meanwhile", attributes={"n": 1}, vectors={"v": [-1.0, 1.0]})
+            assert await rebuilt(tmp_path, "vectors") == 0
+
+        await while_reading(memory, rebuild)
+        assert await amiss(tmp_path) == []
+        await memory.forget("meanwhile")
+        await check_reads(memory)
+        mesh.children["s0.0"].send(signal.SIGKILL)
+        await is_back(memory)
+        await check_reads(memory)
+        assert await amiss(tmp_path) == []
+        assert sorted(name for name in os.listdir(folder) if not name.endswith(("-wal", "-shm"))) == [
+            "lock",
+            "memory.db",
+            "vectors.db",
+        ]
+
+
+async def test_servers_that_were_written_to_by_hand_are_found_and_built_anew(
+    tmp_path: Path, redis_server: RedisServer, neo4j_server: Neo4jServer
+) -> None:
+    urls = StoreUrls(attributes=redis_server.url, edges=neo4j_server.url)
+    with redis.Redis(port=redis_server.port) as client:
+        for key in client.scan_iter(f"mnemesh:{{{SITE}*"):
+            client.delete(key)
+    async with Mesh(options(tmp_path, urls, replicas=2)) as mesh, alice_on(mesh.server) as memory:
+        await write_some(memory)
+        await check_reads(memory)
+        assert await amiss(tmp_path) == []
+        with redis.Redis(port=redis_server.port) as client:
+            (key,) = client.keys(f"mnemesh:{{{SITE}.*:acme:entity:e3")
+            client.hset(key, "n", "33")
+        with neo4j.GraphDatabase.driver(
+            f"bolt://127.0.0.1:{neo4j_server.port}", auth=("neo4j", Neo4jServer.PASSWORD)
+        ) as driver:
+            driver.execute_query(
+                "MATCH (e:Entity {site: $site, id: 'e9'})-[r:EDGE]->() DELETE r", parameters_={"site": SITE}
+            )
+        found = await amiss(tmp_path)
+        assert sorted({line.split()[4] for line in found}) == ["attributes", "edges"]
+
+        async def rebuild() -> None:
+            assert await rebuilt(tmp_path, "attributes") == 0
+            await memory.set_context("meanwhile", attributes={"n": 1}, vectors={"v": [-1.0, 1.0]})
+            assert await rebuilt(tmp_path, "edges") == 0
+
+        await while_reading(memory, rebuild)
+        assert await amiss(tmp_path) == []
+        await memory.forget("meanwhile")
+        await check_reads(memory)
+        with redis.Redis(port=redis_server.port) as client:
+            while client.keys(f"mnemesh:{{{SITE}.*"):  # the generation before  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            assert client.keys(f"mnemesh:{{{SITE}~1.*")
+        for replica in ("s0.0", "s0.1"):
+            mesh.children[replica].send(signal.SIGKILL)
+        await is_back(memory)
+        await check_reads(memory)
+        assert await amiss(tmp_path) == []
+
+
+async def test_an_index_in_milvus_that_lost_a_row_is_found_and_filled_anew(tmp_path: Path) -> None:
+    async with (
+        Mesh(options(tmp_path, StoreUrls(vectors="milvus:"), replicas=1)) as mesh,
+        alice_on(mesh.server) as memory,
+    ):
+        await write_some(memory)
+        await check_reads(memory)
+        assert await amiss(tmp_path) == []
+        folder = folder_of(mesh)
+    with connected(Target.of("milvus:", folder)) as client:
+        (collection,) = (name for name in client.list_collections() if name.startswith(prefix_of(f"{SITE}.s0")))
+        client.delete(collection, ids=["e9"])
+        client.flush(collection)
+    async with (
+        Mesh(options(tmp_path, StoreUrls(vectors="milvus:"), replicas=1)) as mesh,
+        alice_on(mesh.server) as memory,
+    ):
+        found = await amiss(tmp_path)
+        assert [line.split()[4] for line in found] == ["index"]
+
+        async def rebuild() -> None:
+            assert await rebuilt(tmp_path, "vectors") == 0
+
+        await while_reading(memory, rebuild)
+        assert await amiss(tmp_path) == []
+        await check_reads(memory)
