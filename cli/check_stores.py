@@ -84,11 +84,16 @@ async def stores(
         right += sum(each.shard not in asked for each in told)
         if not differing or (await stream_state(asker.inbox, log)).last_sequence == state.last_sequence:
             break
+    indexed = {each.shard for each in told if each.digest.part == "index"}
     for each, apart in differing:
-        yield wrong(
-            f"{each} does not hold what the log says of partition {apart}",
-            f"`mnemesh rebuild --shard {each.shard} --store {STORES[each.digest.part]}` builds it anew from the log",
+        advice = (
+            f"`mnemesh rebuild --shard {each.shard} --store {STORES[each.digest.part]}` builds it anew from the log"
         )
+        if each.digest.part == "vectors" and each.shard in indexed:
+            advice = (
+                "stop that replica, remove its vectors.db and start it; then rebuild the index that is written from it"
+            )
+        yield wrong(f"{each} does not hold what the log says of partition {apart}", advice)
     if not differing:
         yield ok(f"{right} stores hold what the log says, up to {state.last_sequence:,}")
 
