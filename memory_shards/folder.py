@@ -25,6 +25,7 @@ LOCK = "lock"
 CONDEMNED = "condemned"
 BESIDE = "beside-"
 FINISHED = "finished"
+GENERATION = "generation-"
 HANDOVER_S = 5.0
 """How long a new process waits for an old one that is still draining."""
 POLL_S = 0.05
@@ -58,6 +59,16 @@ def beside(folder: Path) -> Path:
 def finished(made: Path) -> None:
     """What is in a folder that was made `beside` is what is read from now on."""
     (made / FINISHED).touch()
+
+
+def kept_generations(folder: Path) -> dict[str, int]:
+    """Which generation is read of each store that only the folder's holder has, and that is no file."""
+    return {path.name.removeprefix(GENERATION): int(path.read_text()) for path in folder.glob(f"{GENERATION}*")}
+
+
+def keep_generation(folder: Path, name: str, generation: int) -> None:
+    """Have the next holder read this generation of a store."""
+    (folder / f"{GENERATION}{name}").write_text(str(generation))
 
 
 def _take_over(folder: Path) -> None:

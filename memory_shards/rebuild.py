@@ -41,9 +41,9 @@ Make: TypeAlias = Callable[[Facet, Path | int], Awaitable[Facet]]
 """Another store like one: in a folder if it is a file, or of a generation if it is a server's. Opened."""
 
 
-async def generations_in(inbox: Inbox, bucket: str, key: str) -> dict[str, int]:
-    """The generation of each store of a shard that was ever rebuilt, by its name."""
-    found = {}
+async def generations_in(inbox: Inbox, bucket: str, key: str, folder: Path) -> dict[str, int]:
+    """The generation of each store of a shard that was ever rebuilt, by its name: of the shared, and of our own."""
+    found = folders.kept_generations(folder)
     for name in await kv.keys(inbox, bucket):
         if name.startswith(f"{key}.") and (value := await kv.get(inbox, bucket, name)):
             found[name.removeprefix(f"{key}.")] = int(value)
@@ -133,6 +133,8 @@ class Rebuilds:
             await self._let_go(old)
             return
         generation = self._generations.get(name, 0) + 1
+        if generation > 1:  # whoever replaced it may have ended before it was dropped
+            await self._drop(await self._make(old, generation - 2))
         new = await self._make(old, generation)
         try:
             await self._fill_server(new, old)
@@ -145,8 +147,9 @@ class Rebuilds:
             while self._generations.get(name, 0) < generation:  # noqa: ASYNC110  # `follow` sees it
                 await asyncio.sleep(POLL_S)
         else:
-            self._served.put(new, old)
             self._generations[name] = generation
+            folders.keep_generation(self._folder, name, generation)
+            self._served.put(new, old)
             await self._let_go(old, drop=True)
 
     async def _fill_file(self, new: Facet, old: Facet) -> None:
@@ -182,10 +185,17 @@ class Rebuilds:
         """Close what is read no more, once nobody can be reading it."""
         async with _while_running(_answering(old)):
             await asyncio.sleep(LET_GO_S)
+        if drop:
+            await self._drop(old)
+        else:
+            await old.close()
+
+    async def _drop(self, old: Facet) -> None:
+        """Delete what a server has of a generation that nobody reads."""
         projection = old.projection
-        if drop and isinstance(projection, OutsideProjection):
-            with contextlib.suppress(*projection.store.outages):
-                await projection.on_worker(projection.store.drop)
+        assert isinstance(projection, OutsideProjection), "a server's"
+        with contextlib.suppress(*projection.store.outages):
+            await projection.on_worker(projection.store.drop)
         await old.close()
 
     # ── what another replica rebuilt ────────────────────────────────────────────────────────────────────────

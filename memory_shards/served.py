@@ -19,7 +19,7 @@ class Served:
 
     def __init__(self, stores: Stores) -> None:
         self.stores = stores
-        self.offered_to = 0
+        self.offered_to = max((projection.offered for projection in stores.embedded), default=0)
         """Up to where the log was handed to the stores that are files."""
         self._changed = asyncio.Event()
 

@@ -190,7 +190,7 @@ class Shard(Actor):
             self._intake.note(stored)
         state = await stream_state(self.asker.inbox, self._log)
         self._incarnation = state.incarnation
-        generations = await generations_in(self.asker.inbox, subjects.GENERATIONS.name, self._place)
+        generations = await generations_in(self.asker.inbox, subjects.GENERATIONS.name, self._place, self._folder)
         origin = Origin(self.site, self.name, self.partitions, state.incarnation, self._folder, generations)
         try:
             opened = await open_stores(self._urls, origin)

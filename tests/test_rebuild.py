@@ -149,6 +149,10 @@ async def test_embedded_stores_that_were_written_to_by_hand_are_found_and_built_
         await is_back(memory)
         await check_reads(memory)
         assert await amiss(tmp_path) == []
+        assert await rebuilt(tmp_path, "vectors") == 0  # of a shard that has heard nothing new
+        await check_reads(memory)
+        mesh.children["s0.0"].send(signal.SIGKILL)
+        await is_back(memory)
         assert sorted(name for name in os.listdir(folder) if not name.endswith(("-wal", "-shm"))) == [
             "lock",
             "memory.db",
@@ -225,3 +229,7 @@ async def test_an_index_in_milvus_that_lost_a_row_is_found_and_filled_anew(tmp_p
         await while_reading(memory, rebuild)
         assert await amiss(tmp_path) == []
         await check_reads(memory)
+        mesh.children["s0.0"].send(signal.SIGKILL)
+        await is_back(memory)
+        await check_reads(memory)
+        assert await amiss(tmp_path) == []
