@@ -49,7 +49,7 @@ $(VENV)/base: pyproject.toml sdk/pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) --editable '.[dev,edge,redis,neo4j,milvus,cuda]'
+	$(PIP) --editable '.[dev,edge,redis,neo4j,milvus,cuda,snapshots]'
 	touch $@
 
 # Redis, Neo4j and Milvus, which stores are tested against: from Debian, Maven and PyPI, as far as there is a way.

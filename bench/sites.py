@@ -16,6 +16,7 @@ from cli.mesh import Mesh, MeshOptions
 from cli.provision import put_sites, sites_of
 from cli.server import free_port, running_pid
 from cli.server_config import ServerOptions
+from memory_shards.snapshots.settings import NONE, SnapshotSettings
 from memory_shards.stores.urls import EMBEDDED, StoreUrls
 from mnemesh import Consistency, Memory, connect
 from mnemesh.errors import MnemeshError, NotFound
@@ -27,12 +28,21 @@ ASKED_AGAIN_S = 0.005
 
 
 @contextlib.asynccontextmanager
-async def running_mesh(*, shards: int, leaf_port: int = 0, stores: StoreUrls = EMBEDDED) -> AsyncIterator[Mesh]:
+async def running_mesh(
+    *, shards: int, leaf_port: int = 0, stores: StoreUrls = EMBEDDED, snapshots: SnapshotSettings = NONE
+) -> AsyncIterator[Mesh]:
     with tempfile.TemporaryDirectory(prefix="mnemesh-bench-") as folder:
         server = ServerOptions(
             data=Path(folder), site=SITE, port=free_port(), monitoring_port=free_port(), leaf_port=leaf_port
         )
-        options = MeshOptions(server=server, shards=shards, tenants=(TENANT,), agents=((TENANT, AGENT),), stores=stores)
+        options = MeshOptions(
+            server=server,
+            shards=shards,
+            tenants=(TENANT,),
+            agents=((TENANT, AGENT),),
+            stores=stores,
+            snapshots=snapshots,
+        )
         async with Mesh(options) as mesh:
             yield mesh
 

@@ -1,4 +1,5 @@
-"""The stores suite: Redis and Neo4j under a mesh, beside their bare drivers; how fast each store applies the log."""
+"""The stores suite: Redis and Neo4j under a mesh, beside their bare drivers; how fast each store applies the log, and a
+shard starts from a snapshot."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import neo4j
 import numpy as np
 import redis.asyncio
 
-from bench import bare
+from bench import bare, snapshots
 from bench.documents import ATTRIBUTES, buses, write_all
 from bench.report import Row, ratio, value
 from bench.sampling import latencies, latency
@@ -48,17 +49,18 @@ LIMIT = 1_000
 class Sizes:
     """How much of everything. `quick` is for trying the suite out; its figures mean little."""
 
-    def __init__(self, quick: bool) -> None:
+    def __init__(self, quick: bool, cold: int = 0) -> None:
         self.calls = 20 if quick else 400
         self.documents = 1_000 if quick else 50_000
         self.graph = 500 if quick else 20_000
         self.vectors = 1_000 if quick else 50_000
         self.applied = 1 if quick else 3
+        self.cold = cold or (1_000 if quick else 200_000)
 
 
-async def run(quick: bool, wanted: Sequence[str]) -> list[Row]:
-    """Measure what is wanted, or everything."""
-    return await measured(GROUPS, Sizes(quick), wanted)
+async def run(quick: bool, wanted: Sequence[str], cold: int = 0) -> list[Row]:
+    """Measure what is wanted, or everything; the cold start with so many vectors, if any are named."""
+    return await measured(GROUPS, Sizes(quick, cold), wanted)
 
 
 # ── reads, through a mesh ───────────────────────────────────────────────────────────────────────────────────────────
@@ -178,6 +180,10 @@ async def apply_faiss(sizes: Sizes) -> list[Row]:
     return [rate("faiss_apply_rate", rates, 50_000)]
 
 
+async def start_cold(sizes: Sizes) -> list[Row]:
+    return await snapshots.cold_start(sizes.cold)
+
+
 def rate(name: str, rates: Sequence[float], least: int) -> Row:
     return Row(name=name, value=median(rates), unit="events/s", goal=value("at least", least), runs=len(rates))
 
@@ -266,4 +272,5 @@ GROUPS: tuple[Group[Sizes], ...] = (
     (("redis_apply_rate",), apply_redis),
     (("neo4j_apply_rate",), apply_neo4j),
     (("faiss_apply_rate",), apply_faiss),
+    (snapshots.NAMES, start_cold),
 )

@@ -12,6 +12,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", default="core", choices=("core", "edge", "stores"), help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=(), metavar="ROW", help="measure only what these rows need")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; the figures mean little")
+    parser.add_argument("--cold-vectors", type=int, default=0, help="in the cold start of `stores` (default: 200,000)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -25,8 +26,10 @@ async def _bench(flags: argparse.Namespace) -> int:
 
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("bench").setLevel(logging.INFO)
-    suite = {"core": core, "edge": edge, "stores": stores}[flags.suite]
-    rows = await suite.run(flags.quick, flags.only)
+    if flags.suite == "stores":
+        rows = await stores.run(flags.quick, flags.only, flags.cold_vectors)
+    else:
+        rows = await {"core": core, "edge": edge}[flags.suite].run(flags.quick, flags.only)
     if flags.json:
         print(report.as_json(flags.suite, rows))
     else:

@@ -16,7 +16,7 @@ from mnemesh.discovery import ping_all
 from mnemesh.errors import MnemeshError, NotFound
 from mnemesh.ids import PARTITIONS
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import api, bucket_config, last_of, log_config, stream_state
+from mnemesh.jetstream import api, bucket_config, last_of, log_config, objects_config, stream_state
 from router.shard_map import ShardEntry, decode_entry
 
 PING_S = 1.0
@@ -47,6 +47,8 @@ async def storage(inbox: Inbox, options: ServerOptions) -> AsyncIterator[Finding
     yield ok("JetStream is on")
     right = True
     buckets = [bucket_config(bucket.name) for bucket in subjects.BUCKETS]
+    if options.kind == "hub":
+        buckets += [objects_config(bucket.name) for bucket in subjects.OBJECTS]
     for meant in (log_config(options.site, kind=options.kind), *buckets):
         name = meant["name"]
         try:
@@ -59,7 +61,7 @@ async def storage(inbox: Inbox, options: ServerOptions) -> AsyncIterator[Finding
             right = False
             yield wrong(f"stream {name} is not as it must be: {', '.join(differing)}", f"{up} again, which corrects it")
     if right:
-        yield ok(f"the log and {len(subjects.BUCKETS)} buckets are there")
+        yield ok(f"the log and {len(buckets)} buckets are there")
 
 
 def _differing(found: dict[str, Any], meant: dict[str, Any]) -> list[str]:

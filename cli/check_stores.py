@@ -21,6 +21,7 @@ from cli.finding import Finding, named, ok, warning, wrong
 from cli.server_config import ServerOptions
 from memory_shards.intake import Intake
 from memory_shards.origins import Origins
+from memory_shards.snapshots.starting import was_cut
 from memory_shards.stores.milvus_rows import digests_of_index
 from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.vector_file import VectorFile
@@ -65,7 +66,7 @@ async def stores(
     right = 0
     while True:
         state = await stream_state(asker.inbox, log)
-        if state.first_sequence > 1:
+        if await was_cut(asker.inbox, log, state):
             yield warning(
                 f"the log begins at {state.first_sequence:,}, so the stores cannot be compared with it",
                 "it was trimmed: what was before is in the shards' snapshots",

@@ -84,6 +84,9 @@ def subjects_py(contract: Contract) -> str:
     for name, bucket in contract["buckets"].items():
         lines.append(f'{name.upper()} = Bucket(name="{bucket["name"]}", about="{bucket["about"]}")')
     lines += ["", f"BUCKETS = ({', '.join(name.upper() for name in contract['buckets'])})", ""]
+    for name, bucket in contract["objects"].items():
+        lines.append(f'{name.upper()} = Bucket(name="{bucket["name"]}", about="{bucket["about"]}")')
+    lines += ["", f"OBJECTS = ({', '.join(name.upper() for name in contract['objects'])},)", ""]
     for name, stream in contract["streams"].items():
         windows = ", ".join(f'"{kind}": {seconds}' for kind, seconds in stream["duplicate_window_s"].items())
         lines += ["", f"{name.upper()}_DUPLICATE_WINDOW_S = {{{windows}}}", ""]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import agent, bench, consistency, contract, demo, doctor, edge, erasure, policy, rebuild, up, view
+from cli import agent, bench, consistency, contract, demo, doctor, edge, erasure, policy, rebuild, snapshot, up, view
 from cli.run import RunOptions, run_service
 from cli.server import NatsServerError
 from mnemesh.client import read_credentials
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--shards", type=int, default=2, help="how many shards (default: %(default)s)")
     command.add_argument("--replicas", type=int, default=1, help="processes of each shard (default: %(default)s)")
     up.add_store_flags(command)
+    up.add_snapshot_flags(command)
     command.add_argument("--metrics-port", type=int, default=9464, help="first of the services' ports; 0: free ones")
     command.set_defaults(run=lambda flags: run_process(lambda stop: up.up(up.options(flags), stop)))
 
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--shard", default="s0", help="name in the shard map (default: %(default)s)")
     command.add_argument("--folder", type=Path, help="where the shard's stores are (default: mnemesh-data/shards/NAME)")
     up.add_store_flags(command)
+    up.add_snapshot_flags(command)
     command.add_argument("--metrics-host", default="127.0.0.1")
     command.add_argument("--metrics-port", type=int, default=0, help="0: a free one, which the log names")
     command.add_argument("--until-stdin-closes", action="store_true", help="also drain when standard input ends")
@@ -97,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("erasure", help="what was forgotten, and which sites have erased it")
     erasure.add_flags(command, DATA)
     command.set_defaults(run=erasure.run)
+
+    command = commands.add_parser("snapshot", help="snapshots of the shards: take one now, or list them")
+    snapshot.add_flags(command, DATA)
+    command.set_defaults(run=snapshot.run)
 
     command = commands.add_parser("doctor", help="say what is wrong and what to do")
     command.add_argument("--data", type=Path, default=DATA)
@@ -136,6 +142,7 @@ def _run(flags: argparse.Namespace) -> int:
         shard=flags.shard,
         folder=flags.folder or DATA / "shards" / flags.shard,
         stores=up.stores(flags),
+        snapshots=up.snapshots(flags),
         metrics_host=flags.metrics_host,
         metrics_port=flags.metrics_port,
         until_stdin_closes=flags.until_stdin_closes,

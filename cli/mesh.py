@@ -22,6 +22,7 @@ from cli.keeping import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, heal, keep
 from cli.provision import even_shards, provision, sites_of
 from cli.server import NatsServer
 from cli.server_config import ServerOptions
+from memory_shards.snapshots.settings import NONE, SnapshotSettings
 from memory_shards.stores.urls import EMBEDDED, StoreUrls, environment
 from mnemesh.asker import Asker
 from mnemesh.discovery import ping_all
@@ -49,6 +50,7 @@ class MeshOptions:
     agents: Sequence[tuple[str, str]] = (("demo", "alice"),)
     metrics_port: int = 0
     stores: StoreUrls = EMBEDDED
+    snapshots: SnapshotSettings = NONE
 
 
 @dataclass
@@ -141,10 +143,19 @@ class Mesh:
             command = [sys.executable, "-m", "cli.main", "run", *arguments]
             command += ["--site", self.options.server.site, "--metrics-port", str(port)]
             command += ["--credentials", str(self.server.credentials.load(role).path), "--until-stdin-closes"]
-            urls = asdict(self.options.stores) if role == "shard" else {}
-            told = {environment(setting): url for setting, url in urls.items()}
+            told = self._settings() if role == "shard" else {}
             children.append(Child(name, command, data / "logs" / f"{name}.log", told))
         return children
+
+    def _settings(self) -> dict[str, str]:
+        """What a shard is told by its environment, for a URL may hold a password."""
+        snapshots = self.options.snapshots
+        settings = {
+            **asdict(self.options.stores),
+            "snapshots": snapshots.url,
+            "snapshot_every": f"{snapshots.every_s}s",
+        }
+        return {environment(setting): value for setting, value in settings.items()}
 
     async def ready(self) -> None:
         """Wait until every service answers discovery. Raises `Unavailable` if one does not, or keeps failing."""

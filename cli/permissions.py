@@ -73,6 +73,12 @@ def allowed(contract: Contract, role: str) -> Permissions:
             publish.append(f"$KV.{bucket['name']}.>")
         if role in bucket["readers"]:
             publish += _reader(stream_name)
+    for bucket in contract["objects"].values():
+        stream_name = f"OBJ_{bucket['name']}"
+        if role in bucket["writers"]:
+            publish += [f"$O.{bucket['name']}.>", f"$JS.API.STREAM.PURGE.{stream_name}"]
+        if role in bucket["readers"]:
+            publish += _reader(stream_name)
     if asking := _asking(contract, role):
         publish += [f"{inbox}.>" for inbox in asking]
         subscribe.append("$SRV.>")

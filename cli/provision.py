@@ -14,7 +14,7 @@ from mnemesh import kv, subjects
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.ids import PARTITIONS, check_name
 from mnemesh.inbox import Inbox
-from mnemesh.jetstream import SiteKind, ensure_bucket, ensure_log
+from mnemesh.jetstream import SiteKind, ensure_bucket, ensure_log, ensure_objects
 from router.shard_map import ShardEntry
 from services.site_policy import SiteEntry
 
@@ -93,6 +93,8 @@ async def provision(
         await ensure_log(inbox, site, kind=kind, replicas=log_replicas)
         for bucket in subjects.BUCKETS:
             await ensure_bucket(inbox, bucket.name, replicas=log_replicas)
+        for bucket in subjects.OBJECTS if kind == "hub" else ():
+            await ensure_objects(inbox, bucket.name, replicas=log_replicas)
         await _put_tenants(inbox, tenants)
         await _put_sites(inbox, sites or {site: SiteEntry()})
         if policy is not None:

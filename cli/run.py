@@ -8,7 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli.allocator import give_large_back
 from memory_shards.shard import Shard
+from memory_shards.snapshots.settings import NONE, SnapshotSettings
 from memory_shards.stores.urls import EMBEDDED, StoreUrls
 from mnemesh import kv, subjects
 from mnemesh.actor import Actor
@@ -33,7 +35,7 @@ PATIENCE_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What one service needs. `shard`, `folder` and `stores` are the shard's alone."""
+    """What one service needs. `shard`, `folder`, `stores` and `snapshots` are the shard's alone."""
 
     service: str
     link: LinkOptions
@@ -41,6 +43,7 @@ class RunOptions:
     shard: str = ""
     folder: Path = Path("mnemesh-data")
     stores: StoreUrls = EMBEDDED
+    snapshots: SnapshotSettings = NONE
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 0
     until_stdin_closes: bool = False
@@ -87,6 +90,8 @@ async def _actor(options: RunOptions, link: Link) -> Actor:
         return Hub(link, site=options.site)
     if options.service == "views":
         return Views(link, site=options.site)
+    if options.snapshots.url:
+        give_large_back()
     partitions = await _partitions(link, options.shard)
     return Shard(
         link,
@@ -97,6 +102,7 @@ async def _actor(options: RunOptions, link: Link) -> Actor:
         guard=guard,
         stores=options.stores,
         reads=SiteReadPolicy(),
+        snapshots=options.snapshots,
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from cli.mesh import Mesh, MeshOptions
 from cli.server_config import ServerOptions
+from memory_shards.snapshots.settings import KNOWN as KNOWN_TARGETS
+from memory_shards.snapshots.settings import SnapshotSettings, seconds_of
 from memory_shards.stores.urls import KNOWN, StoreUrls, environment
 from mnemesh.errors import BadRequest
 from mnemesh.host import until_stopped
@@ -47,6 +49,28 @@ def add_store_flags(command: argparse.ArgumentParser) -> None:
         )
 
 
+def add_snapshot_flags(command: argparse.ArgumentParser) -> None:
+    """Where the shards' snapshots go, and how often."""
+    target, every = environment("snapshots"), environment("snapshot_every")
+    command.add_argument(
+        "--snapshots",
+        metavar="URL",
+        default=os.environ.get(target, ""),
+        help=f"where snapshots of the shards go: {' '.join(KNOWN_TARGETS)} (default: ${target}, else nowhere)",
+    )
+    command.add_argument(
+        "--snapshot-every",
+        metavar="TIME",
+        default=os.environ.get(every, "1h"),
+        help=f"how often each shard takes one, such as 30m or 1h (default: ${every}, else 1h)",
+    )
+
+
+def snapshots(flags: argparse.Namespace) -> SnapshotSettings:
+    """What the flags say of snapshots. Raises `BadRequest`."""
+    return SnapshotSettings(url=flags.snapshots, every_s=seconds_of(flags.snapshot_every))
+
+
 def stores(flags: argparse.Namespace) -> StoreUrls:
     """The stores that the flags name. Raises `BadRequest`."""
     return StoreUrls(**{field.name: getattr(flags, field.name) for field in fields(StoreUrls)})
@@ -70,6 +94,7 @@ def options(flags: argparse.Namespace) -> MeshOptions:
         agents=agents,
         metrics_port=flags.metrics_port,
         stores=stores(flags),
+        snapshots=snapshots(flags),
     )
 
 

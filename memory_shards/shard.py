@@ -2,7 +2,8 @@
 
 Every replica of a shard reads the same log and listens in the same queue group; none is the leader. Its life:
 
-    prepare   which log is it, open the stores (they empty themselves if they were built for another)
+    prepare   which log is it, open the stores (they empty themselves if they were built for another), start those that
+              have nothing from a snapshot
     follow    messages of the log → records of our partitions → every projection
     serve     wait as fresh as demanded → read the store → say the watermark that was read
 
@@ -34,8 +35,11 @@ from memory_shards.origins import Origins
 from memory_shards.outside import OutsideProjection
 from memory_shards.rebuild import Rebuilds, generations_in
 from memory_shards.served import Served
+from memory_shards.snapshots.keeper import Snapshots, no_target
+from memory_shards.snapshots.settings import NONE, SnapshotSettings
+from memory_shards.snapshots.starting import check_for_hole, was_cut
 from memory_shards.stores import Counted, Facet, VectorQuery
-from memory_shards.stores.by_url import Origin, Stores, open_beside, open_stores
+from memory_shards.stores.by_url import Origin, Stores, files_of, open_beside, open_stores
 from memory_shards.stores.embedded import EmbeddedMemory
 from memory_shards.stores.sqlite import SqliteStore
 from memory_shards.stores.sqlite_schema import is_corrupt
@@ -84,6 +88,7 @@ class Shard(Actor):
         hub: Elsewhere | None = None,
         stores: StoreUrls = EMBEDDED,
         reads: ReadPolicy | None = None,
+        snapshots: SnapshotSettings = NONE,
     ) -> None:
         super().__init__(link, guard=guard)
         self._reads = reads or NoPolicy()
@@ -93,6 +98,8 @@ class Shard(Actor):
         self.partitions = frozenset(partitions)
         self._folder = folder
         self._urls = stores
+        self._snapshot_settings = snapshots
+        self._snapshots: Snapshots | None = None
         self._log = subjects.log_stream(site)
         self._opened: Served | None = None
         self._lock: IO[str] | None = None
@@ -147,6 +154,8 @@ class Shard(Actor):
                     lambda projection=projection: projection.applied,  # type: ignore[misc]
                 )
             )
+        if self._snapshots is not None:
+            gauges += self._snapshots.gauges()
         gauges += [
             Gauge(
                 f"{outside.name}_breaker_open",
@@ -172,6 +181,8 @@ class Shard(Actor):
             works[f"apply.{name}"] = partial(self._served.keep, name, self._apply)
         if any(outside.store.is_shared for outside in self.stores.outside):
             works["lease"] = self._lease.run
+        if self._snapshots is not None:
+            works["snapshots"] = partial(self._snapshots.run, lambda: files_of(self.stores))
         return works
 
     async def _apply(self, facet: Facet) -> None:
@@ -192,16 +203,30 @@ class Shard(Actor):
         self._incarnation = state.incarnation
         generations = await generations_in(self.asker.inbox, subjects.GENERATIONS.name, self._place, self._folder)
         origin = Origin(self.site, self.name, self.partitions, state.incarnation, self._folder, generations)
+        reopen = partial(open_stores, self._urls, origin)
+        if self._snapshot_settings.url:
+            self._snapshots = Snapshots(
+                self._snapshot_settings,
+                self.asker.inbox,
+                site=self.site,
+                shard=self.name,
+                holder=self.instance,
+                folder=self._folder,
+            )
         try:
-            opened = await open_stores(self._urls, origin)
-            if max(projection.watermark.value for projection in opened.embedded) > state.last_sequence:
+            opened = await reopen()
+            if max(store.watermark for store in files_of(opened)) > state.last_sequence:
                 logger.warning("%s ends before what this shard has applied; its stores start from empty", self._log)
                 await opened.close()
                 folders.clear(self._folder)
-                opened = await open_stores(self._urls, origin)
+                opened = await reopen()
+            if self._snapshots is not None:
+                opened = await self._snapshots.start(opened, reopen, state)
         except sqlite3.DatabaseError as error:
             self.failed(error)
             raise
+        if self._elsewhere is None:  # a device purges what it lets go of
+            await check_for_hole(self.asker.inbox, self._log, opened, state)
         self._opened = Served(opened)
         self._lease = Lease(self.asker.inbox, subjects.LEASES.name, self._place, self.instance)
         self._rebuilds = Rebuilds(
@@ -523,10 +548,22 @@ class Shard(Actor):
     @handles(subjects.SHARD_REBUILD)
     async def rebuild(self, request: messages.Rebuild, call: Call) -> messages.Rebuilding:
         state = await stream_state(self.asker.inbox, self._log)
-        if state.first_sequence > 1:
+        if await was_cut(self.asker.inbox, self._log, state):
             raise Conflict(f"the log begins at {state.first_sequence}: what was before cannot be had from it")
         self._rebuilds.ask(request.store)
         return messages.Rebuilding(store=request.store)
+
+    @handles(subjects.TAKE_SNAPSHOT)
+    async def take_snapshot(self, request: messages.TakeSnapshot, call: Call) -> messages.Snapshot:
+        if self._snapshots is None:
+            raise no_target()
+        return (await self._snapshots.take(files_of(self.stores))).told()
+
+    @handles(subjects.LIST_SNAPSHOTS)
+    async def list_snapshots(self, request: messages.ListSnapshots, call: Call) -> messages.Snapshots:
+        if self._snapshots is None:
+            raise no_target()
+        return await self._snapshots.told(files_of(self.stores), await stream_state(self.asker.inbox, self._log))
 
     # ── how fresh, and whether all of it ────────────────────────────────────────────────────────────────────
 

@@ -34,6 +34,7 @@ USERS = (*SERVICES, *(f"{tenant}.{agent}" for tenant, agent in AGENTS))
 STREAMS = {
     **{stream["name"].replace("<site>", SITE): stream for stream in CONTRACT["streams"].values()},
     **{f"KV_{bucket['name']}": bucket for bucket in CONTRACT["buckets"].values()},
+    **{f"OBJ_{bucket['name']}": bucket for bucket in CONTRACT["objects"].values()},
 }
 
 
@@ -115,6 +116,10 @@ def storage_probes() -> Iterator[Probe]:
         key = f"$KV.{bucket['name']}.probe"
         yield Probe("publish", key, frozenset(bucket["writers"]))
         yield Probe("subscribe", key, frozenset())
+    for bucket in CONTRACT["objects"].values():
+        for part in "CM":
+            yield Probe("publish", f"$O.{bucket['name']}.{part}.probe", frozenset(bucket["writers"]))
+            yield Probe("subscribe", f"$O.{bucket['name']}.{part}.probe", frozenset())
     for name, declared in STREAMS.items():
         readers = frozenset({*declared["readers"], "operator"})
         for verb in ("STREAM.INFO", "STREAM.MSG.GET"):
@@ -126,6 +131,8 @@ def storage_probes() -> Iterator[Probe]:
         operator = frozenset({"operator"})
         for verb in ("CREATE", "UPDATE", "DELETE", "PURGE", "SNAPSHOT", "RESTORE", "MSG.DELETE"):
             erasers = frozenset(declared.get("erasers", ())) if verb in ("PURGE", "MSG.DELETE") else frozenset()
+            if name.startswith("OBJ_") and verb == "PURGE":
+                erasers = frozenset(declared["writers"])
             yield Probe("publish", f"$JS.API.STREAM.{verb}.{name}", operator | erasers)
         for verb in ("NAMES", "LIST"):
             yield Probe("publish", f"$JS.API.CONSUMER.{verb}.{name}", operator)

@@ -35,7 +35,7 @@ def log() -> Log:
 
 
 def waiting(store: MemoryVectors, entity_id: str) -> bytes:
-    row = store.file._db.execute("SELECT waiting FROM entities WHERE entity_id = ?", (entity_id,)).fetchone()
+    row = store.stored._db.execute("SELECT waiting FROM entities WHERE entity_id = ?", (entity_id,)).fetchone()
     assert row is not None
     kept: bytes = row[0]
     return kept

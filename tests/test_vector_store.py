@@ -217,9 +217,9 @@ def test_tenants_and_spaces_do_not_see_each_other(store: MemoryVectors, log: Log
     log.put("e", vectors={"a": vector(1, 0)}, spaces={"a": {"metric": "l2", "index": "flat", "model": "m1"}})
     log.put("e", tenant="other", vectors={"a": vector(1, 0, 0)})
     applied(store, log.records)
-    info = store.file.spaces[TENANT, "a"]
+    info = store.stored.spaces[TENANT, "a"]
     assert (info.name, info.dimension, info.metric, info.index, info.model) == ("a", 2, "l2", "flat", "m1")
-    assert [(*name, info.dimension) for name, info in store.file.spaces.items()] == [
+    assert [(*name, info.dimension) for name, info in store.stored.spaces.items()] == [
         (TENANT, "a", 2),
         ("other", "a", 3),
     ]
@@ -317,7 +317,7 @@ def test_a_failed_commit_leaves_the_store_as_it_was(store: MemoryVectors, log: L
         applied(store, [record])
     assert store.watermark == 1
     assert ids(find(store, vector(1, 0))) == ["e"]
-    assert list(store.file.spaces) == [(TENANT, "default")]
+    assert list(store.stored.spaces) == [(TENANT, "default")]
 
 
 # ── events once, and what a device holds ────────────────────────────────────────────────────────────────────
@@ -562,7 +562,7 @@ def test_search_finds_what_brute_force_finds_after_any_history(
             elif then == "reopen":
                 store.close()
                 store = opened(Path(folder))
-            for info in store.file.spaces.values():
+            for info in store.stored.spaces.values():
                 expected = model.scores(info.name, wanted, color, kind)
                 hits = find(
                     store, wanted, space=info.name, k=k, type=kind, filter={} if color is None else {"x": color}

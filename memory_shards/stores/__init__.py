@@ -13,7 +13,9 @@ What a store keeps is derived: deleting it loses nothing, the log rebuilds it.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -96,7 +98,15 @@ class VectorQuery(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Store(Protocol):
-    """What a projection needs of any store."""
+    """What a projection needs of any store, and snapshots of its file."""
+
+    @property
+    def file(self) -> Path:
+        """The SQLite file that holds all of it."""
+
+    @staticmethod
+    def stands_in(connection: sqlite3.Connection) -> int:
+        """Up to where a file like its own has the log."""
 
     @property
     def watermark(self) -> int:

@@ -63,6 +63,11 @@ class ArraySpace:
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
+    def reserve(self, count: int) -> None:
+        """Have room for so many rows in all, of a space that has none."""
+        if count > len(self._halves):
+            self._halves = self._on.zeros((count, self.dimension))
+
     def put(self, entity_ids: Sequence[str], halves: Halves) -> None:
         """Add the vectors of distinct entities, or replace those that they had."""
         rows = np.array([self._row(entity_id) for entity_id in entity_ids], np.intp)

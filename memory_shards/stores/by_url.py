@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from memory_shards.merger import Part
 from memory_shards.outside import OutsideProjection
 from memory_shards.projection import Projection
-from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Texts, Vectors
+from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Store, Texts, Vectors
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.embedded import MOST_VECTORS_APPLIED, EmbeddedMemory, EmbeddedVectors
@@ -137,6 +137,11 @@ async def open_stores(urls: StoreUrls, origin: Origin) -> Stores:
         for each in opened:
             await each.close()
         raise
+
+
+def files_of(stores: Stores) -> list[Store]:
+    """The stores that are files of this process, which is what a snapshot has."""
+    return [projection.store for projection in stores.embedded]
 
 
 async def open_beside(urls: StoreUrls, origin: Origin, current: Facet, where: Path | int) -> Facet:

@@ -12,6 +12,7 @@ Looks at `vector_file`, `space`, `array_space`, `columns` and `mnemesh`.
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 import threading
 from collections import defaultdict
@@ -58,44 +59,52 @@ class MemoryVectors:
         self._spaces: dict[tuple[str, str], AnySpace] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="faiss-build", initializer=_give_way)
         self._closing = threading.Event()
-        self.file = VectorFile(folder, partitions, site=site, incarnation=incarnation, holds=self._holds)
-        for stored in self.file.spaces.values():
+        self.stored = VectorFile(folder, partitions, site=site, incarnation=incarnation, holds=self._holds)
+        for stored in self.stored.spaces.values():
             space = self._made(stored)
             self._load(stored, space)
             space.maintain(self._submit)
 
     @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @staticmethod
+    def stands_in(connection: sqlite3.Connection) -> int:
+        return VectorFile.stands_in(connection)
+
+    @property
     def watermark(self) -> int:
         """The last log sequence applied and committed."""
-        return self.file.watermark
+        return self.stored.watermark
 
     @property
     def rejected(self) -> int:
         """How many vectors and events were skipped since it was opened."""
-        return self.file.rejected
+        return self.stored.rejected
 
     def close(self) -> None:
         """Stop building, release the file and the thread."""
         self._closing.set()
         self._builder.shutdown(cancel_futures=True)
-        self.file.close()
+        self.stored.close()
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def shows(self, record: Record) -> bool:
-        return self.file.shows(record)
+        return self.stored.shows(record)
 
     def apply(self, records: Sequence[Record], watermark: int) -> None:
         """Commit the effects of `records` with the watermark, then let searches see them. As `VectorFile.apply`."""
         faiss.omp_set_num_threads(1)
-        self._show(self.file.changes(records, watermark))
+        self._show(self.stored.changes(records, watermark))
 
     @property
     def is_settled(self) -> bool:
-        return self.file.is_settled
+        return self.stored.is_settled
 
     def settle(self) -> None:
-        self.file.settle()
+        self.stored.settle()
 
     def _show(self, changes: Changes) -> None:
         """Bring the spaces in memory to what was committed."""
@@ -105,7 +114,7 @@ class MemoryVectors:
         for stored, owners, halves, _ in changes.halved:
             self._made(stored).put([owner.entity_id for owner in owners], halves)
         for entity in changes.entities:
-            for stored in self.file.left(entity):
+            for stored in self.stored.left(entity):
                 touched[stored.tenant, stored.name] = space = self._made(stored)
                 space.remove(entity.entity_id)
             attributes = entity.attributes
@@ -180,7 +189,7 @@ class MemoryVectors:
         entity_ids = list(map(space.entity_at, rows))
         if not query.output_fields and not query.include_vectors:
             return [Hit(entity_id=name, score=score) for name, score in zip(entity_ids, scores, strict=True)]
-        entities = self.file.read.stored(query.tenant, entity_ids)
+        entities = self.stored.read.stored(query.tenant, entity_ids)
         hits = []
         for entity_id, score in zip(entity_ids, scores, strict=True):
             entity = entities[entity_id]  # a row in memory is an entity in the file
@@ -189,24 +198,24 @@ class MemoryVectors:
                 held = entity.attributes
                 attributes = {name: held[name] for name in query.output_fields if name in held}
             if query.include_vectors:
-                vector = self.file.read.vector(self.file.spaces[query.tenant, query.space], entity.number)
+                vector = self.stored.read.vector(self.stored.spaces[query.tenant, query.space], entity.number)
             hits.append(Hit(entity_id=entity_id, score=score, attributes=attributes, vector=vector))
         return hits
 
     def vectors_of(self, tenant: str, entity_id: str) -> dict[str, Vector]:
         """An entity's vectors by space, float32 to the precision of fp16; none for a stranger."""
-        return self.file.read.vectors_of(tenant, entity_id)
+        return self.stored.read.vectors_of(tenant, entity_id)
 
     def count(self) -> int:
         """How many vectors there are."""
         return sum(len(space.rows) for space in self._spaces.values())
 
     def digest(self) -> str:
-        return self.file.digest()
+        return self.stored.digest()
 
     def digests(self) -> Digests:
         """A hash of what is kept, by partition."""
-        return self.file.read.digests()
+        return self.stored.read.digests()
 
     # ── the index in memory ─────────────────────────────────────────────────────────────────────────────────
 
@@ -217,12 +226,12 @@ class MemoryVectors:
             space.adopt()
 
     def _load(self, stored: VectorSpace, space: AnySpace) -> None:
-        for some in self.file.read.vectors_in(stored):
-            halves = np.frombuffer(b"".join(each.halves for each in some), HALF)
-            space.put([each.entity.entity_id for each in some], halves.reshape(len(some), -1))
-            for entity, _, _ in some:
-                attributes = entity.attributes
-                space.describe(entity.entity_id, entity.type, attributes, attributes)
+        space.reserve(self.stored.read.count(stored))
+        for some in self.stored.read.shown_in(stored):
+            halves = np.frombuffer(b"".join(half for *_, half in some), HALF)
+            space.put([entity_id for entity_id, *_ in some], halves.reshape(len(some), -1))
+            for entity_id, kind, attributes, _ in some:
+                space.describe(entity_id, kind, attributes, attributes)
 
     def _submit(self, build: Callable[[Callable[[], bool]], Any]) -> Future[Any]:
         return self._builder.submit(build, self._closing.is_set)

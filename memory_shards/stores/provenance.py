@@ -48,6 +48,11 @@ def keep_or_clear(
     return kept
 
 
+def built_for(connection: sqlite3.Connection) -> str:
+    """What a file was built for: files for which this is the same text have the same tables, from the same log."""
+    return str(connection.execute("SELECT built_for FROM provenance").fetchone()[0])
+
+
 def _clear(connection: sqlite3.Connection) -> None:
     connection.execute("DELETE FROM provenance")
     # Virtual tables first: each takes its shadow tables along, which cannot be dropped by name.

@@ -90,6 +90,11 @@ class Space:
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
+    def reserve(self, count: int) -> None:
+        """Have room for so many rows in all, of a space that has none: growing to there would hold up to twice that."""
+        self._tail.codes.resize(count * self._tail.code_size)
+        self._tail.codes.resize(0)
+
     def put(self, entity_ids: Sequence[str], halves: Halves) -> None:
         """Add the vectors of distinct entities, or replace those that they had."""
         self._written_at = monotonic()

@@ -52,8 +52,8 @@ class SqliteStore(SqliteReader):
         parts: frozenset[Part] = ALL_PARTS,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / "memory.db"
-        self._writer = connect(self._file)
+        self.file = folder / "memory.db"
+        self._writer = connect(self.file)
         self._writer.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         keep_or_clear(
             self._writer, site=site, partitions=partitions, incarnation=incarnation, layout=LAYOUT, parts=parts
@@ -68,7 +68,7 @@ class SqliteStore(SqliteReader):
         self._watermark: int = meta.get("watermark", 0)
         self._rejected: int = meta.get("rejected", 0)
         self._erasing = meta.get("erasing", 0)
-        super().__init__(self._file, with_edges="edges" in parts)
+        super().__init__(self.file, with_edges="edges" in parts)
 
     @property
     def watermark(self) -> int:
@@ -79,6 +79,12 @@ class SqliteStore(SqliteReader):
     def rejected(self) -> int:
         """How many events broke a rule and were skipped, since the file was begun."""
         return self._rejected
+
+    @staticmethod
+    def stands_in(connection: sqlite3.Connection) -> int:
+        """Up to where a file like this one has the log."""
+        found = connection.execute("SELECT value FROM meta WHERE name = 'watermark'").fetchone()
+        return int(found[0]) if found else 0
 
     def shows(self, record: Record) -> bool:
         """Each of them: it is in the entity's timeline."""
@@ -134,7 +140,7 @@ class SqliteStore(SqliteReader):
 
     def reader(self) -> SqliteReader:
         """Another reader of the same file, for another thread. Who asks for it closes it."""
-        return SqliteReader(self._file, with_edges=self._with_edges)
+        return SqliteReader(self.file, with_edges=self._with_edges)
 
     def digest(self) -> str:
         """A hash of the state, the tombstones and each entity's events in order: equal where the same log was applied.
@@ -146,7 +152,7 @@ class SqliteStore(SqliteReader):
     def digests(self) -> dict[str, Digests]:
         """The same of each part that it keeps, by partition."""
         found: dict[str, Digests] = {part: Digests() for part in sorted(self._parts)}
-        with closing(connect(self._file)) as connection:
+        with closing(connect(self.file)) as connection:
             connection.execute("BEGIN")
             _add_all(connection, found)
         return found

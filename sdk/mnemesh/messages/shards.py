@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from mnemesh.messages.base import Consistency, Direction, HeldState, Relations, Reply, Request, Sequence, Token
+from mnemesh.messages.base import Consistency, Direction, HeldState, Relations, Reply, Request, Sequence, Time, Token
 
 
 class Expand(Request, frozen=True, kw_only=True):
@@ -219,3 +219,36 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     rebuilds: dict[str, str] = {}
     digest: str | None = None
     digests: list[StoreDigest] = []
+
+
+class TakeSnapshot(Request, frozen=True, kw_only=True):
+    """Request of `take_snapshot`."""
+
+
+class Snapshot(Reply, frozen=True, kw_only=True):
+    """A snapshot of a shard's embedded stores, as it was read back when it was taken, in `seconds`.
+
+    `files` tells up to where each has the log. `bytes` are those of the files, `stored` what they take at the target.
+    `unfit` says why a replica of the shard that answers would not start from it.
+    """
+
+    id: str
+    shard: str
+    taken_at: Time
+    seconds: float
+    files: dict[str, int]
+    bytes: int
+    stored: int
+    unfit: str | None = None
+
+
+class ListSnapshots(Request, frozen=True, kw_only=True):
+    """Request of `list_snapshots`."""
+
+
+class Snapshots(Reply, frozen=True, kw_only=True):
+    """Reply of `list_snapshots`: those at the `target`, newest first, and what is wrong with each `damaged` one."""
+
+    target: str
+    snapshots: list[Snapshot]
+    damaged: dict[str, str] = {}
