@@ -219,7 +219,8 @@ dbms.usage_report.enabled=false
 class MilvusServer(Server):
     """One Milvus, standalone: what its parts need of etcd and an object store is in the process and its folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, guarded: bool = False) -> None:
+        """One that is `guarded` lets `root` in, with the password `Milvus`."""
         if not MILVUS.exists():
             raise NotToBeHad(f"Milvus is not installed in {MILVUS}")
         spec = importlib.util.spec_from_file_location("milvus", MILVUS / "milvus" / "__init__.py")
@@ -232,6 +233,11 @@ class MilvusServer(Server):
         self.port = int(config.get("proxy_port"))
         self.url = f"milvus://127.0.0.1:{self.port}"
         self._have_etcd_on_free_ports(folder)
+        if guarded:
+            settings = folder / "configs" / "milvus.yaml"
+            settings.write_text(
+                settings.read_text().replace("authorizationEnabled: false", "authorizationEnabled: true")
+            )
         self._health = f"http://127.0.0.1:{free_port()}/healthz"
         environment = {
             "DEPLOY_MODE": "STANDALONE",

@@ -277,14 +277,19 @@ async def test_what_is_no_good_is_said_at_the_start_with_its_setting(tmp_path: P
     evicting = server_or_skip(
         lambda: RedisServer(tmp_path / "small", "--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru")
     )
-    with running(guarded), running(evicting):
+    milvus = server_or_skip(lambda: MilvusServer(tmp_path / "milvus", guarded=True))
+    with running(guarded), running(evicting), running(milvus):
         wrong = guarded.url.replace("redis://", "redis://:wrong@")
-        for number, (url, says) in enumerate(
+        strange = milvus.url.replace("milvus://", "milvus://root:wrong@")
+        nowhere = milvus.url.replace("milvus://", "milvus://root:Milvus@") + "/nowhere"
+        for number, (urls, says) in enumerate(
             [
-                (wrong, r"attributes redis://…@127.0.0.1:\d+/0: Redis refuses: .*password"),
-                (evicting.url, r"attributes redis://127.*: its maxmemory-policy is allkeys-lru, which drops"),
+                (StoreUrls(attributes=wrong), r"attributes redis://…@127.0.0.1:\d+/0: Redis refuses: .*password"),
+                (StoreUrls(attributes=evicting.url), r"attributes redis://127.*: its maxmemory-policy is allkeys-lru"),
+                (StoreUrls(vectors=strange), r"vectors milvus://…@127.0.0.1:\d+: Milvus refuses: .*password"),
+                (StoreUrls(vectors=nowhere), r"vectors milvus://…@.*/nowhere: Milvus refuses: database"),
             ]
         ):
             with pytest.raises(Unavailable, match=says):
-                async with mesh_on(tmp_path / str(number), StoreUrls(attributes=url)):
+                async with mesh_on(tmp_path / str(number), urls):
                     pass

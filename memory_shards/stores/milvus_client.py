@@ -26,7 +26,6 @@ from urllib.parse import unquote, urlsplit
 import grpc
 from pymilvus import CollectionSchema, DataType, MilvusClient, MilvusException
 from pymilvus.client.cache import GlobalCache
-from pymilvus.exceptions import ConnectionConfigException
 
 from memory_shards.stores.vector_file import VectorSpace
 from mnemesh.errors import BadRequest
@@ -49,7 +48,8 @@ LONGEST_TEXT = 65_535
 _clients: Counter[str] = Counter()
 """How many there are of each server or file in this process."""
 
-_REFUSALS = ("auth", "permission", "privilege", "database not found", "certificate")
+_REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+_NO_DATABASE = re.compile(r"database.* not found")
 _METRICS = {"cosine": "COSINE", "ip": "IP", "l2": "L2"}
 _INDEXES: dict[IndexKind, tuple[str, dict[str, int]]] = {
     "auto": ("AUTOINDEX", {}),
@@ -94,17 +94,27 @@ def _connect(target: Target) -> MilvusClient:
     try:
         client = MilvusClient(target.uri, token=target.token, db_name=target.database, timeout=CALL_S)
         version = str(client.get_server_version(timeout=CALL_S))
+        client.list_collections(timeout=CALL_S)
     except ImportError as error:
         raise BadRequest(f"Milvus Lite is not installed: {error}") from error
     except MilvusException as error:
-        if not isinstance(error, ConnectionConfigException) and any(word in str(error).lower() for word in _REFUSALS):
-            raise BadRequest(f"Milvus refuses: {error.message[:200]}") from error
-        raise
+        refusal = _refusal_in(error)
+        if refusal is None:
+            raise
+        raise BadRequest(f"Milvus refuses: {refusal[:200]}") from error
     numbers = re.search(r"(\d+)\.(\d+)", version)
     if numbers is not None and tuple(map(int, numbers.groups())) < OLDEST:
         client.close()
         raise BadRequest(f"Milvus {version} is too old: it must be {'.'.join(map(str, OLDEST))} or later")
     return client
+
+
+def _refusal_in(error: MilvusException) -> str | None:
+    """What a server that is there says against us; `None` where it may just be away. pymilvus tells both alike."""
+    cause = error.__cause__
+    if isinstance(cause, grpc.RpcError) and isinstance(cause, grpc.Call) and cause.code() in _REFUSALS:
+        return str(cause.details())
+    return str(error.message) if _NO_DATABASE.match(str(error.message)) else None
 
 
 @contextmanager
