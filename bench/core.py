@@ -29,10 +29,10 @@ from bench.report import Row, percentile, ratio, value
 from bench.sampling import ROUNDS, latencies, latency, rate, rates
 from bench.sites import agent_of, mesh_memory, running_mesh, settled
 from bench.suite import Group, measured
-from bench.vectors import K, made, write_to_recall
+from bench.vectors import K, load, made, write_to_recall
 from cli.mesh import Mesh
 from cli.server import free_port
-from mnemesh import Consistency, Memory, subjects, wire
+from mnemesh import Memory, subjects, wire
 from mnemesh.asker import Asker
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.jetstream import stream_state
@@ -300,16 +300,6 @@ async def alone(sizes: Sizes) -> list[Row]:
             Row(name="write_to_recall_p50", value=median(found_again) * 1e3, unit="ms", runs=len(found_again)),
             Row(name="replay_vectors_rate", value=replayed, unit="events/s", runs=events),
         ]
-
-
-async def load(memory: Memory, vectors: np.ndarray[Any, Any], *, index: Any) -> None:
-    await memory.upsert_embedding("row:0", vectors[0], space="s", index=index)
-    rows = [
-        {"entity_id": f"row:{row}", "attributes": {"tenth": row % 10}, "vectors": {"s": vector}}
-        for row, vector in enumerate(vectors)
-    ]
-    written = Consistency(level="session", token=await write_all(memory, rows, senders=4))
-    await memory.search_embedding(vectors[0], space="s", k=1, consistency=written, budget_ms=120_000)
 
 
 async def recall_row(

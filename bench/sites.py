@@ -29,7 +29,12 @@ ASKED_AGAIN_S = 0.005
 
 @contextlib.asynccontextmanager
 async def running_mesh(
-    *, shards: int, leaf_port: int = 0, stores: StoreUrls = EMBEDDED, snapshots: SnapshotSettings = NONE
+    *,
+    shards: int,
+    replicas: int = 1,
+    leaf_port: int = 0,
+    stores: StoreUrls = EMBEDDED,
+    snapshots: SnapshotSettings = NONE,
 ) -> AsyncIterator[Mesh]:
     with tempfile.TemporaryDirectory(prefix="mnemesh-bench-") as folder:
         server = ServerOptions(
@@ -38,6 +43,7 @@ async def running_mesh(
         options = MeshOptions(
             server=server,
             shards=shards,
+            replicas=replicas,
             tenants=(TENANT,),
             agents=((TENANT, AGENT),),
             stores=stores,

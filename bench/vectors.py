@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.documents import write_all
 from bench.sampling import Work
 from mnemesh import Consistency, Memory
 
@@ -31,6 +32,17 @@ def made(
     vectors, asked = some(count), some(queries)
     exact = [np.argpartition(-(vectors @ query), K)[:K] for query in asked]
     return vectors, asked, np.stack(exact)
+
+
+async def load(memory: Memory, vectors: np.ndarray[Any, Any], *, index: Any) -> None:
+    """Write these as `row:0`, `row:1`, … of space `s`, until a search finds all of them."""
+    await memory.upsert_embedding("row:0", vectors[0], space="s", index=index)
+    rows = [
+        {"entity_id": f"row:{row}", "attributes": {"tenth": row % 10}, "vectors": {"s": vector}}
+        for row, vector in enumerate(vectors)
+    ]
+    written = Consistency(level="session", token=await write_all(memory, rows, senders=4))
+    await memory.search_embedding(vectors[0], space="s", k=1, consistency=written, budget_ms=120_000)
 
 
 def write_to_recall(writer: Memory, reader: Memory, vectors: np.ndarray[Any, Any]) -> Work:
