@@ -1,9 +1,13 @@
-"""What others see who look into Redis: an entity is a hash of JSON values, which ends when all of it does."""
+"""What others see who look into Redis: an entity is a hash of JSON values, which ends when all of it does. And what a
+cluster loses where a node fails over to one that has not heard of all."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,18 @@ import pytest
 import redis
 from backends import Backend, apply
 from test_merge import FUTURE, forget, put
-from test_stores import edge, log_of
+from test_stores import edge, got, log_of
 
-from bench.store_servers import RedisServer
+from bench.store_servers import RedisServer, redis_cluster, running
+from cli.server import free_port
+from memory_shards.outside import OutsideProjection
+from memory_shards.stores.by_url import Stores
 from memory_shards.stores.redis_layout import Keys
 from memory_shards.stores.urls import StoreUrls
 from mnemesh.clock import wall_ms
+from mnemesh.event import Record
 from mnemesh.ids import partition_of
+from mnemesh.lease import HELD
 
 
 @pytest.fixture
@@ -85,3 +94,101 @@ async def test_what_was_forgotten_is_in_no_key(backend: Backend, client: redis.R
                     dumped.append(str(client.zrange(key, 0, -1)))
         assert dumped
         assert "SECRET" not in "".join(dumped)
+
+
+# ── a node of a cluster fails over ──────────────────────────────────────────────────────────────────────────
+
+
+class GrowingLog:
+    """A log that a projection follows while it grows."""
+
+    def __init__(self) -> None:
+        self._records: Sequence[Record] = []
+        self._grew = asyncio.Event()
+
+    def grow(self, records: Sequence[Record]) -> None:
+        self._records = records
+        self._grew.set()
+
+    async def follow(self, after: int) -> AsyncGenerator[tuple[list[Record], int], None]:
+        while True:
+            self._grew.clear()
+            if fresh := [each for each in self._records if each.sequence > after]:
+                after = fresh[-1].sequence
+                yield fresh, after
+            await self._grew.wait()
+
+    async def head(self) -> int:
+        return len(self._records)
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.02)
+
+
+async def test_a_node_that_fails_over_without_the_last_writes_is_given_them_again(tmp_path: Path) -> None:
+    """Its replica is stopped before the last writes, and takes its place when it is killed: what they were is lost."""
+    log = log_of(*(put(ms=n, entity_id=f"e{n % 100}", attributes={f"a{n}": n}) for n in range(1, 401)))
+    with redis_cluster(tmp_path / "cluster") as nodes:
+        primary = nodes[1]
+        replica = RedisServer(tmp_path / "replica", "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+        with running(replica):
+            await asyncio.to_thread(replicate, primary, replica, nodes)
+            backend = Backend.of(StoreUrls(attributes=nodes[0].url), tmp_path / "stores")
+            async with backend.opened() as stores:
+                projection, growing = stores.documents.projection, GrowingLog()
+                assert isinstance(projection, OutsideProjection)
+                growing.grow(log[:200])
+                running_on = asyncio.ensure_future(projection.run(growing.follow, growing.head, HELD))
+                await projection.watermark.reached(200)
+                with redis.Redis(port=primary.port) as client:
+                    assert await asyncio.to_thread(client.wait, 1, 10_000) == 1
+                replica.kill()
+                growing.grow(log[:300])
+                await projection.watermark.reached(300)
+                primary.kill()
+                await asyncio.to_thread(take_over, replica)
+                growing.grow(log)
+                async with asyncio.timeout(30):
+                    await projection.watermark.reached(400)
+                await check_whole(stores, log)
+                running_on.cancel()
+                with suppress(asyncio.CancelledError):
+                    await running_on
+
+
+def replicate(primary: RedisServer, replica: RedisServer, nodes: Sequence[RedisServer]) -> None:
+    """Have one node follow another, once all know it, and return when it has all that this has."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(redis.Redis(port=node.port)) for node in (*nodes, replica)]
+        leading, following = clients[nodes.index(primary)], clients[-1]
+        leading.config_set("repl-diskless-sync-delay", 0)
+        bus = following.config_get("cluster-port")["cluster-port"]
+        leading.execute_command("CLUSTER MEET", "127.0.0.1", replica.port, bus)
+        names = [client.execute_command("CLUSTER MYID").decode() for client in clients]
+        until(lambda: all(name in str(client.execute_command("CLUSTER NODES")) for client in clients for name in names))
+        following.execute_command("CLUSTER REPLICATE", names[nodes.index(primary)])
+        until(lambda: following.info("replication").get("master_link_status") == "up")
+
+
+def take_over(replica: RedisServer) -> None:
+    """Have it be the primary of its slots, with what it has."""
+    replica.start()
+    with redis.Redis(port=replica.port) as client:
+        client.execute_command("CLUSTER FAILOVER", "TAKEOVER")
+        until(lambda: client.info("replication")["role"] == "master")
+
+
+async def check_whole(stores: Stores, log: Sequence[Record]) -> None:
+    """Every event counts, once."""
+    written: dict[str, list[int]] = {}
+    for record in log:
+        written.setdefault(record.event.entity_id, []).append(record.sequence)
+    for entity_id, sequences in written.items():
+        events = await stores.documents.timeline("acme", entity_id, 0, 1000)
+        assert [event.sequence for event in events] == sequences
+        seen = await got(stores, entity_id) or {}
+        assert seen["attributes"] == {f"a{n}": n for n in sequences}

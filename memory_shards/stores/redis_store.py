@@ -65,6 +65,8 @@ class RedisStore:
         self._counted_at = float("-inf")
         self._places: dict[int, int] = {}
         """Where each partition in a cluster stood at least, as the shard's hash has it."""
+        self._lost: dict[int, int] = {}
+        """Where those stand that stood further."""
 
     @property
     def watermark(self) -> int:
@@ -92,14 +94,12 @@ class RedisStore:
         if told.get(b"counts") != self._counts:
             return None
         self.rejected = int(told.get(b"rejected", 0))
-        self._places = {each: int(told.get(b"%d" % each, 0)) for each in self.keys} if self.in_cluster else {}
-        watermark = int(told[b"watermark"])
         if self.in_cluster:
+            self._places = {each: int(told.get(b"%d" % each, 0)) for each in self.keys}
             has = self._each(lambda pipe, keys: pipe.hget(keys.meta, "applied"))
-            for place, applied in zip(self._places.values(), has, strict=True):
-                if int(applied or 0) < place:
-                    watermark = min(watermark, int(applied or 0))
-        return watermark
+            applied = dict(zip(self.keys, (int(each or 0) for each in has), strict=True))
+            self._lost = {each: place for each, place in applied.items() if place < self._places[each]}
+        return min([int(told[b"watermark"]), *self._lost.values()])
 
     def begin(self, *, afresh: bool) -> None:
         """Clear the partitions that were written for another log, and count anew. Until then nobody reads them."""
@@ -133,10 +133,12 @@ class RedisStore:
         for record in records:
             by_partition[record.partition].append(record)
         if self.in_cluster:
-            self._check(after)
+            stands = self._check(after)
+            if self._lost:
+                self._set_back(stands)
             rejected = sum(self._commit({partition: some}, None) for partition, some in by_partition.items())
             reached = {partition: some[-1].sequence for partition, some in by_partition.items()}
-            self._mark(watermark, reached, rejected)
+            self._mark(watermark, reached, rejected, after)
         else:
             self._commit(by_partition, (watermark, after))
         self._watermark = max(self._watermark, watermark)
@@ -148,11 +150,27 @@ class RedisStore:
             raise WentBack(f"it stands at {stands}, and stood at {after}")
         return stands
 
-    def _mark(self, watermark: int, reached: Mapping[int, int], rejected: int) -> None:
-        """Note where the shard and its partitions in a cluster stand, never less than is noted."""
+    def _set_back(self, watermark: int) -> None:
+        """Note where the shard and those partitions stand that lost some, before what they lost is applied again."""
+        noted = {"watermark": watermark} | {str(each): place for each, place in self._lost.items()}
+        with self._client.pipeline(transaction=True) as transaction:
+            transaction.watch(self._shard)
+            if transaction.hget(self._shard, "counts") == self._counts:
+                transaction.multi()
+                transaction.hset(self._shard, mapping=noted)
+                transaction.execute()
+        self._places |= self._lost
+
+    def _mark(self, watermark: int, reached: Mapping[int, int], rejected: int, after: int) -> None:
+        """Note where the shard and its partitions in a cluster stand, never less than is noted.
+
+        Raises `WentBack` where another has set it back since, and applies again what was lost.
+        """
         with self._client.pipeline(transaction=True) as transaction:
             transaction.watch(self._shard)
             noted = transaction.hgetall(self._shard)
+            if int(noted.get(b"watermark", 0)) < after:
+                raise WentBack(f"it was set back to {int(noted.get(b'watermark', 0))}, and stood at {after}")
             further = {
                 name: value
                 for name, value in (
