@@ -266,9 +266,9 @@ class MilvusServer(Server):
 
 @contextlib.contextmanager
 def running(server: Server) -> Iterator[None]:
-    """Have it run while the block does."""
-    server.start()
+    """Have it run while the block does. One that does not answer in time is ended, too."""
     try:
+        server.start()
         yield
     finally:
         server.kill()

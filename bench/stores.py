@@ -67,7 +67,7 @@ class Sizes:
         self.documents = 1_000 if quick else 50_000
         self.graph = 500 if quick else 20_000
         self.vectors = 1_000 if quick else 50_000
-        self.searched = 2_000 if quick else 20_000
+        self.searched = 3_000 if quick else 20_000
         self.kills = 2 if quick else 5
         self.applied = 1 if quick else 3
         self.cold = cold or (1_000 if quick else 200_000)
@@ -285,7 +285,8 @@ async def apply_milvus(sizes: Sizes) -> list[Row]:
                     store.open()
                     store.begin(afresh=False)
                     applied(file, records, MOST_VECTORS_APPLIED)
-                    rates.append(applied(store, records, MILVUS_BATCH))
+                    applied(store, records[:MILVUS_BATCH], MILVUS_BATCH)  # which makes the collection, in seconds
+                    rates.append(applied(store, records[MILVUS_BATCH:], MILVUS_BATCH))
     return [Row(name="milvus_apply_rate", value=median(rates), unit="events/s", runs=len(rates))]
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from bench import core, edge, report
+from bench import core, edge, report, stores
 from bench.cable import CableProcess
 from bench.processes import pss_mib
 from bench.report import Row, percentile, ratio, value
@@ -80,9 +80,19 @@ EDGE = {
     "edge_memory_mib",
     "edge_cold_start_s",
 }
+STORES = {
+    "redis_get_context_p50",
+    "neo4j_traverse_p50",
+    "milvus_search_p50",
+    "takeover_s",
+    "redis_apply_rate",
+    "neo4j_apply_rate",
+    "milvus_apply_rate",
+    "faiss_apply_rate",
+}
 
 
-@pytest.mark.parametrize(("suite", "owed"), [(core, CORE), (edge, EDGE)])
+@pytest.mark.parametrize(("suite", "owed"), [(core, CORE), (edge, EDGE), (stores, STORES)])
 def test_every_figure_that_a_suite_owes_belongs_to_one_group(suite: ModuleType, owed: set[str]) -> None:
     names = [name for group, _ in suite.GROUPS for name in group]
     assert len(names) == len(set(names))

@@ -7,25 +7,28 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from backends import Backend, apply
+from redis.cluster import RedisCluster
 from test_merge import FUTURE, forget, put
 from test_stores import edge, got, log_of
 
 from bench.store_servers import RedisServer, redis_cluster, running
 from cli.server import free_port
 from memory_shards.outside import OutsideProjection
+from memory_shards.stores import WentBack
 from memory_shards.stores.by_url import Stores
 from memory_shards.stores.redis_layout import Keys
+from memory_shards.stores.redis_store import RedisStore
 from memory_shards.stores.urls import StoreUrls
 from mnemesh.clock import wall_ms
 from mnemesh.event import Record
-from mnemesh.ids import partition_of
+from mnemesh.ids import PARTITIONS, partition_of
 from mnemesh.lease import HELD
 
 
@@ -180,6 +183,30 @@ def take_over(replica: RedisServer) -> None:
     with redis.Redis(port=replica.port) as client:
         client.execute_command("CLUSTER FAILOVER", "TAKEOVER")
         until(lambda: client.info("replication")["role"] == "master")
+
+
+def test_a_node_that_fails_over_after_it_was_asked_is_not_applied_to(
+    redis_cluster_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just then nothing can be killed for sure: where the partition stood is lowered by hand, on the real server."""
+    site = Backend.of(StoreUrls(attributes=redis_cluster_url), tmp_path).origin.site
+    log = log_of(*(put(ms=n, attributes={"n": n}) for n in range(1, 4)))
+    store = RedisStore(redis_cluster_url, site=site, shard="s0", partitions=range(PARTITIONS), incarnation="1")
+    with closing(store), RedisCluster.from_url(redis_cluster_url) as client:
+        store.open()
+        store.begin(afresh=False)
+        store.apply(log[:2], 2)
+        checked = store._check
+
+        def lost_after_that(after: int) -> int:
+            stands = checked(after)
+            client.hset(store.keys[log[0].partition].meta.decode(), "applied", 1)
+            return stands
+
+        monkeypatch.setattr(store, "_check", lost_after_that)
+        with pytest.raises(WentBack, match="stands at 1, and stood at 2"):
+            store.apply(log[2:], 3, 2)
+        assert store.look() == 1
 
 
 async def check_whole(stores: Stores, log: Sequence[Record]) -> None:

@@ -104,6 +104,7 @@ async def test_a_page_of_the_timeline_has_no_holes_up_to_where_the_store_stood(b
 
 @pytest.mark.parametrize("backend", ["neo4j"], indirect=True)
 async def test_a_reader_of_the_graph_sees_all_of_a_batch_or_nothing(backend: Backend) -> None:
+    """As it comes; `test_neo4j_store` reads in the middle of a commit."""
     async with backend.opened() as stores:
         seen: set[str] = set()
 

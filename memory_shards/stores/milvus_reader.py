@@ -190,11 +190,13 @@ class MilvusVectors:
             if not milvus_client.is_loaded(self._connected, collection):
                 return [[] for _ in vectors]  # nothing of it is written yet
             self._loaded.add(collection)
-        padding = milvus_client.padded(space.dimension) - space.dimension
+        given = [wire.as_vector(vector) for vector in vectors]
+        if padding := milvus_client.padded(space.dimension) - space.dimension:
+            given = [np.pad(vector, (0, padding)) for vector in given]
         try:
             found = self._connected.search(
                 collection,
-                [np.pad(wire.as_vector(vector), (0, padding)) for vector in vectors],
+                given,
                 filter=passing,
                 limit=k,
                 timeout=ANSWER_S,

@@ -10,6 +10,8 @@
             what its events said of edges (`merger.Kept`)
     (:Shard {key, counts, watermark, edges})
             up to where a shard has applied its log, and how many edges it has
+    (:Commit {key, begun, ended})
+            the same of a shard while none of its transactions commits, for Neo4j shows what commits piece by piece
 
 `key` is `<site>.<tenant>.<token of the id>`, for an index takes no more than 8 KB. A relation is a property and no
 type: there can be 65,535 types, and they are never given back.
@@ -43,6 +45,7 @@ _INTEGERS = range(-(1 << 63), 1 << 63)
 SCHEMA = (
     "CREATE CONSTRAINT mnemesh_entity IF NOT EXISTS FOR (e:Entity) REQUIRE e.key IS UNIQUE",
     "CREATE CONSTRAINT mnemesh_shard IF NOT EXISTS FOR (s:Shard) REQUIRE s.key IS UNIQUE",
+    "CREATE CONSTRAINT mnemesh_commit IF NOT EXISTS FOR (c:Commit) REQUIRE c.key IS UNIQUE",
     "CREATE INDEX mnemesh_place IF NOT EXISTS FOR (e:Entity) ON (e.site, e.partition)",
 )
 

@@ -1,7 +1,10 @@
 """The reads of the store `neo4j:`, on the event loop. A walk is one query, however many hops it takes.
 
-An entity whose edges have validities that begin or end is not known by its edges alone: its history is folded. Looks at
-`neo4j_client`, `neo4j_store`, `memory_shards.merge` and `mnemesh`.
+An entity whose edges have validities that begin or end is not known by its edges alone: its history is folded.
+
+Neo4j shows a transaction while it commits piece by piece. So a read looks whether one did meanwhile, which is said
+beside it (`:Commit`), and is done again with the shard's lock then, which whoever applies holds until all is there.
+Looks at `neo4j_client`, `neo4j_store`, `memory_shards.merge` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -28,22 +31,34 @@ MOST_APPLIED = 1_000
 MOST_AHEAD = 1_000
 """Entities of one hop from which a walk goes on by itself."""
 
+_WHOLE = """
+OPTIONAL MATCH (b:Commit {key: $shard})
+WITH coalesce(b.begun, '') AS begun, coalesce(b.ended, '') AS ended
+CALL () { CALL () { _QUERY_ } RETURN collect(row) AS rows }
+WITH begun, ended, rows
+OPTIONAL MATCH (a:Commit {key: $shard})
+RETURN begun = ended AND coalesce(a.begun, '') = begun AS whole, rows
+"""
+_LOCK = """
+MATCH (s:Shard {key: $shard}) SET s.locked = true
+WITH s MATCH (c:Commit {key: $shard}) SET c.ended = c.begun
+"""
 _EDGES_OF = """
 MATCH (s:Shard {key: $shard})
 OPTIONAL MATCH (e:Entity {key: $key})
-RETURN s.watermark AS latest, coalesce(e.exact_from, 0) AS exact_from,
-    [(e)-[r:EDGE]->(t) | [r.relation, t.id, r._properties]] AS edges
+RETURN [s.watermark, coalesce(e.exact_from, 0), [(e)-[r:EDGE]->(t) | [r.relation, t.id, r._properties]]] AS row
 """
-_HISTORY = "MATCH (:Entity {key: $key})-[:SAID]->(v:Event) RETURN v.kept ORDER BY v.sequence"
+_HISTORY = "MATCH (:Entity {key: $key})-[:SAID]->(v:Event) WITH v ORDER BY v.sequence RETURN v.kept AS row"
 _INWARD = "MATCH (n:Entity)<-[r:EDGE|GONE]-(s:Entity) WHERE n.key IN $keys AND s.partition IN $partitions"
 _OUTWARD = "MATCH (s:Entity)-[r:EDGE|GONE]->(o:Entity) WHERE s.key IN $keys"
 _ONE_HOP = """
 {inward_or_outward} {relations} AND type(r) = 'EDGE' AND coalesce(s.exact_from, 0) <= $now
-RETURN {near}.id AS near, r.relation AS relation, {far}.id AS far, s.key AS source, false AS inexact
+WITH {near}.id AS near, r.relation AS relation, {far}.id AS far, s.key AS source
 ORDER BY near, relation, far LIMIT $limit
+RETURN [near, relation, far, source, false] AS row
 UNION ALL
 {inward_or_outward} {relations} AND s.exact_from > $now
-RETURN {near}.id AS near, r.relation AS relation, {far}.id AS far, s.key AS source, true AS inexact
+RETURN [{near}.id, r.relation, {far}.id, s.key, true] AS row
 """
 _WALK_BEGINS = """
 MATCH (s:Entity) WHERE s.key IN $keys AND coalesce(s.exact_from, 0) <= $now
@@ -60,7 +75,7 @@ WITH known, walked + edges AS walked, from + [s IN front | s.id] AS from,
     [t IN reached WHERE t.partition IN $partitions AND coalesce(t.exact_from, 0) <= $now AND NOT t IN known] AS front
 WITH known + front AS known, walked, from, CASE WHEN size(front) > $ahead THEN [] ELSE front END AS front
 """
-_WALK_ENDS = "MATCH (m:Shard {key: $shard}) RETURN walked, from, m.watermark AS latest"
+_WALK_ENDS = "MATCH (m:Shard {key: $shard}) RETURN [walked, from, m.watermark] AS row"
 _COUNT = "MATCH (s:Shard {key: $shard}) RETURN coalesce(s.edges, 0) AS edges, s.watermark AS at"
 _DIGESTED = """
 MATCH (e:Entity) WHERE e.site = $site AND e.partition IN $partitions AND e.ledger IS NOT NULL
@@ -91,7 +106,7 @@ class Neo4jEdges:
 
     async def edges_of(self, tenant: str, entity_id: str) -> tuple[list[Edge], int]:
         key = key_of(self.store.site, tenant, entity_id)
-        found = await self._ask(_EDGES_OF, shard=self.store.shard_key, key=key)
+        found = await self._whole(_EDGES_OF, shard=self.store.shard_key, key=key)
         if not found:
             return [], 0
         ((latest, exact_from, edges),) = found
@@ -102,14 +117,13 @@ class Neo4jEdges:
                 for (relation, target), edge in sorted(state.edges.items())
                 if not edge.removed
             ], await self._stands_at()
-        there = sorted(each for each in edges if each[0] is not None)  # one may be taken out while it is read
         return [
-            edge_view(relation, target, raw and msgspec.json.decode(raw)) for relation, target, raw in there
+            edge_view(relation, target, raw and msgspec.json.decode(raw)) for relation, target, raw in sorted(edges)
         ], latest
 
     async def _folded(self, key: str) -> State:
         """What an entity's history comes to now."""
-        history = [decode_kept(kept) for (kept,) in await self._ask(_HISTORY, key=key)]
+        history = [decode_kept(kept) for kept in await self._whole(_HISTORY, shard=self.store.shard_key, key=key)]
         return fold((kept.change() for kept in history), valid_at_ms=wall_ms())
 
     async def expand(
@@ -138,7 +152,7 @@ class Neo4jEdges:
         ways = {"out": [True], "in": [False], "both": [True, False]}[direction]
         found: set[tuple[str, str, str]] = set()
         for outward in ways:
-            rows = await self._ask(_one_hop(outward, bool(relations)), **asked)
+            rows = await self._whole(_one_hop(outward, bool(relations)), **asked)
             found.update(await self._holding(rows, outward=outward))
         edges = sorted(found)
         return Walk(edges[:limit], len(edges) > limit, [], await self._stands_at())
@@ -147,7 +161,7 @@ class Neo4jEdges:
         self, asked: dict[str, Any], starts: set[str], with_relations: bool, ahead: int
     ) -> Walk | None:
         """All hops at once; `None` where that found too much, or began at what is not known by its edges alone."""
-        ((walked, walked_from, latest),) = await self._ask(walk_query(ahead, with_relations), **asked) or [([], [], 0)]
+        ((walked, walked_from, latest),) = await self._whole(_walk(ahead, with_relations), **asked) or [([], [], 0)]
         if len(walked) >= asked["limit"] or not starts.issubset(walked_from):
             return None
         edges = [(near, relation, far) for near, relation, far in walked]
@@ -158,8 +172,6 @@ class Neo4jEdges:
         states: dict[str, State] = {}
         held = []
         for near, relation, far, source, inexact in rows:
-            if relation is None:
-                continue  # it was taken out while it was read
             if inexact:
                 if source not in states:
                     states[source] = await self._folded(source)
@@ -188,6 +200,22 @@ class Neo4jEdges:
         ((_, at),) = await self._ask(_COUNT, shard=self.store.shard_key) or [(0, 0)]
         return at or 0
 
+    async def _whole(self, cypher: str, **asked: Any) -> list[Any]:
+        """What a query calls `row`, of no moment at which only some of a batch was there."""
+        ((is_whole, found),) = await self._ask(whole(cypher), **asked)
+        if is_whole:
+            return found  # type: ignore[no-any-return]
+
+        async def locked(tx: neo4j.AsyncManagedTransaction) -> list[Any]:
+            await (await tx.run(_LOCK, shard=asked["shard"])).consume()
+            return [row async for (row,) in await tx.run(cypher, asked)]
+
+        async def rows() -> list[Any]:
+            async with self._driver.session(database=self.store.target.database) as session:
+                return await session.execute_write(locked)
+
+        return await self.projection.read(rows)
+
     async def _ask(self, cypher: str, **asked: Any) -> list[Any]:
         """The rows of a query."""
 
@@ -214,6 +242,16 @@ def _one_hop(outward: bool, relations: bool) -> str:
 
 
 @cache
+def whole(cypher: str) -> str:
+    """The query that tells what another calls `row`, and whether that is whole."""
+    return _WHOLE.replace("_QUERY_", cypher)
+
+
 def walk_query(hops_ahead: int, relations: bool) -> str:
-    """The query that takes one hop and so many more."""
+    """The query that takes one hop and so many more, as it is asked."""
+    return whole(_walk(hops_ahead, relations))
+
+
+@cache
+def _walk(hops_ahead: int, relations: bool) -> str:
     return _WALK_BEGINS + (1 + hops_ahead) * _with(_WALK_GOES_ON, relations) + _WALK_ENDS

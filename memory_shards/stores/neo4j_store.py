@@ -1,6 +1,7 @@
 """The store `neo4j:`: the graph in Neo4j (`neo4j_client` says how it lies). A batch is one transaction.
 
     lock the shard's node → what the records name → merge (`memory_shards.merger`) → write, with the watermark
+    → say that it commits → commit → say that it has
 
 The lock makes whoever applies for the same shard wait, and see what was applied before. Several shards may share a
 server: an edge leads to the same node, whosever entity that is. Where their transactions wait for each other in a
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
+from uuid import uuid4
 
 import msgspec
 import neo4j
@@ -36,6 +38,8 @@ _MARK = """
 MATCH (s:Shard {key: $shard})
 SET s.watermark = $watermark, s.counts = $counts, s.edges = coalesce(s.edges, 0) + $edges
 """
+_BEGUN = "MERGE (c:Commit {key: $shard}) SET c.begun = $commit"
+_ENDED = "MATCH (c:Commit {key: $shard}) WHERE c.begun = $commit SET c.ended = $commit"
 _STANDS = "MATCH (s:Shard {key: $shard, counts: $counts}) RETURN s.watermark AS watermark"
 _LOAD = "UNWIND $keys AS key MATCH (e:Entity {key: key}) RETURN key, e.ledger AS ledger"
 _HISTORY = "MATCH (:Entity {key: $key})-[:SAID]->(v:Event) RETURN v.kept AS kept ORDER BY v.sequence"
@@ -148,6 +152,8 @@ class Neo4jStore:
         self._counts = f"{LAYOUT} {incarnation} {self.partitions}"
         self._opened: neo4j.Driver | None = None
         self._watermark = 0
+        self._commit: str | None = None
+        """What the transaction that is under way is called, once it commits."""
 
     @property
     def watermark(self) -> int:
@@ -215,7 +221,10 @@ class Neo4jStore:
         """
         within_s = WRITE_S + EDGE_S * sum(1 + _edges_in(record) for record in records)
         with self._session() as session:
+            self._commit = None
             self._watermark = self._write(session, self._apply, records, watermark, after, within_s=within_s)
+            if self._commit is not None:
+                session.run(_ENDED, shard=self.shard_key, commit=self._commit).consume()
 
     def _apply(self, tx: neo4j.ManagedTransaction, records: Sequence[Record], watermark: int, after: int) -> int:
         """Where the store stands then. May run several times, until one commits."""
@@ -228,6 +237,9 @@ class Neo4jStore:
         batch = _Batch(tx, self.site, self._born, [record for record in records if record.sequence > stands])
         told = {"shard": self.shard_key, "watermark": watermark, "counts": self._counts, "edges": batch.write()}
         tx.run(_MARK, told).consume()
+        self._commit = uuid4().hex
+        with self._session() as beside:
+            beside.run(_BEGUN, shard=self.shard_key, commit=self._commit).consume()
         return watermark
 
     def _clear(self, tx: neo4j.ManagedTransaction, cypher: str) -> int:
