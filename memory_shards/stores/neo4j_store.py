@@ -116,7 +116,7 @@ MATCH (s:Shard {site: $site}) WHERE s.key <> $shard AND any(each IN s.partitions
 SET s.counts = ''
 """
 
-_DROP = "MATCH (s:Shard {key: $shard}) DELETE s"
+_DROP = "MATCH (s:Shard|Commit {key: $shard}) DELETE s"
 
 _CLEARED_AT_ONCE = 2_000
 
