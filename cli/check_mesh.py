@@ -174,6 +174,17 @@ def services(found: list[Service], shards: dict[str, ShardEntry]) -> Iterator[Fi
         yield ok(f"{len(found)} services run; all {PARTITIONS} partitions are served")
 
 
+async def views(inbox: Inbox, found: list[Service]) -> AsyncIterator[Finding]:
+    """Whether somebody keeps the views that there are."""
+    bucket = subjects.VIEWS.name
+    there = [name for name in await kv.keys(inbox, bucket) if await kv.get(inbox, bucket, name)]
+    if there and not any(service.role == "views" for service in found):
+        yield wrong(
+            f"no views service runs: the vectors of {named(there)} are not kept up to date",
+            "`mnemesh up`, or `mnemesh run views`; its log says why it ended",
+        )
+
+
 def contracts(found: list[Service]) -> Iterator[Finding]:
     """Whether every service was built from the contract that this command was built from."""
     strangers = [service for service in found if service.contract != subjects.CONTRACT]

@@ -96,6 +96,8 @@ async def _services(link: Link, asker: Asker, options: ServerOptions, stores: bo
     found = await check_mesh.running(asker)
     for finding in check_mesh.services(found, shards):
         yield finding
+    async for finding in check_mesh.views(asker.inbox, found):
+        yield finding
     for finding in check_mesh.contracts(found):
         yield finding
     async for finding in check_mesh.lag(asker, options, found):

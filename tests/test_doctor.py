@@ -22,7 +22,7 @@ from cli.provision import even_shards, provision
 from cli.server import NatsServer
 from cli.server_config import config_file
 from memory_shards.shard import Shard
-from mnemesh import subjects
+from mnemesh import kv, subjects
 from mnemesh.actor import Actor
 from mnemesh.asker import Asker
 from mnemesh.connection import Link
@@ -35,6 +35,7 @@ from router.shard_map import ShardEntry
 from services.gateway import Gateway
 from services.policy import TenantGuard
 from services.site_policy import SitePolicy
+from services.view import View
 
 OpenLink = Callable[..., Awaitable[Link]]
 
@@ -109,6 +110,14 @@ async def test_a_healthy_device_has_nothing_amiss(tmp_path: Path) -> None:
         amiss = [finding.what for finding in await findings_of(tmp_path) if finding.verdict != "ok"]
         assert len(amiss) == 1
         assert "the hub at nats://127.0.0.1:1 has not answered" in amiss[0]
+
+
+async def test_views_that_nobody_keeps_are_named(data: Path, open_link: OpenLink, own_mesh_server: NatsServer) -> None:
+    view = View(name="notes", tenant="acme", type="note", attributes=["title"], space="notes", embedder="hashing:64")
+    link = await open_link("operator", own_mesh_server)
+    await kv.put((await Asker(link).open()).inbox, subjects.VIEWS.name, view.name, view.encode())
+    async with hosted(*await services(data, open_link, own_mesh_server)):
+        one(await findings_of(data), "no views service runs: the vectors of notes are not kept")
 
 
 async def test_looking_changes_nothing(data: Path, open_link: OpenLink, own_mesh_server: NatsServer) -> None:
