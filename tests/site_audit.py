@@ -22,7 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from memory_shards.stores.sqlite import _digested
+from memory_shards.digests import ordered
+from memory_shards.merger import ALL_PARTS
+from memory_shards.stores.sqlite import facts_in
 from mnemesh import Consistency, Memory, messages, subjects
 from mnemesh.asker import Asker
 from mnemesh.connection import Link
@@ -366,10 +368,11 @@ class Audit:
 
     def _documents(self, site: str) -> dict[Any, list[object]]:
         file = self._fleet.shard_of(site)[1] / "memory.db"
+        documents: dict[Any, list[object]] = defaultdict(list)
         with closing(sqlite3.connect(file)) as connection:
-            parts = iter(_digested(connection))
-            entities = zip(*[parts] * 4, strict=True)  # the document, its keys, its edges, its events
-            return {tuple(document[0][:2]): [document, *rest] for document, *rest in entities}
+            for part, tenant, entity_id, facts in facts_in(connection, ALL_PARTS):
+                documents[tenant, entity_id].append((part, ordered(facts)))
+        return documents
 
 
 def _unforgotten(births: Births) -> set[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import closing
 from pathlib import Path
 
@@ -154,11 +154,13 @@ class SqliteStore(SqliteReader):
         found: dict[str, Digests] = {part: Digests() for part in sorted(self._parts)}
         with closing(connect(self.file)) as connection:
             connection.execute("BEGIN")
-            _add_all(connection, found)
+            for part, tenant, entity_id, facts in facts_in(connection, self._parts):
+                found[part].add(tenant, entity_id, facts)
         return found
 
 
-def _add_all(connection: sqlite3.Connection, found: Mapping[str, Digests]) -> None:
+def facts_in(connection: sqlite3.Connection, parts: Set[Part]) -> Iterator[tuple[Part, str, str, object]]:
+    """What a file holds of these parts, for digests: each part, tenant and entity, and what is told of it."""
     entities = "SELECT id, tenant, entity_id, alive, type, text, doc, ledger FROM entity"
     edges = "SELECT relation, target, removed, valid_from, stamp, site, properties FROM edge WHERE source = ?"
     events = "SELECT stamp, site, event_id FROM event WHERE entity = ?"
@@ -166,14 +168,14 @@ def _add_all(connection: sqlite3.Connection, found: Mapping[str, Digests]) -> No
         ledger = msgspec.msgpack.decode(encoded, type=merge.Ledger)
         if not alive and ledger.tombstone is None:
             continue  # only ever named by events that were skipped
-        if "attributes" in found:
+        if "attributes" in parts:
             attributes, spaces = wire.decode(doc)
             history = connection.execute(events, (id,)).fetchall()
             facts = facts_of_document(bool(alive), type, text, attributes, spaces, ledger, history)
-            found["attributes"].add(tenant, entity_id, facts)
-        if "edges" in found:
+            yield "attributes", tenant, entity_id, facts
+        if "edges" in parts:
             for relation, target, removed, *key, properties in connection.execute(edges, (id,)):
                 told = wire.decode(properties) if properties else None
-                found["edges"].add(tenant, entity_id, fact_of_edge(relation, target, bool(removed), tuple(key), told))
-        if "text" in found and text is not None:
-            found["text"].add(tenant, entity_id, text)
+                yield "edges", tenant, entity_id, fact_of_edge(relation, target, bool(removed), tuple(key), told)
+        if "text" in parts and text is not None:
+            yield "text", tenant, entity_id, text
