@@ -50,7 +50,7 @@ async def hold(folder: Path) -> IO[str]:
 
 def beside(folder: Path) -> Path:
     """A new folder, within one that we hold, for files that are to take the place of those there."""
-    number = max((int(path.name.removeprefix(BESIDE)) for path in folder.glob(f"{BESIDE}*")), default=0) + 1
+    number = max(_made_beside(folder), default=0) + 1
     made = folder / f"{BESIDE}{number}"
     made.mkdir()
     return made
@@ -58,30 +58,59 @@ def beside(folder: Path) -> Path:
 
 def finished(made: Path) -> None:
     """What is in a folder that was made `beside` is what is read from now on."""
+    for file in made.iterdir():
+        _sync(file)
     (made / FINISHED).touch()
+    _sync(made)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _made_beside(folder: Path) -> dict[int, Path]:
+    """The folders that were made beside what is there, by their numbers, in order."""
+    found = {path.name.removeprefix(BESIDE): path for path in folder.glob(f"{BESIDE}*")}
+    return {number: found[str(number)] for number in sorted(int(name) for name in found if name.isdecimal())}
 
 
 def kept_generations(folder: Path) -> dict[str, int]:
     """Which generation is read of each store that only the folder's holder has, and that is no file."""
-    return {path.name.removeprefix(GENERATION): int(path.read_text()) for path in folder.glob(f"{GENERATION}*")}
+    found = {path.name.removeprefix(GENERATION): path.read_text() for path in folder.glob(f"{GENERATION}*")}
+    return {name: int(generation) for name, generation in found.items() if generation.isdecimal()}
 
 
 def keep_generation(folder: Path, name: str, generation: int) -> None:
     """Have the next holder read this generation of a store."""
-    (folder / f"{GENERATION}{name}").write_text(str(generation))
+    written = folder / f"new-{GENERATION}{name}"
+    written.write_text(str(generation))
+    _sync(written)
+    written.replace(folder / f"{GENERATION}{name}")
 
 
 def _take_over(folder: Path) -> None:
     """Put in place what was finished beside, the last one last, and remove what was not."""
-    for made in sorted(folder.glob(f"{BESIDE}*"), key=lambda path: int(path.name.removeprefix(BESIDE))):
+    for made in _made_beside(folder).values():
         if (made / FINISHED).exists():
             for file in made.glob("*.db"):
-                with closing(sqlite3.connect(file)) as connection:
-                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # it is all in the one file then
-                for suffix in ("-wal", "-shm"):
-                    (folder / f"{file.name}{suffix}").unlink(missing_ok=True)
-                file.replace(folder / file.name)
+                try:
+                    _put_in_place(file, folder / file.name)
+                except sqlite3.DatabaseError as error:
+                    logger.warning("%s was built anew and cannot be read, so the one before stays: %s", file, error)
         shutil.rmtree(made)
+
+
+def _put_in_place(file: Path, place: Path) -> None:
+    """Raises `sqlite3.DatabaseError` where the file is no good; the other is left then."""
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # it is all in the one file then
+    for suffix in ("-wal", "-shm"):
+        place.with_name(f"{place.name}{suffix}").unlink(missing_ok=True)
+    file.replace(place)
 
 
 def condemn(folder: Path) -> None:

@@ -183,7 +183,7 @@ class OutsideProjection:
     @property
     def stands_at(self) -> int:
         """Up to where reads see the log, as far as is known; they may see more."""
-        return max(self.watermark.value, self.store.watermark)
+        return max(self.watermark.own, self.store.watermark)
 
     async def on_worker(self, work: Callable[..., Result], *arguments: object) -> Result:
         """Run a blocking call on the store's thread, in turn with `apply`."""

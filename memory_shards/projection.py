@@ -105,7 +105,7 @@ class Projection:
     @property
     def stands_at(self) -> int:
         """Up to where reads see the log; may be asked on any thread."""
-        return max(self.watermark.value, self.store.watermark)
+        return max(self.watermark.own, self.store.watermark)
 
     async def _next(self) -> tuple[Sequence[Record], int]:
         """What waits, as one batch, so that a store that fell behind catches up in larger transactions."""

@@ -13,10 +13,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, cast
+
+import nats.nuid
+from msgspec.structs import replace
 
 from memory_shards import folder as folders
 from memory_shards.outside import Follow, Head, OutsideProjection
@@ -29,6 +34,7 @@ from mnemesh.errors import BadRequest, Conflict, MnemeshError, Unavailable
 from mnemesh.inbox import Inbox
 from mnemesh.kv import BucketView
 from mnemesh.lease import Held, Lease
+from mnemesh.messages import RebuildState
 
 logger = logging.getLogger("mnemesh.rebuild")
 
@@ -81,96 +87,120 @@ class Rebuilds:
         self._key = key
         self._generations = generations
         self._filled: dict[str, tuple[int, Facet]] = {}
-        self._asked: asyncio.Queue[str] = asyncio.Queue()
+        self._asked: asyncio.Queue[tuple[str, str, bool]] = asyncio.Queue()
         self._view = BucketView(bucket)
         self._seen = 0
-        self.states: dict[str, str] = {}
-        """Of each store that was to be rebuilt since the start: how far that is."""
+        self.states: dict[str, RebuildState] = {}
+        """Of each rebuild that was asked for since the start, by its id: how far it is."""
 
-    def ask(self, name: str) -> None:
-        """Have a store rebuilt. Raises `BadRequest` where there is none, `Conflict` where it is done elsewhere, or is
-        under way."""
+    def ask(self, name: str, *, may_lack: bool) -> str:
+        """Have a store rebuilt. The rebuild's id. Where the log `may_lack` something, what has less takes no place.
+
+        Raises `BadRequest` where there is no such store, `Conflict` where it is done elsewhere, or is under way.
+        """
         facet = self._served.named(name)
         if facet is None:
-            names = sorted(projection.name for projection in self._served.stores.projections)
+            names = sorted(facet.projection.name for facet in self._served.stores.facets)
             raise BadRequest(f"this shard has no store {name!r}; it has {', '.join(names)}")
         if _is_shared(facet) and not self._lease.is_held:
             raise Conflict("another replica writes to this store, and rebuilds it")
-        if self.states.get(name, "").startswith("building"):
+        if any(held.store == name and held.state == "building" for held in self.states.values()):
             raise Conflict(f"the store of the {name} is being rebuilt")
-        self.states[name] = "building"
-        self._asked.put_nowait(name)
+        id = nats.nuid.NUID().next().decode()
+        self.states[id] = RebuildState(store=name, state="building")
+        self._asked.put_nowait((id, name, may_lack))
+        return id
 
     async def run(self) -> None:
-        """Rebuild what is asked for."""
+        """Rebuild what is asked for; the next one once the store that was replaced before is let go."""
         while True:
-            name = await self._asked.get()
+            id, name, may_lack = await self._asked.get()
             facet = self._served.named(name)
             assert facet is not None, "it was looked up when it was asked for"
             try:
-                await self._rebuild(facet)
+                let_go = await self._rebuild(facet, id, may_lack)
             except Exception as error:
-                self.states[name] = f"failed: {str(error)[:300]}"
+                self.states[id] = RebuildState(store=name, state="failed", said=str(error)[:300])
                 logger.error("the store of the %s cannot be rebuilt: %s", name, error)
                 if not isinstance(error, (MnemeshError, OSError, sqlite3.Error, *_outages(facet))):
                     raise
             else:
-                self.states[name] = "done"
+                self.states[id] = RebuildState(store=name, state="done")
+                await let_go()
 
-    async def _rebuild(self, old: Facet) -> None:
+    async def _rebuild(self, old: Facet, id: str, may_lack: bool) -> Callable[[], Awaitable[object]]:
+        """Have another take its place. What lets go of it."""
         name = old.projection.name
         logger.info("the store of the %s is built anew beside the one that is read", name)
+
+        def say(said: str) -> None:
+            self.states[id] = replace(self.states[id], said=said)
+
         if isinstance(old.projection, Projection):
-            beside = folders.beside(self._folder)
-            new = await self._make(old, beside)
-            try:
-                await self._fill_file(new, old)
-            except BaseException:
-                await new.close()
-                raise
-            folders.finished(beside)
-            self._served.put(new, old)
-            await self._let_go(old)
-            return
+            await self._rebuild_file(old, may_lack, say)
+            return partial(self._let_go, old)
         generation = self._generations.get(name, 0) + 1
         if generation > 1:  # whoever replaced it may have ended before it was dropped
             await self._drop(await self._make(old, generation - 2))
         new = await self._make(old, generation)
         try:
-            await self._fill_server(new, old)
+            await self._fill_server(new, old, say)
+            if may_lack:
+                await _check(new, old)
         except BaseException:
             await new.close()
             raise
-        if _is_shared(old):
-            self._filled[name] = generation, new
-            await kv.put(self._inbox, self._bucket, f"{self._key}.{name}", b"%d" % generation)
-            while self._generations.get(name, 0) < generation:  # noqa: ASYNC110  # `follow` sees it
-                await asyncio.sleep(POLL_S)
-        else:
+        if not _is_shared(old):
             self._generations[name] = generation
             folders.keep_generation(self._folder, name, generation)
             self._served.put(new, old)
-            await self._let_go(old, drop=True)
+            return partial(self._let_go, old, drop=True)
+        self._filled[name] = generation, new
+        await kv.put(self._inbox, self._bucket, f"{self._key}.{name}", b"%d" % generation)
+        while self._generations.get(name, 0) < generation:  # noqa: ASYNC110  # `follow` sees it, and lets go of it
+            await asyncio.sleep(POLL_S)
+        return partial(asyncio.sleep, LET_GO_S)
 
-    async def _fill_file(self, new: Facet, old: Facet) -> None:
-        """Bring the log to a new file until it has what the old one has, and no batch fell between the two."""
-        name, projection = old.projection.name, new.projection
+    async def _rebuild_file(self, old: Facet, may_lack: bool, say: Callable[[str], None]) -> None:
+        """Bring the log to a new file until it has all that was handed to the old one, and let it take its place.
+
+        Nothing is handed to either between the two.
+        """
+        beside = folders.beside(self._folder)
+        new = await self._make(old, beside)
+        projection = new.projection
         assert isinstance(projection, Projection), "a file's"
-        if not self._served.offered_to:
-            return  # nothing was written yet
+        async with contextlib.AsyncExitStack() as handing:
+            try:
+                if self._served.offered_to:
+                    await self._fill_file(projection, old, say, handing)
+                if may_lack:
+                    await _check(new, old)
+                await asyncio.to_thread(folders.finished, beside)
+            except BaseException:
+                await new.close()
+                await asyncio.to_thread(shutil.rmtree, beside)
+                raise
+            self._served.put(new, old)
+
+    async def _fill_file(
+        self, projection: Projection, old: Facet, say: Callable[[str], None], handing: contextlib.AsyncExitStack
+    ) -> None:
+        """Apply the log to a new file. In the end nothing is handed to any until `handing` is left."""
         async with contextlib.aclosing(self._follow(0)) as batches, _while_running(projection.run()) as applying:
             async for records, last in batches:
                 await applying.unless_failed(projection.offer(records, last))
-                head = old.projection.watermark.value
-                self.states[name] = f"building: {projection.watermark.value:,} of {head:,}"
+                say(f"{projection.watermark.value:,} of {old.projection.watermark.value:,}")
                 if projection.offered >= self._served.offered_to:
-                    await applying.unless_failed(projection.watermark.reached(min(last, head)))
+                    await handing.enter_async_context(self._served.handing)
                     if projection.offered >= self._served.offered_to:
+                        await applying.unless_failed(projection.watermark.reached(self._served.offered_to))
                         return
+                    await handing.aclose()
 
-    async def _fill_server(self, new: Facet, old: Facet) -> None:
+    async def _fill_server(self, new: Facet, old: Facet, say: Callable[[str], None]) -> None:
         """Have a server's new generation filled until it is as far as the one that is read."""
-        name, projection = old.projection.name, new.projection
+        projection = new.projection
         assert isinstance(projection, OutsideProjection), "a server's"
         await projection.on_worker(lambda: projection.store.begin(afresh=True))
         lease = self._lease if projection.store.is_shared else Held()
@@ -178,7 +208,7 @@ class Rebuilds:
             while projection.watermark.value < (head := old.projection.watermark.value):
                 if not lease.is_held:
                     raise Unavailable("another replica writes to this store now; ask again")
-                self.states[name] = f"building: {projection.watermark.value:,} of {head:,}"
+                say(f"{projection.watermark.value:,} of {head:,}")
                 await applying.unless_failed(asyncio.sleep(POLL_S))
 
     async def _let_go(self, old: Facet, *, drop: bool = False) -> None:
@@ -223,6 +253,16 @@ class Rebuilds:
         self._served.put(new, old)
         self._generations[name] = generation
         logger.info("the store of the %s is generation %d now", name, generation)
+
+
+async def _check(new: Facet, old: Facet) -> None:
+    """Raise `Conflict` where a store that was built from a log without its beginning has less than the one before."""
+    has, had = await new.counted(digest=False), await old.counted(digest=False)
+    if has.things < had.things or has.edges < had.edges:
+        raise Conflict(
+            f"the log no longer has its beginning: from it come {has.things:,} entities and {has.edges:,} edges, where "
+            f"the store has {had.things:,} and {had.edges:,}. That is kept; --force builds what the log says"
+        )
 
 
 class _Running:

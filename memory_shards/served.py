@@ -21,6 +21,8 @@ class Served:
         self.stores = stores
         self.offered_to = max((projection.offered for projection in stores.embedded), default=0)
         """Up to where the log was handed to the stores that are files."""
+        self.handing = asyncio.Lock()
+        """Held while a batch is handed to them, and while one takes another's place."""
         self._changed = asyncio.Event()
 
     def named(self, name: str) -> Facet | None:
@@ -36,6 +38,7 @@ class Served:
     def put(self, new: Facet, old: Facet) -> None:
         """Have readers read `new` from now on, where they read `old`."""
         self.stores = self.stores.with_(new, instead_of=old)
+        old.projection.watermark.succeeded_by(new.projection.watermark)
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -225,9 +225,10 @@ class Shard(Reads):
         after = min(projection.offered for projection in self.stores.embedded)
         async for batch in self._follower(after).batches(MOST_FOLLOWED):
             records = self._intake.records(batch)
-            self._served.offered_to = batch[-1].sequence
-            for projection in self.stores.embedded:
-                await projection.offer(records, batch[-1].sequence)
+            async with self._served.handing:
+                self._served.offered_to = batch[-1].sequence
+                for projection in self.stores.embedded:
+                    await projection.offer(records, batch[-1].sequence)
 
     async def _followed(self, after: int) -> AsyncGenerator[tuple[list[Record], int], None]:
         """The log from there on for one store alone: batches of our partitions' records, each with its last place."""
@@ -250,7 +251,8 @@ class Shard(Reads):
         """Counts are at least as new as the watermark. With a digest all of a store is told between two batches."""
         told: dict[Facet, Counted] = {}
         missing = []
-        for facet in self.stores.facets:
+        stores = self.stores  # another may take the place of one meanwhile
+        for facet in stores.facets:
             try:
                 told[facet] = await facet.counted(digest=request.digest)
             except Unavailable:
@@ -260,11 +262,11 @@ class Shard(Reads):
             shard=self.name,
             watermark={self.site: min(counted.at for counted in told.values())},
             partitions=len(self.partitions),
-            entities=told[self.stores.documents].things,
-            edges=told[self.stores.edges].edges,
-            vectors=told[self.stores.vectors].things,
-            skipped=self._intake.undecodable + self.stores.documents.rejected,
-            quarantined=dict(self.stores.documents.quarantined),
+            entities=told[stores.documents].things,
+            edges=told[stores.edges].edges,
+            vectors=told[stores.vectors].things,
+            skipped=self._intake.undecodable + stores.documents.rejected,
+            quarantined=dict(stores.documents.quarantined),
             stores={facet.projection.name: counted.at for facet, counted in told.items()},
             missing=missing,
             rebuilds=self._rebuilds.states,
@@ -283,10 +285,10 @@ class Shard(Reads):
     @handles(subjects.SHARD_REBUILD)
     async def rebuild(self, request: messages.Rebuild, call: Call) -> messages.Rebuilding:
         state = await stream_state(self.asker.inbox, self._log)
-        if await was_cut(self.asker.inbox, self._log, state):
+        if not request.force and await was_cut(self.asker.inbox, self._log, state):
             raise Conflict(f"the log begins at {state.first_sequence}: what was before cannot be had from it")
-        self._rebuilds.ask(request.store)
-        return messages.Rebuilding(store=request.store)
+        may_lack = state.first_sequence > 1 and not request.force
+        return messages.Rebuilding(id=self._rebuilds.ask(request.store, may_lack=may_lack))
 
     @handles(subjects.TAKE_SNAPSHOT)
     async def take_snapshot(self, request: messages.TakeSnapshot, call: Call) -> messages.Snapshot:

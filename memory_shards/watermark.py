@@ -14,11 +14,17 @@ class Watermark:
         self._value = value
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
+        self._heir: Watermark | None = None
         self.awaited = asyncio.Event()
         """Set when somebody begins to wait."""
 
     @property
     def value(self) -> int:
+        return self._value if self._heir is None else self._heir.value
+
+    @property
+    def own(self) -> int:
+        """The value of this one, also where another counts."""
         return self._value
 
     @property
@@ -34,12 +40,25 @@ class Watermark:
             if not waiter.done():
                 waiter.set_result(None)
 
+    def succeeded_by(self, heir: Watermark) -> None:
+        """From now on it is another that counts: whoever waits, or will, waits for that one."""
+        self._heir = heir
+        for sequence, _, waiter in self._waiters:
+            heapq.heappush(heir._waiters, (sequence, next(heir._order), waiter))
+        if self._waiters:
+            heir.awaited.set()
+        self._waiters = []
+        heir.advance(heir.value)
+
     def begin_anew(self) -> None:
         """Stand at 0 again: what it counts did. Whoever waits waits on."""
         self._value = 0
 
     async def reached(self, sequence: int) -> None:
         """Return once the watermark is at least `sequence`. Bound it with `asyncio.timeout`."""
+        if self._heir is not None:
+            await self._heir.reached(sequence)
+            return
         if sequence <= self._value:
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()

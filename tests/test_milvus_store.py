@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from test_merge import put
 from test_stores import found, log_of
 
 from memory_shards.outside import OutsideProjection
-from memory_shards.stores import WentBack, milvus_client
+from memory_shards.stores import VectorQuery, WentBack, milvus_client
 from memory_shards.stores.by_url import Stores
 from memory_shards.stores.milvus_client import PLACES, Target, collection_of
 from memory_shards.stores.milvus_reader import MilvusVectors
@@ -170,3 +171,54 @@ def test_a_url_leads_to_a_file_or_a_server(tmp_path: Path) -> None:
     assert Target.of("milvus:", tmp_path) == (str(tmp_path / "milvus.db"), "", "", True)
     assert Target.of("milvus://host:1953/db", tmp_path) == ("http://host:1953", "", "db", False)
     assert Target.of("milvus+s://ann:p%40ss@host", tmp_path) == ("https://host", "ann:p@ss", "", False)
+
+
+@LITE
+async def test_what_is_removed_while_it_is_searched_is_left_out(backend: Backend) -> None:
+    log = log_of(
+        *(put(ms=n, entity_id=f"e{n}", vectors={"s": EAST}) for n in range(1, 41)),
+        *(put(ms=100 + n, entity_id=f"e{n}", remove_vectors=["s"]) for n in range(1, 41)),
+    )
+    async with backend.opened() as stores:
+        await apply(stores, log[:40])
+        (file,) = stores.beside
+        everywhere = VectorQuery(tenant="acme", space="s", vector=EAST, k=40, include_vectors=True)
+
+        async def remove() -> None:
+            for record in log[40:]:
+                await file.on_worker(file.store.apply, [record], record.sequence)
+                file.watermark.advance(record.sequence)
+
+        removing = asyncio.ensure_future(remove())
+        while not removing.done():
+            for hit in (await stores.vectors.search(everywhere)).hits:
+                assert hit.vector is not None
+        await removing
+        projection = stores.vectors.projection
+        await projection.on_worker(milvus(stores).apply, log[40:], log[-1].sequence, 40)
+        assert await everything(stores) == set()
+
+
+@LITE
+async def test_a_collection_that_somebody_dropped_is_filled_again(backend: Backend) -> None:
+    log = some_vectors(9)
+    async with backend.opened() as stores:
+        await apply(stores, log[:8])
+        store, projection = milvus(stores), stores.vectors.projection
+        assert isinstance(projection, OutsideProjection)
+        with milvus_client.connected(store.target) as client:
+            client.drop_collection(collection_of(store.shard, "acme", "s"))
+        with pytest.raises(Unavailable):
+            await everything(stores)
+        (file,) = stores.beside
+        await file.on_worker(file.store.apply, log, 9)
+        file.watermark.advance(9)
+        with pytest.raises(store.outages):
+            await projection.on_worker(store.apply, log[8:], 9, 8)
+        assert await projection.on_worker(store.look) is None
+        await projection.begin(endless)
+        assert await everything(stores) == {f"e{n}" for n in range(1, 10)}
+        with milvus_client.connected(store.target) as client:
+            client.drop_collection(collection_of(store.shard, "acme", "s"))
+    async with backend.opened() as stores:  # which finds it as it begins
+        assert await everything(stores) == {f"e{n}" for n in range(1, 10)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sqlite3
@@ -21,10 +22,13 @@ from bench.store_servers import Neo4jServer, RedisServer
 from cli.doctor import diagnose
 from cli.main import main
 from cli.mesh import Mesh, MeshOptions
+from cli.operator import asking
 from memory_shards.stores.milvus_client import Target, connected, prefix_of
 from memory_shards.stores.urls import StoreUrls
-from mnemesh import Memory
+from mnemesh import Consistency, Memory, subjects
 from mnemesh.errors import NotFound, Stale, Timeout, Unavailable
+from mnemesh.jetstream import api
+from mnemesh.messages import Status
 
 SITE = "hub"
 LONG_MS = 60_000
@@ -233,3 +237,96 @@ async def test_an_index_in_milvus_that_lost_a_row_is_found_and_filled_anew(tmp_p
         await is_back(memory)
         await check_reads(memory)
         assert await amiss(tmp_path) == []
+
+
+async def test_a_store_that_is_rebuilt_again_and_again_misses_nothing_of_what_is_written_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """While its worker is kept busy too, so that what is handed to it has to wait."""
+    async with Mesh(options(tmp_path, StoreUrls(), replicas=1)) as mesh, alice_on(mesh.server) as memory:
+        await write_some(memory)
+        written: dict[str, int] = {}
+
+        async def write() -> None:
+            for n in itertools.count():
+                done = await memory.set_context(f"w{n}", attributes={"n": n}, vectors={"v": [float(n), 2.0]})
+                written[f"w{n}"] = done.version
+
+        async def look() -> None:
+            async with asking(mesh.options.server, "test") as operator:
+                while True:
+                    await operator.ask(subjects.SHARD_STATUS, subjects.shard_status("s0"), Status(digest=True))
+
+        tasks = [asyncio.ensure_future(write()), asyncio.ensure_future(look())]
+        for store in ("attributes", "vectors", "attributes"):
+            assert await rebuilt(tmp_path, store) == 0
+        for task in tasks:
+            task.cancel()
+        assert all(
+            isinstance(told, asyncio.CancelledError) for told in await asyncio.gather(*tasks, return_exceptions=True)
+        )
+        since = Consistency(level="session", token={SITE: max(written.values())})
+        for name in list(written)[::5]:
+            context = await memory.get_context(name, consistency=since, include_vectors=True, budget_ms=LONG_MS)
+            assert (context.attributes, list(context.vectors or {})) == ({"n": int(name[1:])}, ["v"])
+        assert await amiss(tmp_path) == []
+
+
+async def test_what_was_rebuilt_and_cannot_be_read_is_left_aside(tmp_path: Path) -> None:
+    async with Mesh(options(tmp_path, StoreUrls(), replicas=1)) as mesh, alice_on(mesh.server) as memory:
+        await write_some(memory)
+        assert await rebuilt(tmp_path, "attributes") == 0
+        folder = folder_of(mesh)
+    (folder / "beside-1" / "memory.db").write_bytes(b"no database at all" * 1000)
+    (folder / "beside-1" / "memory.db-wal").unlink(missing_ok=True)
+    (folder / "beside-of-a-stranger").mkdir()
+    (folder / "generation-vectors").touch()
+    async with Mesh(options(tmp_path, StoreUrls(), replicas=1)) as mesh, alice_on(mesh.server) as memory:
+        await check_reads(memory)
+        assert await amiss(tmp_path) == []
+
+
+async def test_a_log_that_lost_its_beginning_takes_nothing_from_a_store(tmp_path: Path) -> None:
+    async with Mesh(options(tmp_path, StoreUrls(), replicas=1)) as mesh, alice_on(mesh.server) as memory:
+        await write_some(memory)
+        async with asking(mesh.options.server, "test") as operator:
+            await api(operator.inbox, f"STREAM.PURGE.{subjects.log_stream(SITE)}", {"seq": 20})
+        assert await rebuilt(tmp_path, "attributes") == 1  # with a forget in it, nobody can tell that it was cut
+        await check_reads(memory)
+
+
+async def test_what_differs_is_told_while_more_is_written(tmp_path: Path) -> None:
+    async with Mesh(options(tmp_path, StoreUrls(), replicas=1)) as mesh, alice_on(mesh.server) as memory:
+        await write_some(memory)
+        await check_reads(memory)
+        with closing(sqlite3.connect(folder_of(mesh) / "memory.db")) as connection, connection:
+            connection.execute("UPDATE entity SET text = 'other' WHERE entity_id = 'e3'")
+
+        async def write() -> None:
+            for n in itertools.count():
+                await memory.set_context(f"w{n % 7}", attributes={"n": n})
+
+        writing = asyncio.ensure_future(write())
+        assert [line.split()[4] for line in await amiss(tmp_path)] == ["attributes", "text"]
+        writing.cancel()
+
+
+async def test_a_rebuild_that_dies_with_its_replica_is_told(
+    tmp_path: Path, redis_server: RedisServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with redis.Redis(port=redis_server.port) as client:
+        for key in client.scan_iter(f"mnemesh:{{{SITE}*"):
+            client.delete(key)
+    urls = StoreUrls(attributes=redis_server.url)
+    async with Mesh(options(tmp_path, urls, replicas=1)) as mesh, alice_on(mesh.server) as memory:
+        await memory.ingest([{"entity_id": f"e{n}", "attributes": {"n": n}} for n in range(3000)])
+        await memory.get_context("e5", consistency=STRONG, budget_ms=LONG_MS)
+        command = asyncio.ensure_future(rebuilt(tmp_path, "attributes"))
+        with redis.Redis(port=redis_server.port) as client:
+            while not client.keys(f"mnemesh:{{{SITE}~1.*"):  # noqa: ASYNC110  # another process writes them
+                await asyncio.sleep(0.01)
+        mesh.children["s0.0"].send(signal.SIGKILL)
+        assert await command == 1
+        assert "ended meanwhile" in capsys.readouterr().err
+        assert (await memory.get_context("e5", budget_ms=LONG_MS)).attributes == {"n": 5}
+        assert await rebuilt(tmp_path, "attributes") == 0

@@ -5,7 +5,7 @@
 
 `<shard>` and `<space>` are hashes of what they stand for (a site and shard; a tenant and space), `<name>` is for
 people. `id` is the entity's. The vector is float32: Milvus Lite has no other. `attributes` are those to filter by
-(`milvus_filter`).
+(`milvus_rows`).
 
 A URL is `milvus:` for a file of this replica's own (Milvus Lite), or `milvus://user:password@host:19530/database`, with
 `milvus+s://` over TLS. Looks at `mnemesh`.
@@ -131,6 +131,11 @@ def close(client: MilvusClient, target: Target) -> None:
     """Let go of the server, and of the file if it is one."""
     client.close()
     _let_go(target)
+
+
+def is_gone(error: MilvusException) -> bool:
+    """Whether it says that there is no such collection."""
+    return re.search("collection.*not (found|exist)|can't find collection", str(error.message), re.I) is not None
 
 
 def _let_go(target: Target) -> None:

@@ -2,7 +2,7 @@
 
 A search sees all up to the watermark that the reply tells: Milvus is told from when on it has to be as new
 (`guarantee_timestamp`), which costs nothing once that is past. What passes a filter there is checked against the file.
-Looks at `milvus_store`, `milvus_filter`, `columns`, `memory_shards.outside` and `mnemesh`.
+Looks at `milvus_store`, `milvus_rows`, `columns`, `memory_shards.outside` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from memory_shards.stores.columns import Columns, Condition, parse_filter
 from memory_shards.stores.milvus_rows import COLUMNS, expression, facts_of
 from memory_shards.stores.milvus_store import MilvusStore
 from memory_shards.stores.vector_file import VectorFile, VectorSpace
-from memory_shards.stores.vector_state import VectorState
 from mnemesh import wire
-from mnemesh.errors import BadRequest, MnemeshError, NotFound
+from mnemesh.errors import BadRequest, MnemeshError, NotFound, Unavailable
 from mnemesh.messages import Hit
 from mnemesh.wire import Vector
 
@@ -130,13 +129,20 @@ class MilvusVectors:
             except MnemeshError as error:
                 answers[position] = error
                 continue
-            if conditions or query.type is not None:
-                answers[position] = self._filtered(space, query, conditions)
-            else:
+            if not conditions and query.type is None:
                 together[space].append(position)
+                continue
+            try:
+                answers[position] = self._filtered(space, query, conditions)
+            except MnemeshError as error:
+                answers[position] = error
         for space, positions in together.items():
             asked = [queries[position] for position in positions]
-            found = self._asked(space, [query.vector for query in asked], max(query.k for query in asked), "")
+            try:
+                found = self._asked(space, [query.vector for query in asked], max(query.k for query in asked), "")
+            except MnemeshError as error:
+                answers |= dict.fromkeys(positions, error)
+                continue
             for position, query, hits in zip(positions, asked, found, strict=True):
                 answers[position] = self._hits(space, query, hits[: query.k])
         latest = max(at, self.file.stands_at, self.projection.stands_at)
@@ -188,7 +194,9 @@ class MilvusVectors:
         collection = milvus_client.collection_of(self.store.shard, space.tenant, space.name)
         if collection not in self._loaded:
             if not milvus_client.is_loaded(self._connected, collection):
-                return [[] for _ in vectors]  # nothing of it is written yet
+                if self._read.count(space):
+                    raise Unavailable(f"the vectors of {space.name!r} are not in Milvus yet", retry_after_ms=500)
+                return [[] for _ in vectors]
             self._loaded.add(collection)
         given = [wire.as_vector(vector) for vector in vectors]
         if padding := milvus_client.padded(space.dimension) - space.dimension:
@@ -227,22 +235,26 @@ class MilvusVectors:
         if not query.output_fields and not query.include_vectors:
             return [Hit(entity_id=entity_id, score=score) for entity_id, score in found]
         stored = self._read.stored(query.tenant, [entity_id for entity_id, _ in found])
-        return [
-            self._told(space, query, stored[entity_id], score)
-            for entity_id, score in found
-            if entity_id in stored and query.space in stored[entity_id].spaces  # else it was just taken out
-        ]
-
-    def _told(self, space: VectorSpace, query: VectorQuery, entity: VectorState, score: float) -> Hit:
-        held = entity.attributes
-        return Hit(
-            entity_id=entity.entity_id,
-            score=score,
-            attributes={name: held[name] for name in query.output_fields if name in held}
-            if query.output_fields
-            else None,
-            vector=self._read.vector(space, entity.number) if query.include_vectors else None,
-        )
+        told = []
+        for entity_id, score in found:
+            entity = stored.get(entity_id)
+            vector = None
+            if entity is not None and query.space in entity.spaces:
+                vector = self._read.vector(space, entity.number)
+            if entity is None or vector is None:
+                continue  # it was just taken out
+            held = entity.attributes
+            told.append(
+                Hit(
+                    entity_id=entity_id,
+                    score=score,
+                    attributes={name: held[name] for name in query.output_fields if name in held}
+                    if query.output_fields
+                    else None,
+                    vector=vector if query.include_vectors else None,
+                )
+            )
+        return told
 
 
 def _score(distance: float) -> float:

@@ -11,7 +11,7 @@ writes when its process is killed.) An index that is empty is filled from the fi
 Who lost the lease stops by the place, which another has moved on; a row that it was just about to write may come late
 and be older. `doctor --stores` finds such a row.
 
-Looks at `vector_file`, `milvus_client`, `milvus_filter` and `mnemesh`.
+Looks at `vector_file`, `milvus_client`, `milvus_rows` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import msgspec
@@ -108,6 +109,8 @@ class MilvusStore:
         self._flushing: Future[None] | None = None
         self._flushed_at = 0.0
         self._writes = False
+        self._checked = False
+        self._lost = False
         self._placing = threading.Lock()
 
     @property
@@ -153,8 +156,10 @@ class MilvusStore:
 
     def look(self) -> int | None:
         """Where the server stands now; `None` where what it has is of another log."""
+        if self._lost or not self._checked:
+            self._check()
         self._flush_if_due()
-        place = self._asked()
+        place = None if self._lost else self._asked()
         if place is None or place.written > self.place.written:
             self._writes = False  # another does
         self.place = place or NOWHERE
@@ -164,9 +169,10 @@ class MilvusStore:
         """Drop what was written for another log, and fill what is empty from the file; go on from what was flushed."""
         self._writes = False
         milvus_client.make_places(self._client)
-        place = None if afresh else self._asked()
+        place = None if afresh or self._lost else self._asked()
         if place is None:
             self._drop()
+            self._lost = False
             self._fill()
         else:
             self._put_place(place._replace(written=place.flushed))
@@ -176,6 +182,15 @@ class MilvusStore:
         """Delete its collections, and its place."""
         self._drop()
         self._client.delete(PLACES, ids=[self.shard], timeout=CALL_S)
+
+    def _check(self) -> None:
+        """Find whether a collection is gone that there are vectors for; it would be made again, and be empty."""
+        there = set(self._client.list_collections(timeout=CALL_S))
+        self._lost = self._asked() is not None and any(
+            milvus_client.collection_of(self.shard, space.tenant, space.name) not in there and self._read.count(space)
+            for space in self._read.spaces()
+        )
+        self._checked = True
 
     def _drop(self) -> None:
         if self._flushing is not None:
@@ -230,7 +245,8 @@ class MilvusStore:
         rows, gone = self._changed(records)
         self._upsert(rows)
         for collection, entity_ids in gone.items():
-            self._client.delete(collection, ids=entity_ids, timeout=CALL_S)
+            with self._noticing_what_is_gone():
+                self._client.delete(collection, ids=entity_ids, timeout=CALL_S)
             self._unflushed.add(collection)
         with self._placing:
             self._put_place(Place(watermark, self._visible_from(), max(there.flushed, self.place.flushed)))
@@ -257,8 +273,11 @@ class MilvusStore:
             stored = self._read.stored(space.tenant, about)
             for entity_id, is_whole in about.items():
                 entity = stored.get(entity_id)
+                vector = None
                 if entity is not None and space.name in entity.spaces:
-                    rows.append(Row(space, entity, self._read.vector(space, entity.number)))
+                    vector = self._read.vector(space, entity.number)
+                if entity is not None and vector is not None:
+                    rows.append(Row(space, entity, vector))
                 elif is_whole or (entity is not None and entity.was_in(space.name)):
                     gone[self._collection(space)].append(entity_id)
         return rows, gone
@@ -279,8 +298,18 @@ class MilvusStore:
             self._put(collection, batch)
 
     def _put(self, collection: str, batch: _Batch) -> None:
-        self._client.upsert(collection, batch.rows, timeout=CALL_S)
+        with self._noticing_what_is_gone():
+            self._client.upsert(collection, batch.rows, timeout=CALL_S)
         self._unflushed.add(collection)
+
+    @contextmanager
+    def _noticing_what_is_gone(self) -> Iterator[None]:
+        """A collection that somebody dropped is to be filled again, with all others: who knows what else is gone."""
+        try:
+            yield
+        except MilvusException as error:
+            self._lost = self._lost or milvus_client.is_gone(error)
+            raise
 
     def _collection(self, space: VectorSpace) -> str:
         """The name of a space's collection, made when it is first needed."""
@@ -314,7 +343,8 @@ class MilvusStore:
         """Flush these collections, which have all up to `written`, and say so."""
         try:
             for name in collections:
-                self._client.flush(name, timeout=FLUSH_S)
+                with self._noticing_what_is_gone():
+                    self._client.flush(name, timeout=FLUSH_S)
         except BaseException:
             self._unflushed |= collections
             raise

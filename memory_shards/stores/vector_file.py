@@ -159,14 +159,15 @@ class VectorReader:
         found = select_all(self._db, _STORED, names)
         return {entity_id: VectorState(number, tenant, entity_id, state) for number, _, entity_id, state, _ in found}
 
-    def vector(self, space: VectorSpace, entity: int) -> Vector:
-        """The vector of an entity by its number, float32 (d,) to the precision of fp16."""
-        return _vector(*self.kept(space, entity))
+    def vector(self, space: VectorSpace, entity: int) -> Vector | None:
+        """The vector of an entity by its number, float32 (d,) to the precision of fp16; `None` if it is just gone."""
+        kept = self.kept(space, entity)
+        return None if kept is None else _vector(*kept)
 
-    def kept(self, space: VectorSpace, entity: int) -> Kept:
+    def kept(self, space: VectorSpace, entity: int) -> Kept | None:
         """The vector of an entity by its number, as it is in the file."""
         place = _place(space, entity)
-        kept: Kept = self._db.execute("SELECT length, halves FROM vectors WHERE place = ?", (place,)).fetchone()
+        kept: Kept | None = self._db.execute("SELECT length, halves FROM vectors WHERE place = ?", (place,)).fetchone()
         return kept
 
     def vectors_of(self, tenant: str, entity_id: str) -> dict[str, Vector]:
@@ -175,7 +176,8 @@ class VectorReader:
         if entity is None or not entity.spaces:
             return {}
         spaces = {space.name: space for space in self.spaces() if space.tenant == tenant}
-        return {name: self.vector(spaces[name], entity.number) for name in entity.spaces}
+        found = {name: self.vector(spaces[name], entity.number) for name in entity.spaces if name in spaces}
+        return {name: vector for name, vector in found.items() if vector is not None}
 
     def vectors_in(self, space: VectorSpace) -> Iterator[list[StoredVector]]:
         """All vectors of a space with their entities, some at a time."""
@@ -209,7 +211,7 @@ class VectorReader:
         digests = Digests()
         for row in self._db.execute("SELECT number, tenant, entity_id, state FROM entities"):
             entity = VectorState(*row)
-            vectors = [(name, *self.kept(spaces[entity.tenant, name], entity.number)) for name in entity.spaces]
+            vectors = [(name, self.kept(spaces[entity.tenant, name], entity.number)) for name in entity.spaces]
             if vectors:
                 digests.add(entity.tenant, entity.entity_id, (entity.type, entity.attributes, vectors))
         return digests
@@ -457,7 +459,9 @@ class VectorFile:
         ]
 
     def _kept_in(self, entity: VectorState, space: str) -> Kept:
-        return self.read.kept(self.spaces[entity.tenant, space], entity.number)
+        kept = self.read.kept(self.spaces[entity.tenant, space], entity.number)
+        assert kept is not None, "a state says so, and nobody else writes"
+        return kept
 
 
 _Waiting: TypeAlias = list[tuple[str, str, bytes, bytes]]

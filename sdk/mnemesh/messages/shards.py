@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -170,15 +170,27 @@ class Status(Request, frozen=True, kw_only=True):
 
 
 class Rebuild(Request, frozen=True, kw_only=True):
-    """Request of `shard_rebuild`: build this store anew, by its name in `ShardStatus.stores`."""
+    """Request of `shard_rebuild`: build this store anew, by its name in `ShardStatus.stores`.
+
+    Where the log no longer has its beginning, and says less than the store has, that is kept, unless by `force`.
+    """
 
     store: str
+    force: bool = False
 
 
 class Rebuilding(Reply, frozen=True, kw_only=True):
-    """Reply of `shard_rebuild`, by a replica that has begun. `ShardStatus.rebuilds` tells how far it is."""
+    """Reply of `shard_rebuild`, by a replica that has begun. `ShardStatus.rebuilds` tells how far it is, by this id."""
+
+    id: str
+
+
+class RebuildState(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a rebuild of a store is: `said` tells more, in words."""
 
     store: str
+    state: Literal["building", "done", "failed"]
+    said: str = ""
 
 
 class PartDigest(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,7 +214,7 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     `skipped` events of the log have no effect: they could not be read, or broke a rule. Nor have those `quarantined`,
     by the site that they came from: they are stamped further ahead of the hub's clock than may be. `stores` tells up to
     where each store has the log, `missing` which of them do not answer: what they hold is not counted. `rebuilds` says
-    how far each store is that is built anew: `building`, `done` or `failed`, and what of it. `digests` tell
+    how far each store is that was to be built anew since the start. `digests` tell
     the same as `digest`, of each part: `attributes`, `edges`, `text`, `vectors`; `index`, where a server has those.
     """
 
@@ -216,7 +228,7 @@ class ShardStatus(Reply, frozen=True, kw_only=True):
     quarantined: dict[str, int] = {}
     stores: dict[str, int] = {}
     missing: list[str] = []
-    rebuilds: dict[str, str] = {}
+    rebuilds: dict[str, RebuildState] = {}
     digest: str | None = None
     digests: list[StoreDigest] = []
 
