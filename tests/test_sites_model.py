@@ -177,7 +177,7 @@ class Site:
         texts = [hit.entity_id for hit in self.documents.search_text("acme", "leaks hums", 9)]
         filters: list[dict[str, Any]] = [{}, *({name: {"exists": True}} for name in "xyz")]
         found = []
-        for space in self.vectors.stored.spaces.values():
+        for space in sorted(self.vectors.stored.spaces.values(), key=lambda space: space.name):
             queries = [
                 VectorQuery(tenant="acme", space=space.name, vector=np.ones(3, np.float32), filter=wanted, type=kind)
                 for wanted in filters

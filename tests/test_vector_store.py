@@ -230,6 +230,15 @@ def test_tenants_and_spaces_do_not_see_each_other(store: MemoryVectors, log: Log
 # ── what cannot be ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_space_whose_only_vector_is_removed_in_the_same_batch_is_empty_and_not_unknown(
+    store: MemoryVectors, log: Log
+) -> None:
+    log.put("e", vectors={"default": vector(1, 0)})
+    log.put("e", remove_vectors=["default"])
+    applied(store, log.records)
+    assert find(store, vector(1, 0)) == []
+
+
 def test_a_vector_of_another_dimension_is_skipped_and_counted(store: MemoryVectors, log: Log) -> None:
     log.put("e", vectors={"default": vector(1, 0)})
     log.put("f", vectors={"default": vector(1, 0, 0), "other": vector(1)}, attributes={"x": 1})

@@ -108,6 +108,9 @@ class MemoryVectors:
 
     def _show(self, changes: Changes) -> None:
         """Bring the spaces in memory to what was committed."""
+        if len(self._spaces) < len(self.stored.spaces):
+            for stored in self.stored.spaces.values():
+                self._made(stored)  # also one whose only vector was removed at once
         touched = {(stored.tenant, stored.name): self._made(stored) for stored, *_ in changes.halved}
         for space in touched.values():
             space.adopt()
