@@ -1,6 +1,7 @@
 # make demo      the smart-grid demo                 make test     lint, types, contract drift, all tests
 # make bench     measure (ARGS="--suite core --json")  make ledger   the long crash test (ARGS="--seconds 600")
 # make site-ledger   a million writes at five sites, cut and killed (ARGS="--writes 200000 --seed 7")
+# make weather   servers of stores that die and come back under load; three minutes
 # Everything is installed into .venv, from constraints.txt.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: test lint types contract unit demo bench ledger site-ledger generate clean
+.PHONY: test lint types contract unit demo bench weather ledger site-ledger generate clean
 
 test: lint types contract unit
 
@@ -30,6 +31,9 @@ demo: $(VENV)/demo
 
 bench: $(VENV)/demo
 	$(BIN)/mnemesh bench $(ARGS)
+
+weather: $(VENV)/dev $(VENV)/demo $(VENV)/servers
+	$(BIN)/pytest -m weather $(ARGS)
 
 ledger: $(VENV)/dev
 	$(BIN)/python -m tests.ledger $(ARGS)

@@ -8,7 +8,8 @@ thing without which the others cannot be made. The checks are in `check_machine`
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cli import check_access, check_edge, check_machine, check_mesh, check_stores
@@ -25,14 +26,26 @@ SIGNS = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
 
 async def main(data: Path, *, stores: bool = False) -> int:
     """Print every finding; returns the exit status. With `stores` also whether they hold what the log says."""
-    logging.getLogger("mnemesh").setLevel(logging.CRITICAL)  # what the probes provoke is told as findings
     findings = []
-    async for finding in diagnose(data, stores=stores):
-        findings.append(finding)
-        print(f"{SIGNS[finding.verdict]}  {finding.what}", flush=True)
-        if finding.advice:
-            print(f"         → {finding.advice}", flush=True)
+    with _quiet():
+        async for finding in diagnose(data, stores=stores):
+            findings.append(finding)
+            print(f"{SIGNS[finding.verdict]}  {finding.what}", flush=True)
+            if finding.advice:
+                print(f"         → {finding.advice}", flush=True)
     return exit_status(findings)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the probes provoke is told as findings, not logged."""
+    logger = logging.getLogger("mnemesh")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def exit_status(findings: Iterable[Finding]) -> int:

@@ -140,8 +140,10 @@ def behead(file: Path) -> None:
         opened.write(b"\xa5" * 100)
 
 
-@pytest.mark.parametrize("spoil", [halve, scribble, behead])
-@pytest.mark.parametrize("name", ["memory.db", "vectors.db"])
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [("memory.db", halve), ("vectors.db", scribble), ("memory.db", behead), ("vectors.db", behead)],
+)
 async def test_a_store_that_cannot_be_read_any_more_is_rebuilt_from_the_log(
     tmp_path: Path, open_asker: OpenAsker, name: str, spoil: Callable[[Path], None]
 ) -> None:

@@ -111,7 +111,7 @@ def some_vectors(count: int) -> Sequence[Record]:
     return log_of(*(put(ms=n, entity_id=f"e{n}", vectors={"s": EAST * n}) for n in range(1, count + 1)))
 
 
-@BOTH
+@LITE
 async def test_an_index_that_lost_everything_is_filled_from_the_file(backend: Backend) -> None:
     async with backend.opened() as stores:
         await apply(stores, some_vectors(9))

@@ -311,6 +311,7 @@ async def test_what_differs_is_told_while_more_is_written(tmp_path: Path) -> Non
         writing.cancel()
 
 
+@pytest.mark.weather
 async def test_a_rebuild_that_dies_with_its_replica_is_told(
     tmp_path: Path, redis_server: RedisServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -305,7 +305,7 @@ def test_every_role_has_a_user_and_no_two_share_a_password(tmp_path: Path) -> No
     credentials = Credentials(tmp_path)
     credentials.ensure_roles()
     users = [*credentials.list(), credentials.add_agent("acme", "alice")]
-    assert {user.role for user in users} == {"agent", "gateway", "router", "shard", "operator", "hub", "sys"}
+    assert {user.role for user in users} == {"agent", "gateway", "router", "shard", "operator", "hub", "views", "sys"}
     assert len({user.password for user in users}) == len(users)
 
 

@@ -171,6 +171,7 @@ async def test_redis_goes_away_under_load(
         await check_whole(memory, load)
 
 
+@pytest.mark.weather
 @WEATHERS
 async def test_neo4j_goes_away_under_load(
     tmp_path: Path, own_neo4j: Neo4jServer, away: Callable[[Server], None], back: Callable[[Server], None]
@@ -227,6 +228,7 @@ async def test_another_replica_applies_when_one_dies(
             await memory.get_context("mark", consistency=STRONG)
 
 
+@pytest.mark.weather
 async def test_milvus_goes_away_under_load(tmp_path: Path) -> None:
     server = server_or_skip(lambda: MilvusServer(tmp_path / "milvus"))
     with running(server):

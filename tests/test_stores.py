@@ -416,7 +416,7 @@ async def found(
 
 
 METRICS = ("cosine", "ip", "l2")
-ON_A_MILVUS_SERVER = {1: ("l2",), 384: ("cosine",), 4096: ("ip",)}
+ON_A_MILVUS_SERVER = {1: ("l2",), 384: ("cosine",)}
 """It takes seconds to make a collection: the rest is for Milvus Lite, which has the same driver."""
 
 

@@ -338,12 +338,14 @@ def _event(entity_id: str, kept: Kept) -> TimelineEvent:
 
 
 def _facts(stored: Stored, fields: dict[bytes, bytes], history: list[Kept]) -> object:
-    """What is told of an entity: by its hash, or by its history where all of that has ended, and so the hash with it.
+    """What is told of an entity: by its hash, if that is what readers are shown, or by its history.
 
-    A hash that is missing for another reason is told as empty, which it is to readers.
+    They are shown that where some of it has yet to begin or end; and where all has ended the hash has, too. A hash that
+    is missing for another reason is told as empty, which it is to readers.
     """
     events = [(kept.stamp, kept.site, kept.event_id) for kept in history]
-    if not fields and (not stored.alive or stored.ends <= wall_ms()):
+    now = wall_ms()
+    if stored.exact_from > now or (not fields and (not stored.alive or stored.ends <= now)):
         state = fold(kept.change() for kept in history)
         return facts_of_document(
             stored.alive, stored.type, state.text, state.attributes, state.spaces, stored.ledger, events
