@@ -23,8 +23,9 @@ types: $(VENV)/dev $(VENV)/demo
 contract: $(VENV)/dev
 	$(BIN)/mnemesh contract check
 
+# Two at a time, a file each: a test waits for servers half of its time.
 unit: $(VENV)/dev $(VENV)/demo $(VENV)/servers
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 demo: $(VENV)/demo
 	$(BIN)/mnemesh demo $(ARGS)
