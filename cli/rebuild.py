@@ -12,14 +12,12 @@ from cli.server_config import ServerOptions
 from memory_shards.stores.urls import KNOWN
 from mnemesh import messages, subjects, wire
 from mnemesh.asker import Asker, reply_of
-from mnemesh.errors import BadRequest, Conflict, MnemeshError, NotFound, Unavailable
+from mnemesh.errors import Conflict, MnemeshError, NotFound, Unavailable
 from mnemesh.messages import ShardStatus
 
 ASK_EVERY_S = 0.5
 SILENT_S = 5.0
 """How long a replica may say nothing of a rebuild that it has begun."""
-NAMES = {"attributes": ("documents",), "edges": ("edges", "documents"), "text": ("texts", "edges", "documents")}
-"""Which store of a shard keeps what: the first that it has, for a file may keep all of it."""
 
 
 def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
@@ -34,17 +32,13 @@ def run(flags: argparse.Namespace) -> int:
     return asyncio.run(_rebuild(options_of(flags.data), flags.shard, flags.store, force=flags.force))
 
 
-async def _rebuild(options: ServerOptions, shard: str, part: str, *, force: bool) -> int:
+async def _rebuild(options: ServerOptions, shard: str, store: str, *, force: bool) -> int:
     async with asking(options, "rebuild") as asker:
         there = replicas(await running(asker))
         count = there[shard]
         if not count:
             raise NotFound(f"no replica of shard {shard!r} runs; there are {', '.join(sorted(there)) or 'none at all'}")
-        before = await _statuses(asker, shard, count)
-        if not before:
-            raise BadRequest(f"no replica of shard {shard!r} says where it stands; see `mnemesh doctor`")
-        store = next((name for name in NAMES.get(part, (part,)) if name in before[0].stores), part)
-        request = wire.encode(messages.Rebuild(store=store, force=force))
+        request = wire.encode({"store": store, "force": force})
         answers = await asker.inbox.gather(subjects.shard_rebuild(shard), request, most=count, wait_s=STATUS_S)
         begun = set()
         refused: MnemeshError = NotFound(f"no replica of shard {shard!r} answers")

@@ -9,6 +9,7 @@ to be as fresh is the shard's life (`shard`). Looks at `stores`, `freshness`, `d
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import accumulate
@@ -49,9 +50,9 @@ class Reads(Actor):
     _freshness: Freshness
 
     @property
+    @abstractmethod
     def stores(self) -> Stores:
         """The stores as they are read now."""
-        raise NotImplementedError
 
     # ── point reads ─────────────────────────────────────────────────────────────────────────────────────────
 

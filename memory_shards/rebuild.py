@@ -30,7 +30,7 @@ from memory_shards.served import Served
 from memory_shards.stores import Facet, Vectors
 from mnemesh import kv
 from mnemesh.connection import Link
-from mnemesh.errors import BadRequest, Conflict, MnemeshError, Unavailable
+from mnemesh.errors import Conflict, MnemeshError, Unavailable
 from mnemesh.inbox import Inbox
 from mnemesh.kv import BucketView
 from mnemesh.lease import Held, Lease
@@ -93,15 +93,12 @@ class Rebuilds:
         self.states: dict[str, RebuildState] = {}
         """Of each rebuild that was asked for since the start, by its id: how far it is."""
 
-    def ask(self, name: str, *, may_lack: bool) -> str:
+    def ask(self, facet: Facet, *, may_lack: bool) -> str:
         """Have a store rebuilt. The rebuild's id. Where the log `may_lack` something, what has less takes no place.
 
-        Raises `BadRequest` where there is no such store, `Conflict` where it is done elsewhere, or is under way.
+        Raises `Conflict` where it is done elsewhere, or is under way.
         """
-        facet = self._served.named(name)
-        if facet is None:
-            names = sorted(facet.projection.name for facet in self._served.stores.facets)
-            raise BadRequest(f"this shard has no store {name!r}; it has {', '.join(names)}")
+        name = facet.projection.name
         if _is_shared(facet) and not self._lease.is_held:
             raise Conflict("another replica writes to this store, and rebuilds it")
         if any(held.store == name and held.state == "building" for held in self.states.values()):

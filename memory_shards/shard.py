@@ -288,7 +288,7 @@ class Shard(Reads):
         if not request.force and await was_cut(self.asker.inbox, self._log, state):
             raise Conflict(f"the log begins at {state.first_sequence}: what was before cannot be had from it")
         may_lack = state.first_sequence > 1 and not request.force
-        return messages.Rebuilding(id=self._rebuilds.ask(request.store, may_lack=may_lack))
+        return messages.Rebuilding(id=self._rebuilds.ask(self.stores.keeping(request.store), may_lack=may_lack))
 
     @handles(subjects.TAKE_SNAPSHOT)
     async def take_snapshot(self, request: messages.TakeSnapshot, call: Call) -> messages.Snapshot:

@@ -191,6 +191,7 @@ async def test_servers_that_were_written_to_by_hand_are_found_and_built_anew(
             assert await rebuilt(tmp_path, "attributes") == 0
             await memory.set_context("meanwhile", attributes={"n": 1}, vectors={"v": [-1.0, 1.0]})
             assert await rebuilt(tmp_path, "edges") == 0
+            assert await rebuilt(tmp_path, "text") == 0  # of a file that is named for nothing else
 
         await while_reading(memory, rebuild)
         assert await amiss(tmp_path) == []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from memory_shards.merger import Part
 from memory_shards.outside import OutsideProjection
@@ -68,6 +68,10 @@ class Stores:
     def facets(self) -> list[Facet]:
         """Each of them once."""
         return list(dict.fromkeys((self.documents, self.edges, self.texts, self.vectors)))
+
+    def keeping(self, part: Literal["attributes", "edges", "text", "vectors"]) -> Facet:
+        """The one that keeps this: a file may keep several."""
+        return {"attributes": self.documents, "edges": self.edges, "text": self.texts, "vectors": self.vectors}[part]
 
     @property
     def projections(self) -> list[AnyProjection]:

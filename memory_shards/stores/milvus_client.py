@@ -8,13 +8,14 @@ people. `id` is the entity's. The vector is float32: Milvus Lite has no other. `
 (`milvus_rows`).
 
 A URL is `milvus:` for a file of this replica's own (Milvus Lite), or `milvus://user:password@host:19530/database`, with
-`milvus+s://` over TLS. Looks at `mnemesh`.
+`milvus+s://` over TLS. Looks at `vector_file` and `mnemesh`.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ LONGEST_TEXT = 65_535
 """Bytes: what a VARCHAR may have. An entity's id has 16 KiB at most."""
 
 _clients: Counter[str] = Counter()
-"""How many there are of each server or file in this process."""
+"""How many there are of each server or file in this process, on several threads."""
+_counting = threading.Lock()
 
 _REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _NO_DATABASE = re.compile(r"database.* not found")
@@ -56,8 +58,6 @@ _INDEXES: dict[IndexKind, tuple[str, dict[str, int]]] = {
     "flat": ("FLAT", {}),
     "hnsw": ("HNSW", {"M": 32, "efConstruction": 80}),
 }
-
-logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it raises, with a traceback
 
 
 class Target(NamedTuple):
@@ -81,7 +81,9 @@ class Target(NamedTuple):
 
 def connect(target: Target) -> MilvusClient:
     """A client. Raises `BadRequest` where the server is no good, one of `OUTAGES` where it is not there."""
-    _clients[target.uri] += 1
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it raises, with a traceback
+    with _counting:
+        _clients[target.uri] += 1
     try:
         client = _connect(target)
     except BaseException:
@@ -140,11 +142,12 @@ def is_gone(error: MilvusException) -> bool:
 
 def _let_go(target: Target) -> None:
     """Close the file once no client of this process has it any more."""
-    _clients[target.uri] -= 1
-    if target.is_file and not _clients[target.uri]:
-        from milvus_lite.server_manager import server_manager_instance
+    with _counting:
+        _clients[target.uri] -= 1
+        if target.is_file and not _clients[target.uri]:
+            from milvus_lite.server_manager import server_manager_instance
 
-        server_manager_instance.release_server(target.uri)
+            server_manager_instance.release_server(target.uri)
 
 
 def prefix_of(shard: str) -> str:

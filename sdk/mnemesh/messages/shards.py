@@ -170,12 +170,12 @@ class Status(Request, frozen=True, kw_only=True):
 
 
 class Rebuild(Request, frozen=True, kw_only=True):
-    """Request of `shard_rebuild`: build this store anew, by its name in `ShardStatus.stores`.
+    """Request of `shard_rebuild`: build the store anew that keeps this.
 
     Where the log no longer has its beginning, and says less than the store has, that is kept, unless by `force`.
     """
 
-    store: str
+    store: Literal["attributes", "edges", "text", "vectors"]
     force: bool = False
 
 
