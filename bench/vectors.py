@@ -15,23 +15,25 @@ DIMENSION = 384
 LATENT = 32
 K = 10
 
+_MIX = np.random.default_rng(0).standard_normal((LATENT, DIMENSION), np.float32)
+
 
 def made(
     count: int, queries: int, seed: int = 7
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Unit vectors of 384 dimensions that mix 32 latent ones, with noise; queries alike; their exact best rows."""
-    mix = np.random.default_rng(0).standard_normal((LATENT, DIMENSION)).astype(np.float32)
     random = np.random.default_rng(seed)
-
-    def some(number: int) -> np.ndarray[Any, Any]:
-        latent = random.standard_normal((number, LATENT)).astype(np.float32) @ mix
-        noisy = latent + 0.3 * LATENT**0.5 * random.standard_normal((number, DIMENSION)).astype(np.float32)
-        unit: np.ndarray[Any, Any] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
-        return unit
-
-    vectors, asked = some(count), some(queries)
+    vectors, asked = some(count, random), some(queries, random)
     exact = [np.argpartition(-(vectors @ query), K)[:K] for query in asked]
     return vectors, asked, np.stack(exact)
+
+
+def some(count: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Unit vectors, float32."""
+    latent = random.standard_normal((count, LATENT), np.float32) @ _MIX
+    noisy = latent + np.float32(0.3 * LATENT**0.5) * random.standard_normal((count, DIMENSION), np.float32)
+    unit: np.ndarray[Any, Any] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
+    return unit
 
 
 async def load(memory: Memory, vectors: np.ndarray[Any, Any], *, index: Any) -> None:

@@ -20,6 +20,12 @@ from mnemesh.ids import PARTITIONS
 
 _SITES = count(1)
 
+GPU_IS_HERE = Path("/dev/nvidia0").exists()
+"""Or what would be on it runs on NumPy, and on another index of FAISS."""
+
+IN_MEMORY = ("embedded", "cuda", *(("faiss-gpu",) if GPU_IS_HERE else ()))
+"""Where this machine can search vectors in the shard's process."""
+
 
 @dataclass(frozen=True)
 class Backend:

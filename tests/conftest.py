@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 import pytest_asyncio
-from backends import Backend
+from backends import GPU_IS_HERE, Backend
 from mesh import SHARDS, SPARE_TENANTS, Mesh
 from nats.aio.client import Client
 from sites import HubSite
@@ -232,7 +232,8 @@ def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusSe
 
 URLS: dict[str, Callable[[pytest.FixtureRequest], StoreUrls]] = {
     "embedded": lambda request: EMBEDDED,
-    "cuda": lambda request: StoreUrls(vectors="cuda:numpy"),
+    "cuda": lambda request: StoreUrls(vectors="cuda:" if GPU_IS_HERE else "cuda:numpy"),
+    "faiss-gpu": lambda request: StoreUrls(vectors="faiss:gpu"),
     "milvus-lite": lambda request: StoreUrls(vectors="milvus:"),
     "milvus": lambda request: StoreUrls(vectors=request.getfixturevalue("milvus_server").url),
     "redis": lambda request: StoreUrls(attributes=request.getfixturevalue("redis_server").url),
@@ -244,7 +245,7 @@ URLS: dict[str, Callable[[pytest.FixtureRequest], StoreUrls]] = {
 }
 
 
-OF_VECTORS = ("cuda", "milvus-lite", "milvus")
+OF_VECTORS = ("cuda", "faiss-gpu", "milvus-lite", "milvus")
 """Those that differ in vectors alone."""
 
 

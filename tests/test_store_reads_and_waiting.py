@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,8 +19,7 @@ from test_vector_store import TENANT, WRITES, Log, applied, find, ids, vector, w
 from memory_shards.stores import VectorQuery, vector_file
 from memory_shards.stores import space as space_module
 from memory_shards.stores.bulk import execute_all, select_all
-from memory_shards.stores.halves import halved
-from memory_shards.stores.matrix_scan import MatrixScan
+from memory_shards.stores.halves import halved, widened
 from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.space import Space
 from memory_shards.stores.waiting import MOST_WAITING
@@ -158,9 +156,7 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
 def test_widening_gives_every_finite_half_exactly() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(-1, 2)
-    scan = MatrixScan(2, faiss.METRIC_INNER_PRODUCT)
-    scan._bits = np.empty((len(halves), 2), np.int32)
-    wide = scan._widened(halves.view(np.uint8))
+    wide = widened(halves.view(np.uint8), np.empty((len(halves), 2), np.int32))
     assert (wide.view(np.uint32) == halves.astype(np.float32).view(np.uint32)).all()
 
 

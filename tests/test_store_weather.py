@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from backends import GPU_IS_HERE
 from conftest import server_options, server_or_skip
 from ledger import STRONG
 from test_crash import alice_on
@@ -24,7 +25,6 @@ from mnemesh.errors import MnemeshError, NotFound, Stale, Timeout, Unavailable
 
 LONG_MS = 60_000
 GOES_WELL_MS = 1_000
-AN_ACCELERATOR_IS_HERE = Path("/dev/nvidia0").exists()
 AWAY: tuple[type[MnemeshError], ...] = (Unavailable, Timeout, Stale)
 
 
@@ -266,11 +266,17 @@ async def test_milvus_lite_is_killed_with_its_shard_and_loses_nothing(tmp_path: 
             await check_found(memory, load)
 
 
-async def test_an_accelerator_that_is_not_there_is_said_at_the_start(tmp_path: Path) -> None:
-    if AN_ACCELERATOR_IS_HERE:
-        pytest.skip("this machine has a CUDA device")
-    with pytest.raises(Unavailable, match=r"vectors cuda: no CUDA device for CuPy or PyTorch \(cupy: .*; torch: .*\)"):
-        async with mesh_on(tmp_path, StoreUrls(vectors="cuda:")):
+@pytest.mark.skipif(GPU_IS_HERE, reason="this machine has a CUDA device")
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("cuda:", r"vectors cuda: no CUDA device for CuPy or PyTorch \(torch: .*; cupy: .*\)"),
+        ("faiss:gpu", r"vectors faiss:gpu: (this is faiss-cpu; install faiss-gpu in its place|FAISS finds no GPU)"),
+    ],
+)
+async def test_an_accelerator_that_is_not_there_is_said_at_the_start(tmp_path: Path, url: str, says: str) -> None:
+    with pytest.raises(Unavailable, match=says):
+        async with mesh_on(tmp_path, StoreUrls(vectors=url)):
             pass
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend, apply
+from backends import IN_MEMORY, Backend, apply
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -405,7 +405,7 @@ async def test_what_is_forgotten_whole_counts_no_more(backend: Backend) -> None:
 
 # ── vectors ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-EACH_OF_VECTORS = pytest.mark.parametrize("backend", ["embedded", "cuda", "milvus-lite", "milvus"], indirect=True)
+EACH_OF_VECTORS = pytest.mark.parametrize("backend", [*IN_MEMORY, "milvus-lite", "milvus"], indirect=True)
 
 
 async def found(
@@ -423,7 +423,7 @@ ON_A_MILVUS_SERVER = {1: ("l2",), 384: ("cosine",)}
 @pytest.mark.parametrize(
     ("backend", "dimension"),
     [
-        *((kind, d) for kind in ("embedded", "cuda", "milvus-lite") for d in (1, 2, 3, 7, 64, 384, 1536, 4096)),
+        *((kind, d) for kind in (*IN_MEMORY, "milvus-lite") for d in (1, 2, 3, 7, 64, 384, 1536, 4096)),
         *(("milvus", d) for d in ON_A_MILVUS_SERVER),
     ],
     indirect=["backend"],

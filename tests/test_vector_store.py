@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from backends import GPU_IS_HERE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,11 +18,14 @@ from memory_shards.stores import VectorQuery
 from memory_shards.stores import space as space_module
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.array_space import ArraySpace
+from memory_shards.stores.flat import flat
+from memory_shards.stores.gpu_flat import GpuFlat
+from memory_shards.stores.hnsw import Hnsw
 from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.space import Space
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
 from mnemesh.event import Birth, Event, Record
-from mnemesh.messages import Hit
+from mnemesh.messages import Hit, IndexKind, Metric
 from mnemesh.wire import Vector
 
 TENANT = "acme"
@@ -74,11 +78,31 @@ class Kind:
     make: Callable[..., Any] = Space
 
 
-@pytest.fixture(params=["faiss", "array"], autouse=True)
+class SmallSegments(GpuFlat):
+    """An index on a GPU from the third row on, in segments of a thousand."""
+
+    worth: ClassVar[dict[IndexKind, float]] = dict.fromkeys(("auto", "flat", "hnsw"), 3)
+
+    def __init__(self, dimension: int, metric: Metric) -> None:
+        super().__init__(dimension, metric)
+        self._segment_rows = 1_000
+
+
+class OnHost(SmallSegments):
+    """The same but for the GPU: another flat index of FAISS, with the same methods."""
+
+    @staticmethod
+    def segments(dimension: int, metric: Metric) -> Callable[[], Any]:
+        return lambda: flat(dimension, metric)
+
+
+@pytest.fixture(params=["faiss", "array", "gpu"], autouse=True)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test here runs on each kind of space: FAISS's, and that of accelerators, on NumPy."""
+    """Every test here runs on each kind of space; those for a GPU do without where there is none."""
     if request.param == "array":
-        monkeypatch.setattr(Kind, "make", partial(ArraySpace, Accelerator("numpy")))
+        monkeypatch.setattr(Kind, "make", partial(ArraySpace, Accelerator("" if GPU_IS_HERE else "numpy")))
+    elif request.param == "gpu":
+        monkeypatch.setattr(Kind, "make", partial(Space, head=SmallSegments if GPU_IS_HERE else OnHost))
     return str(request.param)
 
 
@@ -559,7 +583,7 @@ def test_search_finds_what_brute_force_finds_after_any_history(
 ) -> None:
     log, model = Log(), Model()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setitem(space_module.GRAPH_FROM, "hnsw", 3)
+        patch.setitem(Hnsw.worth, "hnsw", 3)
         patch.setattr(space_module, "LEAST_DEAD", 1)
         store = opened(Path(folder))
         for writes, then in steps:
@@ -721,7 +745,7 @@ def test_in_quiet_a_search_has_the_tail_brought_into_the_graph(
     store: MemoryVectors, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = latent(30, 16, 1)
-    monkeypatch.setitem(space_module.GRAPH_FROM, "hnsw", 20)
+    monkeypatch.setitem(Hnsw.worth, "hnsw", 20)
     monkeypatch.setattr(space_module, "LEAST_TAIL", 2)
     monkeypatch.setattr(space_module, "TAIL_SHARE", 1.0)
     for start, end in ((0, 20), (20, 30)):
@@ -738,5 +762,44 @@ def test_in_quiet_a_search_has_the_tail_brought_into_the_graph(
     find(store, vectors[0])
     assert space.build is not None
     store.wait_until_built()
-    assert space._graph_size == 30
+    assert space._head_size == 30
     assert all(ids(find(store, vectors[row], k=1)) == [f"e{row}"] for row in range(30))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e6])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_query_that_does_not_fit_fp16_finds_the_nearest(
+    store: MemoryVectors, log: Log, metric: str, scale: float
+) -> None:
+    vectors, wanted = latent(2_000, 16, 1), latent(1, 16, 2)[0] * np.float32(scale)
+    applied(
+        store,
+        [log.put(f"e{row}", vectors={"v": each}, spaces={"v": {"metric": metric}}) for row, each in enumerate(vectors)],
+    )
+    store.wait_until_built()
+    kept = vectors.astype(np.float16).astype(np.float64)
+    scores = kept @ wanted if metric == "ip" else -np.square(kept - wanted).sum(axis=1)
+    (hit,) = find(store, wanted, space="v", k=1)
+    assert scores[int(hit.entity_id[1:])] == pytest.approx(scores.max(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gpu"], indirect=True)
+def test_rows_that_find_no_room_on_a_gpu_are_scanned_beside_it(
+    store: MemoryVectors, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vectors = latent(5_000, 16, 1)
+    for start in (0, 500):
+        end = start + 500 if not start else len(vectors)
+        if start:
+            (space,) = store._spaces.values()
+            monkeypatch.setattr(space._head, "_segment", full)  # type: ignore[union-attr]
+        applied(store, [log.put(f"e{row}", vectors={"v": vectors[row]}) for row in range(start, end)])
+        store.wait_until_built()
+    assert "out of memory" in caplog.text
+    assert space._head_size == 1_000, "what was begun is filled"
+    assert all(ids(find(store, vectors[row], space="v", k=1)) == [f"e{row}"] for row in range(0, 5_000, 50))
+    assert len(find(store, vectors[0], space="v", k=5_000)) == 5_000
+
+
+def full() -> Any:
+    raise RuntimeError("out of memory")

@@ -1,12 +1,13 @@
 """Arrays on an accelerator, through the array API: of CuPy or PyTorch; or of NumPy, to run the same code without one.
 
-What the standard lacks (the best of a row, a product of halves that sums up in more) is here, once for each library.
-Looks at `mnemesh` only.
+What the standard lacks (the largest of a row, a product of halves that sums up in more) is here, once for each library.
+What a method takes and gives is on the device, unless it says NumPy. Looks at `mnemesh` only.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,12 @@ from numpy.typing import NDArray
 
 from mnemesh.errors import BadRequest
 
-LIBRARIES = ("cupy", "torch")
+LIBRARIES = ("torch", "cupy")
+"""By preference: PyTorch selects the largest of many, CuPy sorts them all."""
+
+GROUP = 32
+"""So many scores are first represented by their largest: to find that reads them once, and to choose among all takes
+several times as long."""
 
 
 class Accelerator:
@@ -36,15 +42,15 @@ class Accelerator:
         return self._xp.zeros(shape, dtype=self._xp.float16, **self._device)
 
     def array(self, values: NDArray[Any]) -> Any:
-        """A copy of the host's, of the same type."""
+        """A copy of NumPy's, of the same type."""
         return self._xp.asarray(np.ascontiguousarray(values), **self._device)
 
     def indices(self, rows: NDArray[Any]) -> Any:
-        """Rows, to index with."""
+        """NumPy's rows, to index with."""
         return self.array(rows.astype(np.int64))
 
     def host(self, array: Any) -> NDArray[Any]:
-        """A copy on the host."""
+        """As NumPy's."""
         if self.library == "torch":
             array = array.cpu().numpy()
         elif self.library == "cupy":
@@ -56,26 +62,56 @@ class Accelerator:
         """(q, d) fp32 by (n, d) fp16: (q, n). As halves, or widened first."""
         if halves:
             return self._xp.matmul(self._xp.astype(queries, self._xp.float16), rows.T)
-        return self._xp.matmul(queries, self._xp.astype(rows, self._xp.float32).T)
+        return self._xp.matmul(queries, self.wide(rows).T)
 
     def squares(self, rows: Any) -> Any:
         """(n,) squared lengths of (n, d) rows, fp32."""
-        wide = self._xp.astype(rows, self._xp.float32)
+        wide = self.wide(rows)
         return self._xp.sum(wide * wide, axis=1)
 
-    def best(self, scores: Any, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The k largest of each row, in no order: scores and places, on the host."""
+    def best(self, scores: Any, k: int) -> tuple[Any, Any]:
+        """The k largest of each row of (q, n), in no order: (q, k) scores and places."""
+        count, size = scores.shape
+        whole = size // GROUP * GROUP
+        if whole < 2 * GROUP * k:
+            return self._largest(scores, k)
+        # The k largest are in the k groups whose largest are.
+        groups = self._xp.reshape(scores[:, :whole], (count, -1, GROUP))
+        _, chosen = self._largest(self._xp.max(groups, axis=2), k)
+        inside = self.indices(np.arange(GROUP))
+        places = self._xp.reshape(chosen[:, :, None] * GROUP + inside[None, None, :], (count, -1))
+        rest = self._xp.broadcast_to(self.indices(np.arange(whole, size))[None, :], (count, size - whole))
+        places = self._xp.concat((places, rest), axis=1)
+        values, at = self._largest(self._xp.take_along_axis(scores, places, axis=1), k)
+        return values, self._xp.take_along_axis(places, at, axis=1)
+
+    def _largest(self, scores: Any, k: int) -> tuple[Any, Any]:
         if self.library == "torch":
             values, places = scores.topk(k, dim=1, sorted=False)
-        else:
-            places = self._xp.argpartition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k :]
-            values = self._xp.take_along_axis(scores, places, axis=1)
-        return self.host(values).astype(np.float32), self.host(places).astype(np.int64)
+            return values, places
+        places = self._xp.argpartition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k :]
+        return self._xp.take_along_axis(scores, places, axis=1), places
 
-    def halves_at(self, matrix: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(q, c, d) fp32 of (q, c) rows of a matrix, on the host."""
-        some = self.host(matrix[self.indices(rows.ravel())])
-        return some.astype(np.float32).reshape(*rows.shape, -1)
+    def side_by_side(self, parts: Sequence[Any]) -> Any:
+        """(q, …) parts as one."""
+        return self._xp.concat(tuple(parts), axis=1)
+
+    def at(self, values: Any, places: Any) -> Any:
+        """(q, k) values at places of each row."""
+        return self._xp.take_along_axis(values, places, axis=1)
+
+    def wide(self, values: Any) -> Any:
+        """As fp32."""
+        return self._xp.astype(values, self._xp.float32)
+
+    def products(self, queries: Any, rows: Any) -> Any:
+        """(q, c) fp32: each query by its own (q, c, d) rows."""
+        return self._xp.sum(self.wide(rows) * queries[:, None, :], axis=2)
+
+    def distances(self, queries: Any, rows: Any) -> Any:
+        """(q, c) fp32: each query's squared distances from its own (q, c, d) rows."""
+        apart = self.wide(rows) - queries[:, None, :]
+        return self._xp.sum(apart * apart, axis=2)
 
 
 def _found() -> str:

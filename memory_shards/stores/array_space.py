@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.columns import Columns, Condition, Rows, grown
+from memory_shards.stores.flat import Found
 from memory_shards.stores.halves import Halves
-from memory_shards.stores.space import Found
 from mnemesh.messages import IndexKind, Metric
 
 LEAST_ROWS = 1_024
-CHUNK_SCORES = 32 << 20
+CHUNK_SCORES = 128 << 20
 """Scores of one product: so many rows at once that the queries' scores take this many numbers."""
 
 CHUNK_NUMBERS = 64 << 20
-"""Numbers of the rows of one product, which some metrics widen to fp32."""
+"""Numbers of the rows of one product, where a metric has them widened to fp32."""
 
 SPARE = 32
 """Candidates beyond twice `k` that are scored again."""
@@ -57,6 +57,7 @@ class ArraySpace:
         self._on = accelerator
         self._entity_ids: list[str] = []
         self._free: list[int] = []
+        self._dead: Rows | None = None
         self._live = np.zeros(0, np.bool_)
         self._columns = Columns()
         self._halves = accelerator.zeros((LEAST_ROWS, dimension))
@@ -83,8 +84,10 @@ class ArraySpace:
     def _row(self, entity_id: str) -> int:
         row = self.rows.get(entity_id)
         if row is None:
-            row = self._free.pop() if self._free else len(self._entity_ids)
-            if row == len(self._entity_ids):
+            if self._free:
+                row, self._dead = self._free.pop(), None
+            else:
+                row = len(self._entity_ids)
                 self._entity_ids.append(entity_id)
             self._entity_ids[row] = entity_id
             self.rows[entity_id] = row
@@ -104,6 +107,7 @@ class ArraySpace:
             self._columns.clear(row)
             self._halves[row] = 0
             self._free.append(row)
+            self._dead = None
 
     # ── searching ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -124,39 +128,46 @@ class ArraySpace:
         most = 2 * k + SPARE
         while True:
             most = min(most, available)
-            rough, rows = self._candidates(queries, most, passing)
-            scores = self._rescored(queries, rows)
+            rough, places = self._candidates(queries, most, passing)
+            scores = self._on.host(self._rescored(queries, places))
             best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
             kth = np.take_along_axis(scores, best[:, -1:], 1)
-            if most == available or self.metric != "cosine" or (rough[:, -1:] < kth - FP16_ERROR).all():
+            sure = self._on.host(rough).min(axis=1) < kth[:, 0] - FP16_ERROR
+            if most == available or self.metric != "cosine" or sure.all():
                 break
             most *= 4  # as many lie close together
-        return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+        return np.take_along_axis(scores, best, 1), np.take_along_axis(self._on.host(places), best, 1)
 
     def entity_at(self, row: int) -> str:
         """The entity of a row."""
         return self._entity_ids[row]
 
-    def _candidates(self, queries: Any, most: int, passing: Rows | None) -> Found:
-        """The best of each chunk, merged: (q, ≤ most) scores and rows."""
+    def _candidates(self, queries: Any, most: int, passing: Rows | None) -> tuple[Any, Any]:
+        """The best of each chunk, merged: (q, most) scores and rows, in no order, on the device."""
         size = len(self._entity_ids) if passing is None else len(passing)
-        step = max(most, min(CHUNK_SCORES // len(queries), CHUNK_NUMBERS // self.dimension))
-        found: list[Found] = []
+        step = CHUNK_SCORES // len(queries)
+        if self.metric != "cosine":
+            step = min(step, CHUNK_NUMBERS // self.dimension)
+        step = max(most, step)
+        rows = None if passing is None else self._on.indices(passing)
+        parts = []
         for start in range(0, size, step):
-            if passing is None:
-                chunk = self._halves[start : min(start + step, size)]
-                rows = np.arange(start, start + len(chunk))
-            else:
-                rows = passing[start : start + step]
-                chunk = self._halves[self._on.indices(rows)]
-            product = self._scores(queries, chunk)
-            if passing is None and len(dead := np.flatnonzero(~self._live[rows])):
-                product[:, self._on.indices(dead)] = -np.inf
-            scores, places = self._on.best(product, min(most, len(chunk)))
-            found.append((scores, rows[places]))
-        scores, rows = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :most]
-        return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+            end = min(start + step, size)
+            product = self._scores(queries, self._halves[start:end] if rows is None else self._halves[rows[start:end]])
+            if rows is None and self._free:
+                product[:, self._on.indices(self._dead_between(start, end) - start)] = -np.inf
+            scores, places = self._on.best(product, min(most, end - start))
+            parts.append((scores, places + start if rows is None else rows[start + places]))
+        scores, found = (self._on.side_by_side(part) for part in zip(*parts, strict=True))
+        if len(parts) > 1:
+            scores, places = self._on.best(scores, most)
+            found = self._on.at(found, places)
+        return scores, found
+
+    def _dead_between(self, start: int, end: int) -> Rows:
+        if self._dead is None:
+            self._dead = np.sort(np.array(self._free, np.intp))
+        return self._dead[slice(*np.searchsorted(self._dead, (start, end)))]
 
     def _scores(self, queries: Any, chunk: Any) -> Any:
         """(q, n), larger is better. Only unit vectors are sure to stay within fp16 as products."""
@@ -167,13 +178,10 @@ class ArraySpace:
             return product
         return 2 * product - self._on.squares(chunk)[None, :]
 
-    def _rescored(self, queries: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(q, c) exact scores of (q, c) rows."""
-        chunk = self._on.halves_at(self._halves, rows)
-        asked = self._on.host(queries)[:, None, :]
-        each = -np.square(chunk - asked) if self.metric == "l2" else chunk * asked
-        scores: NDArray[np.float32] = each.sum(axis=2, dtype=np.float32)
-        return scores
+    def _rescored(self, queries: Any, rows: Any) -> Any:
+        """(q, c) exact scores of (q, c) rows, on the device."""
+        chunk = self._halves[rows]
+        return -self._on.distances(queries, chunk) if self.metric == "l2" else self._on.products(queries, chunk)
 
     # ── what other spaces have to do ────────────────────────────────────────────────────────────────────────
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from memory_shards.merger import Part
 from memory_shards.outside import OutsideProjection
 from memory_shards.projection import Projection
-from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Store, Texts, Vectors
+from memory_shards.stores import AnyProjection, Documents, Edges, Facet, Store, Texts, Vectors, gpu_flat
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.embedded import MOST_VECTORS_APPLIED, EmbeddedMemory, EmbeddedVectors
+from memory_shards.stores.gpu_flat import GpuFlat
 from memory_shards.stores.memory_vectors import AnySpace, MemoryVectors
 from memory_shards.stores.space import Space
 from memory_shards.stores.sqlite import SqliteStore
@@ -195,17 +196,29 @@ def _embedded(urls: StoreUrls) -> frozenset[Part]:
 
 def _vectors(url: str, origin: Origin) -> EmbeddedVectors:
     """A file of vectors, and where they are searched."""
-    make_space: Callable[..., AnySpace] = Space
-    kind, _, library = url.partition(":")
-    if kind == "cuda":
-        try:
-            make_space = partial(ArraySpace, Accelerator(library))
-        except BadRequest as error:
-            raise BadRequest(f"vectors {error.message}") from error
     store = MemoryVectors(
-        origin.folder, origin.partitions, site=origin.site, incarnation=origin.incarnation, make_space=make_space
+        origin.folder,
+        origin.partitions,
+        site=origin.site,
+        incarnation=origin.incarnation,
+        make_space=space_maker(url),
     )
     return EmbeddedVectors("vectors", store)
+
+
+def space_maker(url: str) -> Callable[..., AnySpace]:
+    """What makes a space that is searched there. Raises `BadRequest` that names the setting where it cannot be."""
+    make_space: Callable[..., AnySpace] = Space
+    kind, _, where = url.partition(":")
+    try:
+        if kind == "cuda":
+            make_space = partial(ArraySpace, Accelerator(where))
+        elif where == "gpu":
+            gpu_flat.check()
+            make_space = partial(Space, head=GpuFlat)
+    except BadRequest as error:
+        raise BadRequest(f"vectors {error.message}") from error
+    return make_space
 
 
 def _redis(url: str, origin: Origin) -> Documents:

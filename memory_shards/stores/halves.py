@@ -17,6 +17,11 @@ Halves: TypeAlias = NDArray[np.float16]
 HALF = np.dtype("<f2")
 """As they lie in a file."""
 
+_EXPONENT_GAP = np.float32(2.0**112)
+"""fp16's exponent is biased by 15, fp32's by 127. Multiplying rights it, of subnormals too."""
+
+_SIGN_AND_NUMBER = np.int32(~0x7000_0000)
+
 
 def halved(vectors: NDArray[np.float32], metric: Metric) -> tuple[Halves, NDArray[np.float64]]:
     """(n, d) vectors as spaces keep them, and what to multiply them with to get them back.
@@ -45,3 +50,16 @@ def halves_of(vectors: Sequence[Vector | Kept | None], dimension: int, metric: M
         if isinstance(vector, list | tuple):
             lengths[place], halves[place] = vector[0], np.frombuffer(vector[1], HALF)
     return halves, lengths
+
+
+def widened(codes: NDArray[np.uint8], bits: NDArray[np.int32]) -> NDArray[np.float32]:
+    """(n, d) fp32 numbers of n rows of finite fp16, (n, 2 d) bytes; in the memory of `bits`, which is (n, d).
+
+    Shifts the bits into place: 2 ms per 20,000 x 384. NumPy's own cast takes 17, and FAISS's decoder 12.
+    """
+    bits[:] = codes.view("<i2")  # widening keeps the sign in the high bits …
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, _SIGN_AND_NUMBER, out=bits)  # … all but the highest of which have to go
+    numbers = bits.view(np.float32)
+    np.multiply(numbers, _EXPONENT_GAP, out=numbers)
+    return numbers

@@ -1,8 +1,7 @@
 """Exact search for many queries at once: rows of fp16 become fp32 block by block, each for one matrix product.
 
 FAISS scans an SQfp16 index for one query after another. From some 10 queries on a matrix product per block wins, though
-the block has first to be widened: NumPy's own cast takes 17 ms per 20,000 x 384 and FAISS's decoder 12, but shifting
-the bits into place takes 2, so no fp32 copy of a space has to be kept. Looks at FAISS and NumPy only.
+the block has first to be widened; no fp32 copy of a space has to be kept. Looks at FAISS and `halves`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+
+from memory_shards.stores.halves import widened
 
 MATRIX_FROM = 10
 """How many queries make the matrix product worth it. Milliseconds a batch, SQfp16 → matrix product, one thread,
@@ -28,11 +29,6 @@ _FAISS: Any = faiss
 # Below this FAISS multiplies query by query without BLAS. It is global, but nothing else in a shard's process searches
 # fp32 rows exhaustively; DESIGN's `3 * d` is for those who ask with single queries too.
 _FAISS.cvar.distance_compute_blas_threshold = 1
-
-_EXPONENT_GAP = np.float32(2.0**112)
-"""fp16's exponent is biased by 15, fp32's by 127. Multiplying rights it, of subnormals too."""
-
-_SIGN_AND_NUMBER = np.int32(~0x7000_0000)
 
 
 class MatrixScan:
@@ -55,7 +51,8 @@ class MatrixScan:
             self._bits = np.empty((self._rows, self._dimension), np.int32)
         heap = _FAISS.ResultHeap(len(vectors), k, keep_max=self._metric == faiss.METRIC_INNER_PRODUCT)
         for start in range(0, len(codes), self._rows):
-            wide = self._widened(codes[start : start + self._rows])
+            some = codes[start : start + self._rows]
+            wide = widened(some, self._bits[: len(some)])
             if mask is not None:
                 # What is compared with NaN never wins, except where FAISS looks for a single best.
                 wide[~mask[start : start + self._rows]] = np.nan
@@ -63,13 +60,3 @@ class MatrixScan:
             heap.add_result(distances, np.where(rows < 0, rows, rows + start))
         heap.finalize()
         return heap.D, heap.I
-
-    def _widened(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The fp32 numbers of finite fp16, in scratch memory that the next call overwrites."""
-        bits = self._bits[: len(codes)]
-        bits[:] = codes.view("<i2")  # widening keeps the sign in the high bits …
-        np.left_shift(bits, 13, out=bits)
-        np.bitwise_and(bits, _SIGN_AND_NUMBER, out=bits)  # … all but the highest of which have to go
-        numbers = bits.view(np.float32)
-        np.multiply(numbers, _EXPONENT_GAP, out=numbers)
-        return numbers

@@ -28,8 +28,9 @@ from memory_shards.digests import Digests
 from memory_shards.stores import VectorQuery
 from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.columns import Rows, parse_filter
+from memory_shards.stores.flat import Found
 from memory_shards.stores.halves import HALF
-from memory_shards.stores.space import Found, Space
+from memory_shards.stores.space import Space
 from memory_shards.stores.vector_file import Changes, VectorFile, VectorSpace
 from mnemesh import wire
 from mnemesh.errors import BadRequest, MnemeshError, NotFound

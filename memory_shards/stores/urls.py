@@ -3,7 +3,7 @@
     attributes   sqlite: | redis://…
     edges        sqlite: | bolt://… | neo4j://…
     text         sqlite:
-    vectors      faiss:cpu | cuda: | milvus: | milvus://…
+    vectors      faiss:cpu | faiss:gpu | cuda: | milvus: | milvus://…
 
 Looks at `mnemesh` only: whoever starts a shard needs no driver for it.
 """
@@ -38,7 +38,7 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "edges": ("sqlite:", "bolt://", "bolt+s://", "bolt+ssc://", "neo4j://", "neo4j+s://", "neo4j+ssc://"),
     "text": ("sqlite:",),
     "vectors": (
-        *("faiss:cpu", "cuda:", "cuda:cupy", "cuda:torch", "cuda:numpy"),
+        *("faiss:cpu", "faiss:gpu", "cuda:", "cuda:cupy", "cuda:torch", "cuda:numpy"),
         *("milvus:", "milvus://", "milvus+s://"),
     ),
 }
