@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 
 from mnemesh.host import run as run_process
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
     parser.add_argument(
         "--suite", default="core", choices=("core", "edge", "stores", "gpu"), help="(default: %(default)s)"
     )

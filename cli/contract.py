@@ -5,8 +5,10 @@ One function a generated file; `FILES` says which file each one writes. Permissi
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,25 @@ from mnemesh import messages
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(__file__).with_name("subjects.yaml")  # the one at the root, by a link; a wheel holds a copy
 Contract = dict[str, Any]
+
+
+def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
+    parser.add_argument("verb", choices=("generate", "check"))
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    if flags.verb == "generate":
+        for path in generate():
+            print(f"wrote {path.relative_to(ROOT)}")
+        return 0
+    wrong = [f"{path.relative_to(ROOT)} is not what subjects.yaml says" for path in drifted()]
+    wrong += [f"{place} spells a subject; use mnemesh.subjects" for place in spelled_elsewhere()]
+    for line in wrong:
+        print(line, file=sys.stderr)
+    if wrong:
+        print("run `mnemesh contract generate`", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def load(source: Path = SOURCE) -> Contract:

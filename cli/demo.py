@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MISSING = "the demo needs its extra: pip install 'mnemesh-server[demo]' (make demo does)"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
     """The demo's own flags, where its extra is installed, and the mesh's."""
     shards = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument("--shards", type=int, default=shards, help="default: one for every two cores, %(default)s here")

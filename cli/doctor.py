@@ -7,6 +7,8 @@ thing without which the others cannot be made. The checks are in `check_machine`
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,16 @@ from mnemesh.errors import MnemeshError
 
 OPERATOR = "operator"
 SIGNS = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
+
+
+def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
+    parser.add_argument("--data", type=Path, default=data)
+    parser.add_argument("--stores", action="store_true", help="also compare every store with the log, from its start")
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    return asyncio.run(main(flags.data, stores=flags.stores))
 
 
 async def main(data: Path, *, stores: bool = False) -> int:

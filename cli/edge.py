@@ -45,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser, hub_data: Path) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
 
     verb = verbs.add_parser("up", help="on a device: run it; the hub need not be in reach")
-    up.add_flags(verb, DEVICE_DATA)
+    up.add_server_flags(verb, DEVICE_DATA)
     verb.add_argument("--site", required=True, help="the device's name")
     verb.add_argument("--hub", required=True, metavar="URL", help="its hub, such as nats://hub.example:7422")
     verb.add_argument("--metrics-port", type=int, default=9464, help="0: a free one")

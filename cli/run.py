@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli import up
 from cli.allocator import give_large_back
-from memory_shards.shard import Shard
 from memory_shards.snapshots.settings import NONE, SnapshotSettings
 from memory_shards.stores.urls import EMBEDDED, StoreUrls
 from mnemesh import kv, subjects
 from mnemesh.actor import Actor
+from mnemesh.client import read_credentials
 from mnemesh.connection import Link, LinkOptions
 from mnemesh.host import Host, link_as
+from mnemesh.host import run as run_process
 from mnemesh.inbox import Inbox
-from router.peers import Devices
-from router.router import Router
 from router.shard_map import decode_entry
-from services.gateway import Gateway
-from services.hub import Hub
 from services.observer import observed
 from services.policy import TenantGuard
-from services.read_policy import SiteReadPolicy
-from services.site_policy import SitePolicy
-from services.views import Views
 
 logger = logging.getLogger("mnemesh.run")
 
@@ -49,7 +45,46 @@ class RunOptions:
     until_stdin_closes: bool = False
 
 
-async def run_service(options: RunOptions, stop: asyncio.Event) -> int:
+def add_flags(command: argparse.ArgumentParser, data: Path) -> None:
+    command.add_argument("service", choices=("gateway", "router", "shard", "hub", "views"))
+    command.add_argument("--credentials", type=Path, help="credentials file of the service's role")
+    command.add_argument("--url", help="NATS server (default: the credentials' own)")
+    command.add_argument("--site", default="hub", help="site whose log it serves (default: %(default)s)")
+    command.add_argument("--shard", default="s0", help="name in the shard map (default: %(default)s)")
+    command.add_argument("--folder", type=Path, help="where the shard's stores are (default: mnemesh-data/shards/NAME)")
+    up.add_store_flags(command)
+    up.add_snapshot_flags(command)
+    command.add_argument("--metrics-host", default="127.0.0.1")
+    command.add_argument("--metrics-port", type=int, default=0, help="0: a free one, which the log names")
+    command.add_argument("--until-stdin-closes", action="store_true", help="also drain when standard input ends")
+    command.set_defaults(data=data)
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Returns the exit status. Raises `BadRequest`, `Unavailable`."""
+    held = read_credentials(flags.credentials) if flags.credentials else {}
+    options = RunOptions(
+        service=flags.service,
+        link=LinkOptions(
+            url=flags.url or held.get("url", "nats://127.0.0.1:4222"),
+            user=held.get("user"),
+            password=held.get("password"),
+            inbox_prefix=held.get("inbox_prefix", f"_INBOX_{flags.service}_0"),
+            name=flags.service if flags.service != "shard" else f"shard {flags.shard}",
+        ),
+        site=flags.site,
+        shard=flags.shard,
+        folder=flags.folder or flags.data / "shards" / flags.shard,
+        stores=up.stores(flags),
+        snapshots=up.snapshots(flags),
+        metrics_host=flags.metrics_host,
+        metrics_port=flags.metrics_port,
+        until_stdin_closes=flags.until_stdin_closes,
+    )
+    return run_process(lambda stop: _serve(options, stop))
+
+
+async def _serve(options: RunOptions, stop: asyncio.Event) -> int:
     """Serve until `stop` is set, then drain. Returns the exit status."""
     if options.until_stdin_closes:
         await stop_when_stdin_closes(stop)
@@ -81,15 +116,29 @@ async def _stop_when(stop: asyncio.Event, host: Host) -> None:
 
 
 async def _actor(options: RunOptions, link: Link) -> Actor:
+    """The service, whose modules alone are loaded."""
     guard = TenantGuard()
     if options.service == "gateway":
+        from services.gateway import Gateway
+
         return Gateway(link, site=options.site, guard=guard)
     if options.service == "router":
+        from router.peers import Devices
+        from router.router import Router
+        from services.site_policy import SitePolicy
+
         return Router(link, peers=Devices(SitePolicy(options.site)), guard=guard)
     if options.service == "hub":
+        from services.hub import Hub
+
         return Hub(link, site=options.site)
     if options.service == "views":
+        from services.views import Views
+
         return Views(link, site=options.site)
+    from memory_shards.shard import Shard
+    from services.read_policy import SiteReadPolicy
+
     if options.snapshots.url:
         give_large_back()
     partitions = await _partitions(link, options.shard)

@@ -15,13 +15,36 @@ from memory_shards.snapshots.settings import KNOWN as KNOWN_TARGETS
 from memory_shards.snapshots.settings import SnapshotSettings, seconds_of
 from memory_shards.stores.urls import KNOWN, StoreUrls, environment
 from mnemesh.errors import BadRequest
+from mnemesh.host import run as run_process
 from mnemesh.host import until_stopped
 from mnemesh.ids import PARTITIONS, check_name
 
 LAST_PORT = 65_535
+COMPRESSIONS = ("s2_auto", "s2_fast", "s2_better", "s2_best", "off")
 
 
 def add_flags(command: argparse.ArgumentParser, data: Path) -> None:
+    """Those of a whole mesh."""
+    add_server_flags(command, data)
+    command.add_argument("--site", default="hub", help="the site's name (default: %(default)s)")
+    command.add_argument("--region", default="", help="where the site is, for policies and for what devices want")
+    command.add_argument("--leaf-port", type=int, default=0, help="where devices connect; NATS's own is 7422 (0: none)")
+    command.add_argument(
+        "--leaf-compression", default="s2_auto", choices=COMPRESSIONS, help="of what crosses to devices"
+    )
+    command.add_argument("--shards", type=int, default=2, help="how many shards (default: %(default)s)")
+    command.add_argument("--replicas", type=int, default=1, help="processes of each shard (default: %(default)s)")
+    add_store_flags(command)
+    add_snapshot_flags(command)
+    command.add_argument("--metrics-port", type=int, default=9464, help="first of the services' ports; 0: free ones")
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Returns the exit status. Raises `BadRequest`, `NatsServerError`."""
+    return run_process(lambda stop: _up(options(flags), stop))
+
+
+def add_server_flags(command: argparse.ArgumentParser, data: Path) -> None:
     """The flags of whoever runs a nats-server and lets agents in."""
     command.add_argument("--data", type=Path, default=data, help="folder for everything (default: %(default)s)")
     command.add_argument("--host", default="127.0.0.1", help="where NATS listens (default: %(default)s)")
@@ -130,7 +153,7 @@ def users(flags: argparse.Namespace) -> tuple[Sequence[str], Sequence[tuple[str,
     return list(dict.fromkeys([*(flags.tenant or []), *(tenant for tenant, _ in agents)])), agents
 
 
-async def up(options: MeshOptions, stop: asyncio.Event) -> int:
+async def _up(options: MeshOptions, stop: asyncio.Event) -> int:
     """Run the mesh until `stop` is set, also while it starts; returns the exit status."""
     await until_stopped(stop, _serve(options))
     print("stopped; all that was acknowledged is in the data folder", flush=True)

@@ -17,7 +17,7 @@ import yaml
 
 from cli import edge, mesh, up
 from cli.interest import read_interest
-from cli.main import _parser
+from cli.main import parser_for
 from cli.policy import read_policy
 from cli.server import NatsServer
 from mnemesh import host
@@ -33,7 +33,7 @@ DRAIN_S = {"hub": mesh.DRAIN_S + SERVER_STOP_S, "edge": host.DRAIN_S + SERVER_ST
 
 def understood(arguments: Sequence[str]) -> None:
     """Fail with what the command itself says if it does not take these arguments."""
-    flags = _parser().parse_args(arguments)
+    flags = parser_for(arguments).parse_args(arguments)
     if arguments[:1] == ["up"]:
         up.options(flags)
     if arguments[:2] == ["edge", "up"]:
