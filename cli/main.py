@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells each instruction set that it tries
     try:
         status: int = flags.run(flags)
     except (MnemeshError, NatsServerError) as error:

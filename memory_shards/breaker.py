@@ -84,7 +84,7 @@ class Breaker:
         if self._failures == MOST_FAILURES:
             self.opened += 1
             self._retry_at = now + self._open_s
-            logger.warning("%s does not answer: %s", self.name, str(error)[:200] or type(error).__name__)
+            logger.warning("%s does not answer: %s", self.name, reason_of(error))
         elif self.is_open and now >= self._retry_at:  # it was tried again; the others were under way when it opened
             self._open_s = min(LONGEST_OPEN_S, self._open_s * 2)
             self._retry_at = now + self._open_s
@@ -95,3 +95,8 @@ class Breaker:
         if self.is_open:
             logger.warning("%s answers again", self.name)
         self._failures, self._open_s = 0, FIRST_OPEN_S
+
+
+def reason_of(error: BaseException) -> str:
+    """What a driver's error says, in a line for the log. Redis's begins with the whole pipeline."""
+    return str(error).rpartition("of pipeline caused error: ")[2][:200] or type(error).__name__

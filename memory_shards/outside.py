@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeAlias, TypeVar
 
-from memory_shards.breaker import Breaker
+from memory_shards.breaker import Breaker, reason_of
 from memory_shards.freshness import REPLY_MARGIN_S
 from memory_shards.stores import WentBack
 from memory_shards.transactions import transactions
@@ -103,7 +103,7 @@ class OutsideProjection:
             self._is_open = True
             await self._look()
         except self.store.outages as error:
-            logger.warning("the store of %s is not there yet: %s", self.name, str(error)[:200])
+            logger.warning("the store of %s is not there yet: %s", self.name, reason_of(error))
 
     async def run(self, follow: Follow, head: Head, lease: Lease | Held) -> None:
         """Apply what comes while the lease is held, for ever."""
@@ -124,7 +124,7 @@ class OutsideProjection:
                     self.breaker.failed(error)
                 if asyncio.get_running_loop().time() - began > LONGEST_BACKOFF_S:
                     backoff = FIRST_BACKOFF_S
-                logger.warning("the store of %s: %s; trying again", self.name, str(error)[:200])
+                logger.warning("the store of %s: %s; trying again", self.name, reason_of(error))
                 await asyncio.sleep(backoff)
                 backoff = min(LONGEST_BACKOFF_S, backoff * 2)
             else:

@@ -20,6 +20,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from conftest import SITE, server_options, start_mesh_server
+from disk import disk, needs_root
 
 import mnemesh
 from cli.main import main
@@ -139,9 +140,13 @@ class Place:
         return await self.target.names(pieces_of(SITE, self.shard))
 
 
-@pytest_asyncio.fixture(loop_scope="module", params=["folder", "nats"])
+BUCKET = os.environ.get("MNEMESH_TEST_BUCKET", "")
+"""An empty bucket, such as s3://mnemesh-tests, that these tests may fill too."""
+
+
+@pytest_asyncio.fixture(loop_scope="module", params=["folder", "nats", *(["bucket"] if BUCKET else [])])
 async def place(request: pytest.FixtureRequest, site: Site, tmp_path: Path) -> AsyncIterator[Place]:
-    url = "nats:" if request.param == "nats" else f"file://{tmp_path}/target"
+    url = {"nats": "nats:", "folder": f"file://{tmp_path}/target", "bucket": BUCKET}[request.param]
     link = await Link.open(site.server.credentials.load("shard").link_options("target"))
     inbox = (await Asker(link).open()).inbox
     yield Place(url, open_target(url, inbox), next(site.names))
@@ -237,6 +242,29 @@ async def test_a_store_that_has_something_is_left_as_it_is(site: Site, place: Pl
     async with site.shard(place.shard, tmp_path, place.url) as shard:
         assert applied(shard) == [0, 0]
         assert (tmp_path / "memory.db").stat().st_ino == held
+
+
+@needs_root
+@on_site
+async def test_a_target_whose_disk_is_full_says_so_and_keeps_what_it_has(site: Site, tmp_path: Path) -> None:
+    url, name = f"file://{tmp_path}/disk/target", next(site.names)
+    with disk(tmp_path / "disk", megabytes=8) as resize:
+        async with site.shard(name, tmp_path / "shard", url) as shard:
+            before = await site.take(name)
+            with contextlib.suppress(OSError), (tmp_path / "disk" / "filler").open("wb") as filler:
+                while True:
+                    filler.write(bytes(4096))
+            await site.write(500)
+            await site.caught_up(shard)
+            with pytest.raises(Unavailable, match="No space left on device"):
+                await site.take(name)
+            assert [each.id for each in (await site.snapshots(name)).snapshots] == [before.id]
+            resize(200)
+            taken = await site.take(name)
+            async with site.shard(name, tmp_path / "new", url) as new:
+                assert applied(new) == [0, 0]
+                assert await digests(new) == await digests(shard)
+            assert taken.id in [each.id for each in (await site.snapshots(name)).snapshots]
 
 
 # ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,8 @@ afterwards, none counts twice, and reads are answered or refused meanwhile."""
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +15,7 @@ import pytest
 import redis
 from backends import GPU_IS_HERE
 from conftest import server_options, server_or_skip
+from disk import disk, needs_root
 from ledger import STRONG
 from test_crash import alice_on
 
@@ -301,3 +304,39 @@ async def test_what_is_no_good_is_said_at_the_start_with_its_setting(tmp_path: P
             with pytest.raises(Unavailable, match=says):
                 async with mesh_on(tmp_path / str(number), urls):
                     pass
+
+
+@needs_root
+async def test_a_redis_whose_disk_is_full_gets_all_once_there_is_room(tmp_path: Path) -> None:
+    with disk(tmp_path / "disk", megabytes=8) as resize:
+        server = server_or_skip(lambda: RedisServer(tmp_path / "disk" / "redis"))
+        with running(server):
+            await check_room(tmp_path / "data", server, lambda: resize(200))
+
+
+async def test_a_redis_whose_memory_is_full_gets_all_once_there_is_room(tmp_path: Path) -> None:
+    server = server_or_skip(lambda: RedisServer(tmp_path / "redis", "--maxmemory", "8mb"))
+    with running(server), redis.Redis.from_url(server.url) as client:
+        await check_room(tmp_path / "data", server, lambda: client.config_set("maxmemory", 0))
+
+
+async def check_room(data: Path, server: RedisServer, make_room: Callable[[], object]) -> None:
+    """While Redis takes no more writes go on, and reads of what it has; once there is room nothing is missing."""
+    blob = os.urandom(10_000).hex()
+    count = 300
+    async with mesh_on(data, StoreUrls(attributes=server.url)) as mesh, alice_on(mesh.server) as memory:
+        for n in range(count):
+            written = await memory.set_context(f"e{n}", attributes={"n": n, "blob": blob})
+        since = Consistency(level="session", token=written.token)
+        with pytest.raises(AWAY):
+            await memory.get_context(f"e{count - 1}", consistency=since, budget_ms=GOES_WELL_MS)
+        for _ in range(20):
+            assert (await memory.get_context("e0", budget_ms=GOES_WELL_MS)).attributes["n"] == 0
+            await asyncio.sleep(0.1)
+        log = mesh.children["s0.0"].log_file.read_text()
+        assert re.search(r"the store of documents: (MISCONF .*No space left on device|.*'maxmemory')", log)
+        make_room()
+        for n in range(count):
+            context = await memory.get_context(f"e{n}", consistency=since, budget_ms=LONG_MS)
+            assert context.attributes["n"] == n
+            assert len((await memory.timeline(f"e{n}", consistency=since)).events) == 1
