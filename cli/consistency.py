@@ -12,8 +12,8 @@ from pathlib import Path
 
 from cli.operator import asking, options_of
 from cli.server_config import ServerOptions
+from cli.verbs import add_verbs, text_in
 from mnemesh import kv, subjects
-from mnemesh.errors import BadRequest
 from services.consistency_text import parse
 from services.read_policy import HANDED, OWN
 
@@ -22,15 +22,8 @@ NONE = b"otherwise: eventual\n"
 
 
 def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for verb, about in (
-        ("set", "how fresh, from a file"),
-        ("show", "what holds"),
-        ("rm", "as each request says, or what the hub hands"),
-    ):
-        command = verbs.add_parser(verb, help=about)
-        command.add_argument("--data", type=Path, default=data, help="folder of the site (default: %(default)s)")
-    verbs.choices["set"].add_argument("file", type=Path, help="YAML or JSON")
+    about_rm = "as each request says, or what the hub hands"
+    add_verbs(parser, data, {"set": "how fresh, from a file", "show": "what holds", "rm": about_rm})
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -42,10 +35,7 @@ def run(flags: argparse.Namespace) -> int:
 
 def read_consistency(file: Path) -> str:
     """The text of a policy's file. Raises `BadRequest` that says what is wrong with it."""
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"cannot read the consistency policy {file}: {error}") from error
+    text = text_in(file, "consistency policy")
     parse(text)
     return text
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cli.operator import asking, options_of
 from cli.server_config import ServerOptions
+from cli.verbs import add_verbs, text_in
 from mnemesh import kv, subjects
 from mnemesh.errors import BadRequest
 from services.sovereignty_text import parse
@@ -20,15 +21,8 @@ OWN = "own"
 
 
 def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for verb, about in (
-        ("set", "what may leave, from a file"),
-        ("show", "what holds"),
-        ("rm", "all may leave again, or what the hub hands"),
-    ):
-        command = verbs.add_parser(verb, help=about)
-        command.add_argument("--data", type=Path, default=data, help="folder of the site (default: %(default)s)")
-    verbs.choices["set"].add_argument("file", type=Path, help="YAML or JSON")
+    about_rm = "all may leave again, or what the hub hands"
+    add_verbs(parser, data, {"set": "what may leave, from a file", "show": "what holds", "rm": about_rm})
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -40,10 +34,7 @@ def run(flags: argparse.Namespace) -> int:
 
 def read_policy(file: Path) -> str:
     """The text of a policy file. Raises `BadRequest` that says what is wrong with it."""
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"cannot read the policy {file}: {error}") from error
+    text = text_in(file, "policy")
     parse(text)
     return text
 

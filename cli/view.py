@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cli.operator import asking, options_of
 from cli.server_config import ServerOptions
+from cli.verbs import add_verbs, text_in
 from mnemesh import kv, subjects
 from mnemesh.asker import Asker
 from mnemesh.embedding import embedder
@@ -29,17 +30,14 @@ LOOK_S = 0.5
 
 
 def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-    for verb, about in (
-        ("set", "add or change a view, from a file"),
-        ("list", "the views, and where each stands"),
-        ("remove", "keep a view no more"),
-    ):
-        command = verbs.add_parser(verb, help=about)
-        command.add_argument("--data", type=Path, default=data, help="folder of the site (default: %(default)s)")
-    verbs.choices["set"].add_argument("file", type=Path, help="YAML or JSON")
-    verbs.choices["remove"].add_argument("name")
-    verbs.choices["remove"].add_argument(
+    abouts = {
+        "set": "add or change a view, from a file",
+        "list": "the views, and where each stands",
+        "remove": "keep a view no more",
+    }
+    remove = add_verbs(parser, data, abouts)["remove"]
+    remove.add_argument("name")
+    remove.add_argument(
         "--with-vectors", action="store_true", help="take its vectors out of its space, and wait until they are"
     )
 
@@ -59,11 +57,7 @@ def run(flags: argparse.Namespace) -> int:
 
 def read_view(file: Path) -> View:
     """The view in a file. Raises `BadRequest` that says what is wrong with it."""
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"cannot read the view {file}: {error}") from error
-    return parse(text)
+    return parse(text_in(file, "view"))
 
 
 async def _set(options: ServerOptions, view: View) -> None:
