@@ -8,7 +8,9 @@ too little, the space scans those. The index moves all of its rows whenever it g
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import faiss
@@ -31,7 +33,10 @@ SPARE = 32
 """Candidates beyond twice `k` that are scored again."""
 
 SCRATCH_BYTES = 512 << 20
-"""Of the GPU's memory, for scores; FAISS would take 1.5 GiB."""
+"""Of the GPU's memory, for scores, once for all spaces of a process; FAISS would take 1.5 GiB."""
+
+_one_at_a_time = threading.Lock()
+"""Who uses that memory: a search, or a step of a build on another thread."""
 
 HALF_EPSILON = 2.0**-11
 LARGEST_HALF = 65_504
@@ -43,6 +48,13 @@ def check() -> None:
         raise BadRequest("faiss:gpu: this is faiss-cpu; install faiss-gpu in its place")
     if not FAISS.get_num_gpus():
         raise BadRequest("faiss:gpu: FAISS finds no GPU")
+
+
+@cache
+def _resources() -> Any:
+    resources = FAISS.StandardGpuResources()
+    resources.setTempMemory(SCRATCH_BYTES)
+    return resources
 
 
 class GpuFlat:
@@ -61,12 +73,10 @@ class GpuFlat:
 
     @staticmethod
     def segments(dimension: int, metric: Metric) -> Callable[[], Any]:
-        """What makes an empty index on the GPU; all of one head share its scratch memory."""
-        resources = FAISS.StandardGpuResources()
-        resources.setTempMemory(SCRATCH_BYTES)
+        """What makes an empty index on the GPU."""
         config = FAISS.GpuIndexFlatConfig()
         config.useFloat16 = True
-        return lambda: FAISS.GpuIndexFlat(resources, dimension, METRICS[metric], config)
+        return lambda: FAISS.GpuIndexFlat(_resources(), dimension, METRICS[metric], config)
 
     @property
     def size(self) -> int:
@@ -80,11 +90,13 @@ class GpuFlat:
             if stopped():
                 raise InterruptedError("the store is closing")
             if not self._segments or self._segments[-1].ntotal >= self._segment_rows:
-                self._segments.append(self._segment())
+                with _one_at_a_time:
+                    self._segments.append(self._segment())
             last = self._segments[-1]
             some = codes[start : start + min(step, self._segment_rows - last.ntotal)]
             numbers = widened(some, np.empty((len(some), some.shape[1] // 2), np.int32))
-            last.add(numbers)
+            with _one_at_a_time:
+                last.add(numbers)
             self.stored.add_sa_codes(np.ascontiguousarray(some))  # what failed on the GPU is not there either
             self._longest = max(self._longest, float(np.sqrt(np.einsum("ij,ij->i", numbers, numbers).max())))
             start += len(some)
@@ -114,7 +126,8 @@ class GpuFlat:
         """The best of each segment, merged: (q, most) scores and rows."""
         scores, rows, first = [], [], 0
         for segment in self._segments:
-            found = scored(segment.search(vectors, min(most, segment.ntotal)), METRICS[self._metric])
+            with _one_at_a_time:
+                found = scored(segment.search(vectors, min(most, segment.ntotal)), METRICS[self._metric])
             scores.append(found[0])
             rows.append(found[1] + first)
             first += segment.ntotal
