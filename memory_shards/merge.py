@@ -41,18 +41,18 @@ _LARGEST_STAMP = 1 << 62  # the year 4199; leaves room in 64 bits for the stamps
 _TIMES = range(-62_135_596_800_000, 253_402_300_800_000)  # ms from year 1 to 9999: what a datetime can show
 
 
-class EdgePut(msgspec.Struct, frozen=True):
+class EdgePut(msgspec.Struct, frozen=True, gc=False):
     relation: str
     target_id: str
     properties: dict[str, Any] = {}
 
 
-class EdgeKey(msgspec.Struct, frozen=True):
+class EdgeKey(msgspec.Struct, frozen=True, gc=False):
     relation: str
     target_id: str
 
 
-class Patch(msgspec.Struct, frozen=True):
+class Patch(msgspec.Struct, frozen=True, gc=False):
     """The body of a put, as far as this version knows it. Of vectors, only the names of spaces matter here."""
 
     type: str | None = None
@@ -85,6 +85,10 @@ class Change(NamedTuple):
         return self.stamp, self.site
 
     @property
+    def key(self) -> Key:
+        return self.valid_from, self.stamp, self.site
+
+    @property
     def since(self) -> int:
         """From when on it is seen: without a time of its own at once, even if the writer's clock runs ahead."""
         implied = self.valid_from == stamp_ms(self.stamp)
@@ -115,7 +119,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     version: int
 
 
-class Ledger(msgspec.Struct, array_like=True):
+class Ledger(msgspec.Struct, array_like=True, gc=False):
     """What merging must remember beside the values: who wrote each last. Removed things keep their keys."""
 
     stamps: dict[str, int] = {}
@@ -137,7 +141,7 @@ class Ledger(msgspec.Struct, array_like=True):
         return list(dict.fromkeys(log.partition(" ")[0] for log in self.stamps))
 
 
-class State(msgspec.Struct):
+class State(msgspec.Struct, gc=False):
     """An entity as far as merged. `alive` is false until a put, and after a forget until the next put."""
 
     ledger: Ledger = msgspec.field(default_factory=Ledger)
@@ -158,9 +162,14 @@ class State(msgspec.Struct):
 
     def put(self, change: Change) -> None:
         """Merge one put that is not forgotten. Putting it again changes nothing."""
+        self.put_document(change)
+        self.put_edges(change)
+
+    def put_document(self, change: Change) -> None:
+        """`put`, of all but the edges."""
         patch, ledger = change.patch, self.ledger
         assert patch is not None, "a forget is folded, not put"
-        key = (change.valid_from, change.stamp, change.site)
+        key = change.key
         if not self.alive:
             ledger.types = set()
         self.alive = True
@@ -183,14 +192,19 @@ class State(msgspec.Struct):
                 else:
                     values[name] = value
         # An event that both removes and adds a thing adds it: the later call wins among equal keys.
-        for gone in patch.remove_edges:
-            self._put_edge(gone.relation, gone.target_id, Edge(key, {}, removed=True))
-        for edge in patch.edges:
-            self._put_edge(edge.relation, edge.target_id, Edge(key, edge.properties, removed=False))
         for name in patch.remove_vectors:
             self._put_space(name, False, key)
         for name in patch.vectors:
             self._put_space(name, True, key)
+
+    def put_edges(self, change: Change) -> None:
+        """`put`, of the edges alone."""
+        patch, key = change.patch, change.key
+        assert patch is not None, "a forget is folded, not put"
+        for gone in patch.remove_edges:
+            self._put_edge(gone.relation, gone.target_id, Edge(key, {}, removed=True))
+        for edge in patch.edges:
+            self._put_edge(edge.relation, edge.target_id, Edge(key, edge.properties, removed=False))
 
     def _put_edge(self, relation: str, target_id: str, edge: Edge) -> None:
         held = self.edges.get((relation, target_id))

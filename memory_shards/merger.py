@@ -82,7 +82,7 @@ class Quarantined(NamedTuple):
     hlc: int
 
 
-class Stored(msgspec.Struct, array_like=True):
+class Stored(msgspec.Struct, array_like=True, gc=False):
     """What a store that is outside keeps for merging, beside an entity's history."""
 
     ledger: Ledger
@@ -95,7 +95,7 @@ class Stored(msgspec.Struct, array_like=True):
     """When the last of its puts ends, in ms; `NEVER` where one does not."""
 
 
-class Touched:
+class Touched(msgspec.Struct, gc=False):
     """An entity that records are merged into. A new one has the defaults.
 
     To write it: where it is `cleared`, drop all that the store has of it. Where a forget `erases`, drop the events with
@@ -103,46 +103,23 @@ class Touched:
     that the store lacks (put them in where their keys win), and the events that were `added`.
     """
 
-    __slots__ = (
-        "added",
-        "cleared",
-        "ends",
-        "erases",
-        "held",
-        "held_state",
-        "history",
-        "partition",
-        "size",
-        "state",
-        "text_before",
-        "version",
-    )
+    state: State = msgspec.field(default_factory=State)
+    version: int = 0
+    partition: int = 0
+    size: int = 0
+    ends: int = 0
+    held: int | None = None
+    held_state: HeldState | None = None
+    text_before: str | None = None
+    """The text that the store has of it."""
+    history: list[Kept] | None = None
+    """The events that the store has, and that are left; `None` while nobody asked for them."""
+    added: list[Kept] = []
+    cleared: bool = False
+    erases: Mark | None = None
 
-    def __init__(
-        self,
-        state: State | None = None,
-        *,
-        version: int = 0,
-        partition: int = 0,
-        size: int = 0,
-        ends: int = 0,
-        held: int | None = None,
-        held_state: HeldState | None = None,
-    ) -> None:
-        self.state = State() if state is None else state
-        self.version = version
-        self.partition = partition
-        self.size = size
-        self.ends = ends
-        self.held = held
-        self.held_state = held_state
+    def __post_init__(self) -> None:
         self.text_before = self.state.text
-        """The text that the store has of it."""
-        self.history: list[Kept] | None = None
-        """The events that the store has, and that are left; `None` while nobody asked for them."""
-        self.added: list[Kept] = []
-        self.cleared = False
-        self.erases: Mark | None = None
 
     @classmethod
     def of(cls, stored: Stored) -> Touched:
@@ -162,28 +139,31 @@ class Touched:
         return self.cleared and not self.version and self.held_state is None
 
 
+History: TypeAlias = Callable[[Name], Iterable[Kept]]
+"""Reads the events that the store has of an entity."""
+
+
 class Merger:
     """Takes records in log order. Used for one transaction.
 
-    `loaded` holds every entity that they name, and `history` reads the events that the store has of one. `site` is
-    where the log is; `put_aside` how many events of each site are quarantined.
+    `loaded` holds every entity that they name. `site` is where the log is; `put_aside` how many events of each site are
+    quarantined.
     """
 
     def __init__(
         self,
         loaded: dict[Name, Touched],
-        history: Callable[[Name], Iterable[Kept]],
         *,
         site: str,
         put_aside: Mapping[str, int],
         parts: frozenset[Part] = ALL_PARTS,
     ) -> None:
         self._loaded = loaded
-        self._history = history
         self._site = site
         self._put_aside = put_aside
         self._parts = parts
         self._is_partial = "attributes" not in parts
+        self._has_edges = "edges" in parts
         self.dirty: dict[Name, Touched] = {}
         self.rejected = 0
         self.erasures: list[tuple[int, int]] = []
@@ -195,8 +175,16 @@ class Merger:
         self.uncounted: Counter[str] = Counter()
         """How many events of each site were put aside by these records."""
 
-    def take(self, record: Record) -> None:
-        """Merge one record. One that breaks a rule changes only the entity's version, and is counted."""
+    def take(self, records: Iterable[Record], history: History) -> None:
+        """Merge records. One that breaks a rule changes only the entity's version, and is counted.
+
+        `history` is not kept: a batch whose merger kept one of its methods was left to the garbage collector, with all
+        that it had read.
+        """
+        for record in records:
+            self._take(record, history)
+
+    def _take(self, record: Record, history: History) -> None:
         event = record.event
         name = event.tenant, event.entity_id
         entity = self.dirty[name] = self._loaded[name]
@@ -214,12 +202,12 @@ class Merger:
             return
         if self._put_aside.get(event.site) or self.uncounted[event.site]:  # it may have been stamped anew
             self._restamp(event)
-        if not self._merge(name, entity, record):
+        if not self._merge(name, entity, record, history):
             tombstone = entity.state.ledger.tombstone
             if event.op == "forget" or (tombstone is not None and (event.hlc, event.site) < tombstone):
                 self.erasures.append((record.sequence, 0))
 
-    def _merge(self, name: Name, entity: Touched, record: Record) -> bool:
+    def _merge(self, name: Name, entity: Touched, record: Record, history: History) -> bool:
         """Merge one event; whether it has an effect."""
         event = record.event
         ledger = entity.state.ledger
@@ -238,9 +226,11 @@ class Merger:
         if entity.state.is_forgotten(change):
             return False
         if change.patch is None:
-            self._forget(name, entity, change)
+            self._forget(name, entity, change, history)
         else:
-            entity.state.put(change)
+            entity.state.put_document(change)
+            if self._has_edges:
+                entity.state.put_edges(change)
             entity.ends = max(entity.ends, _end_of(change))
             if self._is_partial and not says_anything(patch):
                 return True
@@ -289,10 +279,10 @@ class Merger:
         entity.held = entity.held_state = None
         entity.history, entity.added, entity.cleared, entity.erases = [], [], True, None
 
-    def _forget(self, name: Name, entity: Touched, change: Change) -> None:
+    def _forget(self, name: Name, entity: Touched, change: Change, history: History) -> None:
         """Erase what the forget wins over, and bring up what is left."""
         if entity.history is None:
-            entity.history = list(self._history(name))
+            entity.history = list(history(name))
         had = len(entity.history) + len(entity.added)
         entity.history = [kept for kept in entity.history if kept.mark >= change.mark]
         entity.added = [kept for kept in entity.added if kept.mark >= change.mark]

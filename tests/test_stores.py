@@ -6,6 +6,7 @@ applied in another way.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from msgspec.structs import replace
 from test_merge import FUTURE, carried, forget, interleaved, put, records, site_logs
 from test_sqlite_store import ENTITIES, Model, shown
 
+from memory_shards.merger import Merger
 from memory_shards.stores import VectorQuery, WentBack
 from memory_shards.stores.by_url import Stores
 from memory_shards.stores.urls import EMBEDDED
@@ -101,6 +103,18 @@ async def test_any_split_into_batches_and_any_replay_come_to_the_same(
             assert await digests(split) == await digests(whole)
             for entity_id in ENTITIES:
                 assert await got(split, entity_id) == await got(whole, entity_id)
+
+
+async def test_what_a_batch_read_is_not_left_to_the_garbage_collector(backend: Backend) -> None:
+    """A batch whose merger kept a method of it was; collecting it took a fifth of the time that applying took."""
+    async with backend.opened() as stores:
+        gc.collect()
+        gc.disable()
+        try:
+            await apply(stores, log_of(put(ms=1, attributes={"n": 1}, edges=[edge("b")]), forget(ms=2)))
+            assert not [each for each in gc.get_objects() if isinstance(each, Merger)]
+        finally:
+            gc.enable()
 
 
 async def test_a_store_that_is_opened_again_goes_on_from_its_watermark(backend: Backend) -> None:

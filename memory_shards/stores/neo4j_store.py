@@ -264,9 +264,8 @@ class _Batch:
         self._site = site
         names = dict.fromkeys((record.event.tenant, record.event.entity_id) for record in records)
         self._keys = {name: key_of(site, *name) for name in names}
-        self._merger = Merger(self._load(), self._history, site=born, put_aside={}, parts=frozenset(("edges",)))
-        for record in records:
-            self._merger.take(record)
+        self._merger = Merger(self._load(), site=born, put_aside={}, parts=frozenset(("edges",)))
+        self._merger.take(records, self._history)
 
     def _load(self) -> dict[Name, Touched]:
         names = {key: name for name, key in self._keys.items()}

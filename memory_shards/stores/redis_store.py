@@ -20,7 +20,7 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 from memory_shards.merge import NEVER, State
-from memory_shards.merger import Kept, Merger, Name, Stored, Touched
+from memory_shards.merger import Kept, Merger, Name, Part, Stored, Touched
 from memory_shards.stores import WentBack, namespace
 from memory_shards.stores import redis_layout as layout
 from memory_shards.stores.redis_client import OUTAGES, AnyRedis, open_sync
@@ -29,6 +29,7 @@ from mnemesh.event import Record
 
 logger = logging.getLogger("mnemesh.redis")
 
+_PARTS: frozenset[Part] = frozenset(("attributes", "text"))
 _CLEARED_AT_ONCE = 500
 COUNTED_EVERY_S = 5.0
 """How often a replica that only reads counts what is put aside."""
@@ -296,9 +297,8 @@ class _Batch:
         self._stamped: dict[Name, tuple[dict[str, Any], Any]] = {}
         self._read: dict[Name, list[Kept]] = {}
         sites = Counter(event_site for event_site, _ in put_aside)
-        self._merger = Merger(self._load(), self._history, site=site, put_aside=sites)
-        for record in records:
-            self._merger.take(record)
+        self._merger = Merger(self._load(), site=site, put_aside=sites, parts=_PARTS)
+        self._merger.take(records, self._history)
 
     @property
     def rejected(self) -> int:

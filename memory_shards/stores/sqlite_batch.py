@@ -93,7 +93,7 @@ class Batch:
         self._parts = parts
         self._ids: dict[Name, int] = {}
         loaded = self._load({(record.event.tenant, record.event.entity_id) for record in records})
-        self._merger = Merger(loaded, self._history, site=site, put_aside=put_aside, parts=parts)
+        self._merger = Merger(loaded, site=site, put_aside=put_aside, parts=parts)
 
     @property
     def rejected(self) -> int:
@@ -102,8 +102,7 @@ class Batch:
 
     def write(self) -> None:
         """Merge all records and write what they come to."""
-        for record in self._records:
-            self._merger.take(record)
+        self._merger.take(self._records, self._history)
         self._write_entities()
         self._connection.executemany(_ERASURE, self._merger.erasures)
         self._write_quarantine()

@@ -91,7 +91,7 @@ class VectorState:
         if change.patch is None:
             self._forget(change.mark)
             return
-        patch, key = change.patch, (change.valid_from, change.stamp, change.site)
+        patch, key = change.patch, change.key
         if patch.type is not None:
             _put(self._type, key, patch.type)
         for name, value in patch.attributes.items():
