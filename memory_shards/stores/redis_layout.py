@@ -6,7 +6,7 @@ transaction can write them. Then the tenant, so that an ACL can say `~mnemesh:*:
     …:<tenant>:entity:<id>   hash    what is so now: attributes as JSON by their names, and `:type`, `:text`, `:spaces`,
                                      `:version`, `:exact_from`. Gone when it is forgotten, or all of it has expired.
     …:<tenant>:ledger:<id>   string  what merging needs (`Stored`), also of what was forgotten
-    …:<tenant>:events:<id>   stream  its history; an entry's id is the log's sequence, its field `e` a `Kept`
+    …:<tenant>:events:<id>   zset    its history: each a `Kept`, by the log's sequence
     …:<tenant>:ids           zset    the ids of those that are remembered, in the order of their bytes
     …:<tenant>:gone          zset    the ids of the others
     …:<tenant>:log           zset    "<sequence> <id>" of each event by its sequence
@@ -22,6 +22,7 @@ and a key for each shard, `mnemesh:{<site>.shard.<name>}`: a hash of its `waterm
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -29,7 +30,7 @@ import msgspec
 from memory_shards.merge import State
 from memory_shards.merger import Kept, Quarantined, Stored
 
-LAYOUT = 1
+LAYOUT = 2
 """Goes up with every change of the above; what was written by another is rebuilt."""
 
 
@@ -49,16 +50,18 @@ class Keys:
         """The keys of a tenant in it."""
         found = self._tenants.get(tenant)
         if found is None:
-            found = self._tenants[tenant] = Tenant(self._prefix + tenant.encode() + b":")
+            found = self._tenants[tenant] = Tenant(self._prefix + tenant.encode() + b":", self.tenants)
         return found
 
 
 class Tenant:
     """The keys of one tenant in one partition."""
 
-    __slots__ = ("_entity", "_events", "_ledger", "gone", "ids", "log", "valid")
+    __slots__ = ("_entity", "_events", "_ledger", "gone", "ids", "log", "tenants", "valid")
 
-    def __init__(self, prefix: bytes) -> None:
+    def __init__(self, prefix: bytes, tenants: bytes) -> None:
+        self.tenants = tenants
+        """The key of the partition's tenants."""
         self.ids = prefix + b"ids"
         self.gone = prefix + b"gone"
         self.log = prefix + b"log"
@@ -83,7 +86,6 @@ def shard_key(site: str, shard: str) -> bytes:
 
 # ── what is in them ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-EVENT = b"e"
 TYPE, TEXT, SPACES, VERSION, EXACT_FROM = b":type", b":text", b":spaces", b":version", b":exact_from"
 
 _stored_encoder = msgspec.msgpack.Encoder()
@@ -116,6 +118,7 @@ def fields_of(state: State, version: int) -> dict[bytes, bytes]:
     return fields
 
 
+@lru_cache(4_096)
 def field(attribute: str) -> bytes:
     """The field of an attribute. Those that begin with a colon get another one, so that none is one of ours."""
     name = attribute.encode()

@@ -20,7 +20,7 @@ from memory_shards.outside import OutsideProjection
 from memory_shards.stores import Counted
 from memory_shards.stores import redis_layout as layout
 from memory_shards.stores.redis_client import AnyRedis, open_async
-from memory_shards.stores.redis_layout import EVENT, Keys, Tenant
+from memory_shards.stores.redis_layout import Keys, Tenant
 from memory_shards.stores.redis_store import RedisStore
 from memory_shards.suspects import suspects
 from mnemesh import wire
@@ -87,7 +87,7 @@ class RedisDocuments:
                 )
         keys = self._of(tenant, entity_id)
         entries, raw = await self._ask(
-            lambda pipe: (pipe.xrange(keys.events(entity_id)), pipe.get(keys.ledger(entity_id)))
+            lambda pipe: (pipe.zrange(keys.events(entity_id), 0, -1), pipe.get(keys.ledger(entity_id)))
         )
         changes = [kept.change() for kept in _kept_in(entries)]
         version = layout.decode_stored(raw).version if raw else 0
@@ -102,12 +102,14 @@ class RedisDocuments:
 
     async def _changes(self, tenant: str, entity_id: str) -> list[Change]:
         key = self._of(tenant, entity_id).events(entity_id)
-        entries = await self.projection.read(lambda: self._client.xrange(key))
+        entries = await self.projection.read(lambda: self._client.zrange(key, 0, -1))
         return [kept.change() for kept in _kept_in(entries)]
 
     async def timeline(self, tenant: str, entity_id: str, after: int, limit: int) -> list[TimelineEvent]:
         key = self._of(tenant, entity_id).events(entity_id)
-        entries = await self.projection.read(lambda: self._client.xrange(key, min=f"{after + 1}-0", count=limit))
+        entries = await self.projection.read(
+            lambda: self._client.zrange(key, f"({after}", "+inf", byscore=True, offset=0, num=limit)
+        )
         return [_event(entity_id, kept) for kept in _kept_in(entries)]
 
     async def timeline_range(
@@ -127,7 +129,7 @@ class RedisDocuments:
             after = some[-1][0]
         found = await self._ask(
             lambda pipe: [
-                pipe.xrange(self._of(tenant, name).events(name), f"{sequence}-0", f"{sequence}-0")
+                pipe.zrange(self._of(tenant, name).events(name), sequence, sequence, byscore=True)
                 for sequence, name in chosen
             ]
         )
@@ -163,9 +165,9 @@ class RedisDocuments:
     async def _first(self, tenant: str, entity_ids: Sequence[str]) -> list[int]:
         """The sequence of each entity's first event that is left; 0 where none is."""
         found = await self._ask(
-            lambda pipe: [pipe.xrange(self._of(tenant, name).events(name), count=1) for name in entity_ids]
+            lambda pipe: [pipe.zrange(self._of(tenant, name).events(name), 0, 0) for name in entity_ids]
         )
-        return [int(entries[0][0].partition(b"-")[0]) if entries else 0 for entries in found]
+        return [layout.decode_kept(entries[0]).sequence if entries else 0 for entries in found]
 
     async def list_entities(
         self, tenant: str, after: str, limit: int, *, types: Sequence[str] = (), held: bool, with_sites: bool
@@ -223,7 +225,7 @@ class RedisDocuments:
         counted, entries, put_aside = await self._ask(
             lambda pipe: (
                 pipe.hmget(partition.erasures, list(sequences)),
-                pipe.xrange(partition.of(tenant).events(entity_id)),
+                pipe.zrange(partition.of(tenant).events(entity_id), 0, -1),
                 pipe.hvals(partition.quarantine),
             )
         )
@@ -306,7 +308,7 @@ def _add_indices(keys: Tenant, pipe: Any) -> None:
 
 def _add_events(keys: Tenant, names: Iterable[str], pipe: Any) -> None:
     for name in names:
-        pipe.xrange(keys.events(name))
+        pipe.zrange(keys.events(name), 0, -1)
 
 
 def _add_hashes(keys: Tenant, names: Iterable[str], pipe: Any) -> None:
@@ -314,8 +316,8 @@ def _add_hashes(keys: Tenant, names: Iterable[str], pipe: Any) -> None:
         pipe.hgetall(keys.entity(name))
 
 
-def _kept_in(entries: Iterable[tuple[bytes, dict[bytes, bytes]]]) -> Iterable[Kept]:
-    return (layout.decode_kept(fields[EVENT]) for _, fields in entries)
+def _kept_in(entries: Iterable[bytes]) -> Iterable[Kept]:
+    return map(layout.decode_kept, entries)
 
 
 def _placed(member: bytes) -> tuple[int, str]:
