@@ -64,7 +64,7 @@ class Patch(msgspec.Struct, frozen=True, gc=False):
     text: str | None = None
 
 
-class Change(NamedTuple):
+class Change(msgspec.Struct, frozen=True, gc=False):
     """One event, checked and stamped, ready to merge. `patch` is `None` for a forget.
 
     `hub` and `saw` are places in the hub's log: the event's own, and up to where its writer had it (`suspects.py`).
@@ -154,7 +154,7 @@ class State(msgspec.Struct, gc=False):
 
     @property
     def spaces(self) -> list[str]:
-        return sorted(name for name, (present, _) in self.ledger.spaces.items() if present)
+        return sorted([name for name, (present, _) in self.ledger.spaces.items() if present])
 
     def is_forgotten(self, change: Change) -> bool:
         """Whether a forget that is known already wins over this change."""
@@ -244,7 +244,10 @@ def edge_view(relation: str, target_id: str, properties: dict[str, Any] | None) 
 
 
 def patch_of(event: Event) -> Patch:
-    """The checked body of a put. Raises `BadRequest` or `TooLarge` on an event that breaks the layout."""
+    """The checked body of a put, its vectors as float32 (d,).
+
+    Raises `BadRequest` or `TooLarge` on an event that breaks the layout.
+    """
     if not 0 <= event.hlc < _LARGEST_STAMP:
         raise BadRequest(f"hlc {event.hlc} is out of range")
     for moment in (event.valid_from, event.valid_to):
@@ -258,7 +261,7 @@ def patch_of(event: Event) -> Patch:
     if patch.remove_edges:
         _check_targets(patch.remove_edges)
     for space, vector in patch.vectors.items():
-        wire.as_vector(vector, what=f"vectors.{space}")
+        patch.vectors[space] = wire.as_vector(vector, what=f"vectors.{space}")
     return patch
 
 

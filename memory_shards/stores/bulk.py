@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ def execute_all(connection: sqlite3.Connection, statement: str, rows: Sequence[S
         return
     width = len(rows[0])
     for some in _cut(rows, _MOST_VALUES // width):
-        connection.execute(statement.format(rows=_places(len(some), width)), list(chain.from_iterable(some)))
+        connection.execute(_over(statement, len(some), width), list(chain.from_iterable(some)))
 
 
 def select_all(connection: sqlite3.Connection, query: str, keys: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
@@ -37,9 +38,7 @@ def select_all(connection: sqlite3.Connection, query: str, keys: Sequence[Sequen
         return
     width = len(keys[0])
     for some in _cut(keys, _MOST_VALUES // width):
-        yield from connection.execute(
-            query.format(rows=_places(len(some), width)), list(chain.from_iterable(some))
-        ).fetchall()
+        yield from connection.execute(_over(query, len(some), width), list(chain.from_iterable(some))).fetchall()
 
 
 def _cut(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
@@ -53,5 +52,7 @@ def _cut(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
         start += size
 
 
-def _places(rows: int, width: int) -> str:
-    return ",".join(["(" + ",".join("?" * width) + ")"] * rows)
+@cache
+def _over(statement: str, rows: int, width: int) -> str:
+    """The statement over so many rows: of a power of two, so there are few."""
+    return statement.format(rows=",".join(["(" + ",".join("?" * width) + ")"] * rows))

@@ -117,10 +117,10 @@ class MemoryVectors:
             space.adopt()
         for stored, owners, halves, _ in changes.halved:
             self._made(stored).put([owner.entity_id for owner in owners], halves)
+        for entity, stored in changes.gone:
+            touched[stored.tenant, stored.name] = space = self._made(stored)
+            space.remove(entity.entity_id)
         for entity in changes.entities:
-            for stored in self.stored.left(entity):
-                touched[stored.tenant, stored.name] = space = self._made(stored)
-                space.remove(entity.entity_id)
             attributes = entity.attributes
             for name in entity.spaces:
                 space = self._spaces[entity.tenant, name]

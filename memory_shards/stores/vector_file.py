@@ -134,9 +134,10 @@ class Halved(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What a batch changed: the entities that it touched, and the vectors that are new."""
+    """What a batch changed: the entities that it touched, their vectors that are gone, and those that are new."""
 
     entities: list[VectorState]
+    gone: list[tuple[VectorState, VectorSpace]]
     halved: list[Halved]
 
 
@@ -300,18 +301,18 @@ class VectorFile:
     def changes(self, records: Sequence[Record], watermark: int) -> Changes:
         """`apply`, and what it changed."""
         if watermark <= self._watermark:
-            return Changes([], [])
+            return Changes([], [], [])
         known = set(self.spaces)
         try:
             entities, waiting = self._merged(records)
-            halved = self._halved(entities)
+            changes = Changes(entities, *self._halved(entities))
             made = [space for name, space in self.spaces.items() if name not in known]
-            self._commit(entities, waiting, halved, made, watermark)
+            self._commit(changes, waiting, made, watermark)
         except BaseException:
             self.spaces = {name: space for name, space in self.spaces.items() if name in known}
             raise
         self._watermark = watermark
-        return Changes(entities, halved)
+        return changes
 
     @property
     def is_settled(self) -> bool:
@@ -368,11 +369,9 @@ class VectorFile:
     def _accepted(self, record: Record, patch: Patch) -> dict[str, Vector]:
         """The vectors of a put that fit their spaces; a space is made for the first one that names it."""
         accepted = {}
-        for name, value in patch.vectors.items():
+        for name, vector in patch.vectors.items():
             try:
-                # `patch_of` has checked it already, and that costs as much as a row of SQLite.
-                is_plain = isinstance(value, np.ndarray) and value.dtype == np.float32
-                accepted[name] = self._fitting(record.event, name, value if is_plain else wire.as_vector(value))
+                accepted[name] = self._fitting(record.event, name, vector)
             except MnemeshError as error:
                 self.rejected += 1
                 _log.warning("event %d: its vector in %r is skipped: %s", record.sequence, name, error)
@@ -392,29 +391,25 @@ class VectorFile:
         self.spaces[event.tenant, name] = space
         return vector
 
-    def _halved(self, entities: Iterable[VectorState]) -> list[Halved]:
-        """For each space its new vectors as they will be kept, with their entities and lengths."""
+    def _halved(self, entities: Iterable[VectorState]) -> tuple[list[tuple[VectorState, VectorSpace]], list[Halved]]:
+        """The vectors that are gone; and of each space the new ones as they will be kept."""
+        gone = []
         fresh: dict[tuple[str, str], list[VectorState]] = defaultdict(list)
         for entity in entities:
             for name, vector in entity.vectors.items():
                 if vector is not None:
                     fresh[entity.tenant, name].append(entity)
+                elif space := self.spaces.get((entity.tenant, name)):
+                    gone.append((entity, space))
         halved = []
         for (tenant, name), owners in fresh.items():
             space = self.spaces[tenant, name]
             vectors = [owner.vectors[name] for owner in owners]
             halved.append(Halved(space, owners, *halves_of(vectors, space.dimension, space.metric)))
-        return halved
+        return gone, halved
 
-    def _commit(
-        self,
-        entities: Sequence[VectorState],
-        waiting: _Waiting,
-        halved: Iterable[Halved],
-        made: Iterable[VectorSpace],
-        watermark: int,
-    ) -> None:
-        db = self._db
+    def _commit(self, changes: Changes, waiting: _Waiting, made: Iterable[VectorSpace], watermark: int) -> None:
+        db, entities = self._db, changes.entities
         db.execute("BEGIN IMMEDIATE")
         try:
             for space in made:
@@ -431,15 +426,12 @@ class VectorFile:
                 (self._last_entity,) = db.execute("SELECT max(number) FROM entities").fetchone()
             db.executemany(
                 "DELETE FROM vectors WHERE place = ?",
-                [(_place(space, each.number),) for each in entities for space in self.left(each)],
+                [(_place(space, entity.number),) for entity, space in changes.gone],
             )
-            for space, owners, halves, lengths in halved:
+            for space, owners, halves, lengths in changes.halved:
                 places = [_place(space, owner.number) for owner in owners]
-                execute_all(
-                    db,
-                    "INSERT OR REPLACE INTO vectors VALUES {rows}",
-                    list(zip(places, lengths, map(memoryview, halves), strict=True)),  # type: ignore[arg-type]
-                )
+                rows = list(zip(places, lengths, halves, strict=True))
+                execute_all(db, "INSERT OR REPLACE INTO vectors VALUES {rows}", rows)
             db.execute("UPDATE watermark SET sequence = ?", (watermark,))
             db.execute("COMMIT")
         except BaseException:
@@ -449,14 +441,6 @@ class VectorFile:
     def _put_states(self, entities: Iterable[VectorState]) -> None:
         rows = [(each.number, each.tenant, each.entity_id, each.encode(), b"") for each in entities]
         execute_all(self._db, _PUT_STATE, rows)
-
-    def left(self, entity: VectorState) -> list[VectorSpace]:
-        """The spaces that a changed entity's vector was taken out of."""
-        return [
-            self.spaces[entity.tenant, name]
-            for name, vector in entity.vectors.items()
-            if vector is None and (entity.tenant, name) in self.spaces
-        ]
 
     def _kept_in(self, entity: VectorState, space: str) -> Kept:
         kept = self.read.kept(self.spaces[entity.tenant, space], entity.number)

@@ -72,7 +72,7 @@ class VectorState:
     @property
     def spaces(self) -> list[str]:
         """The spaces in which it has a vector, sorted."""
-        return sorted(name for name, thing in self._spaces.items() if thing[0][1])
+        return sorted([name for name, thing in self._spaces.items() if thing[0][1]])
 
     def was_in(self, space: str) -> bool:
         """Whether it has, or had, a vector in a space; not after a forget."""
