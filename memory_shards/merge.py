@@ -185,7 +185,8 @@ class State(msgspec.Struct, gc=False):
             ledger.text, self.text = key, patch.text or None
         keys, values = ledger.attributes, self.attributes
         for name, value in patch.attributes.items():
-            if _wins(key, keys.get(name)):
+            held = keys.get(name)
+            if held is None or key >= held:
                 keys[name] = key
                 if value is None:
                     values.pop(name, None)

@@ -200,7 +200,7 @@ class Merger:
         if record.quarantined:
             self._quarantine(record)
             return
-        if self._put_aside.get(event.site) or self.uncounted[event.site]:  # it may have been stamped anew
+        if self._put_aside.get(event.site) or self.uncounted.get(event.site):  # it may have been stamped anew
             self._restamp(event)
         if not self._merge(name, entity, record, history):
             tombstone = entity.state.ledger.tombstone

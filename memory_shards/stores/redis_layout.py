@@ -103,18 +103,19 @@ decode_kept = _kept_decoder.decode
 decode_quarantined = _quarantined_decoder.decode
 
 
-def fields_of(state: State, version: int) -> dict[bytes, bytes]:
-    """The hash of an entity: its attributes, and all else that a reader is told."""
-    fields = {field(name): _json_encode(value) for name, value in state.attributes.items()}
-    fields[VERSION] = b"%d" % version
+def fields_of(state: State, version: int) -> list[bytes]:
+    """The hash of an entity, each field before its value: its attributes, and all else that a reader is told."""
+    fields = [VERSION, b"%d" % version]
+    for name, value in state.attributes.items():
+        fields += (field(name), _json_encode(value))
     if state.exact_from:
-        fields[EXACT_FROM] = b"%d" % state.exact_from
+        fields += (EXACT_FROM, b"%d" % state.exact_from)
     if state.type is not None:
-        fields[TYPE] = _json_encode(state.type)
+        fields += (TYPE, _json_encode(state.type))
     if state.text is not None:
-        fields[TEXT] = _json_encode(state.text)
+        fields += (TEXT, _json_encode(state.text))
     if spaces := state.spaces:
-        fields[SPACES] = _json_encode(spaces)
+        fields += (SPACES, _json_encode(spaces))
     return fields
 
 

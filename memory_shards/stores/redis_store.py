@@ -16,7 +16,6 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, TypeAlias
 
 import msgpack
@@ -305,6 +304,11 @@ class _Batch:
         self._read: dict[Name, list[Kept]] = {}
         self._ledgers: list[bytes] = []
         """What merging needs of each entity, after its key."""
+        self._scores: dict[bytes, list[bytes]] = defaultdict(list)
+        """What to add to the indices: each member after its score."""
+        self._removed: dict[bytes, list[bytes]] = defaultdict(list)
+        self._named: dict[bytes, set[str]] = defaultdict(set)
+        """The tenants of each partition that may be new there."""
         sites = Counter(event_site for event_site, _ in put_aside)
         self._merger = Merger(self._load(), site=site, put_aside=sites, parts=_PARTS)
         self._merger.take(records, self._history)
@@ -361,19 +365,24 @@ class _Batch:
         if entity.erases is not None:
             self._rewrite_history(commands, name, entity)
         for kept in entity.added:
-            commands.add(b"ZADD", events, b"%d" % kept.sequence, layout.encode(kept))
+            place, member = b"%d" % kept.sequence, _member(kept.sequence, entity_id)
+            commands.add(b"ZADD", events, place, layout.encode(kept))
+            self._scores[keys.log] += (place, member)
+            self._scores[keys.valid] += (b"%d" % kept.valid_from, member)
         if not state.alive or entity.erases is not None:
             commands.add(b"DEL", hash_key)
         if state.alive:
             fields = layout.fields_of(state, entity.version)
-            commands.add_all((b"HSET", hash_key), list(chain.from_iterable(fields.items())))
+            commands.add_all((b"HSET", hash_key), fields)
             if name in self._stamped and entity.erases is None:
-                commands.add_all((b"HDEL", hash_key), [each for each in self._gone(name, state) if each not in fields])
+                there = set(fields[::2])
+                commands.add_all((b"HDEL", hash_key), [each for each in self._gone(name, state) if each not in there])
             if state.exact_from == NEVER and entity.ends < NEVER:  # all of it ends, and Redis drops it then
                 commands.add(b"PEXPIREAT", hash_key, entity.ends)
             elif state.exact_from == NEVER:
                 commands.add(b"PERSIST", hash_key)
         self._ledgers += (keys.ledger(entity_id), layout.encode(entity.stored()))
+        self._index(name, state)
 
     def _gone(self, name: Name, state: State) -> Iterator[bytes]:
         """The fields that the records took away, and some that they wrote."""
@@ -397,29 +406,24 @@ class _Batch:
         commands.add_all((b"ZREM", keys.log), members)
         commands.add_all((b"ZREM", keys.valid), members)
 
+    def _index(self, name: Name, state: State) -> None:
+        """Have the entity among those that are remembered, or among the others."""
+        keys, (tenant, entity_id), known = self._tenants[name], name, self._known.get(name)
+        if known is None:
+            self._named[keys.tenants].add(tenant)
+        if known is None or known.alive != state.alive:
+            here, there = (keys.ids, keys.gone) if state.alive else (keys.gone, keys.ids)
+            self._scores[here] += (b"0", entity_id.encode())
+            if known is not None:
+                self._removed[there].append(entity_id.encode())
+
     def _write_indices(self, commands: Commands) -> None:
         """Many members a command."""
-        scores: dict[bytes, list[bytes]] = defaultdict(list)
-        removed: dict[bytes, list[bytes]] = defaultdict(list)
-        tenants: dict[bytes, set[str]] = defaultdict(set)
-        for name, entity in self._merger.dirty.items():
-            keys, (tenant, entity_id), known = self._tenants[name], name, self._known.get(name)
-            if known is None:
-                tenants[keys.tenants].add(tenant)
-            if known is None or known.alive != entity.state.alive:
-                here, there = (keys.ids, keys.gone) if entity.state.alive else (keys.gone, keys.ids)
-                scores[here] += (b"0", entity_id.encode())
-                if known is not None:
-                    removed[there].append(entity_id.encode())
-            for kept in entity.added:
-                member = _member(kept.sequence, entity_id)
-                scores[keys.log] += (b"%d" % kept.sequence, member)
-                scores[keys.valid] += (b"%d" % kept.valid_from, member)
-        for key, members in removed.items():
+        for key, members in self._removed.items():
             commands.add_all((b"ZREM", key), members)
-        for key, members_with_scores in scores.items():
+        for key, members_with_scores in self._scores.items():
             commands.add_all((b"ZADD", key), members_with_scores)
-        for key, names in tenants.items():
+        for key, names in self._named.items():
             commands.add_all((b"SADD", key), list(names))
 
 
