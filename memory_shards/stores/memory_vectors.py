@@ -31,7 +31,8 @@ from memory_shards.stores.columns import Rows, parse_filter
 from memory_shards.stores.flat import Found
 from memory_shards.stores.halves import HALF
 from memory_shards.stores.space import Space
-from memory_shards.stores.vector_file import Changes, VectorFile, VectorSpace
+from memory_shards.stores.vector_file import Changes, VectorFile
+from memory_shards.stores.vector_reader import VectorSpace
 from mnemesh import wire
 from mnemesh.errors import BadRequest, MnemeshError, NotFound
 from mnemesh.event import Record

@@ -8,7 +8,7 @@ people. `id` is the entity's. The vector is float32: Milvus Lite has no other. `
 (`milvus_rows`).
 
 A URL is `milvus:` for a file of this replica's own (Milvus Lite), or `milvus://user:password@host:19530/database`, with
-`milvus+s://` over TLS. Looks at `vector_file` and `mnemesh`.
+`milvus+s://` over TLS. Looks at `vector_reader` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import grpc
 from pymilvus import CollectionSchema, DataType, MilvusClient, MilvusException
 from pymilvus.client.cache import GlobalCache
 
-from memory_shards.stores.vector_file import VectorSpace
+from memory_shards.stores.vector_reader import VectorSpace
 from mnemesh.errors import BadRequest
 from mnemesh.messages import IndexKind
 

@@ -26,7 +26,8 @@ from memory_shards.stores import Counted, Searched, VectorQuery, milvus_client
 from memory_shards.stores.columns import Columns, Condition, parse_filter
 from memory_shards.stores.milvus_rows import COLUMNS, expression, facts_of
 from memory_shards.stores.milvus_store import MilvusStore
-from memory_shards.stores.vector_file import VectorFile, VectorSpace
+from memory_shards.stores.vector_file import VectorFile
+from memory_shards.stores.vector_reader import VectorSpace
 from mnemesh import wire
 from mnemesh.errors import BadRequest, MnemeshError, NotFound, Unavailable
 from mnemesh.messages import Hit

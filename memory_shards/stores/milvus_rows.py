@@ -3,7 +3,7 @@ a little more.
 
 Milvus and `columns` agree on nearly all of it; where they differ (numbers beyond what a float holds, lists that are
 measurements, text that an expression cannot hold) the expression lets the row pass, and whoever reads it checks it
-against the file. So a condition is never missed, and seldom checked in vain. Looks at `columns` and `vector_file`.
+against the file. So a condition is never missed, and seldom checked in vain. Looks at `columns` and `vector_reader`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from memory_shards.digests import Digests
 from memory_shards.stores.columns import Condition, is_tag
-from memory_shards.stores.vector_file import VectorReader, VectorSpace
+from memory_shards.stores.vector_reader import VectorReader, VectorSpace
 from memory_shards.stores.vector_state import VectorState
 from mnemesh.wire import Vector
 

@@ -32,7 +32,8 @@ from pymilvus import MilvusClient, MilvusException
 from memory_shards.stores import WentBack, milvus_client, namespace
 from memory_shards.stores.milvus_client import CALL_S, LAYOUT, PLACES, Target, make_collection, prefix_of
 from memory_shards.stores.milvus_rows import row_of
-from memory_shards.stores.vector_file import VectorFile, VectorReader, VectorSpace
+from memory_shards.stores.vector_file import VectorFile
+from memory_shards.stores.vector_reader import VectorReader, VectorSpace
 from memory_shards.stores.vector_state import VectorState
 from mnemesh.event import Record
 

@@ -1,11 +1,11 @@
-"""The file of vectors: every vector of a shard in SQLite, with what its entity is by the log.
+"""The file of vectors, as it is written: every vector of a shard in SQLite, with what its entity is by the log.
 
-`vectors.db` is what survives; what searches it is built from it: spaces in memory (`memory_vectors`), or a server
+It is what survives; what searches it is built from it: spaces in memory (`memory_vectors`), or a server
 (`milvus_store`). What is written to an entity without a vector only waits in the file (`waiting`) and is merged with
 its first vector.
 
-`VectorFile` belongs to one worker thread. Looks at `halves`, `vector_state`, `waiting`, `bulk`, `provenance`, at
-`memory_shards.merge` and at `mnemesh`.
+`VectorFile` belongs to one worker thread. Looks at `vector_reader`, `halves`, `vector_state`, `waiting`, `bulk`,
+`provenance`, at `memory_shards.merge` and at `mnemesh`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
 from msgspec.structs import astuple
 
-from memory_shards.digests import Digests
 from memory_shards.merge import Patch, is_repeated, patch_of, stamped
 from memory_shards.stores.bulk import execute_all, select_all
-from memory_shards.stores.halves import HALF, Halves, halves_of
+from memory_shards.stores.halves import Halves, halves_of
 from memory_shards.stores.provenance import keep_or_clear
 from memory_shards.stores.sqlite_schema import connect
-from memory_shards.stores.vector_state import Kept, VectorState, description_of
+from memory_shards.stores.vector_reader import LAYOUT, SCHEMA, STORED, VectorReader, VectorSpace, place_of
+from memory_shards.stores.vector_state import Kept, VectorState
 from memory_shards.stores.waiting import MOST_WAITING, merge_waiting, waiting_put
 from mnemesh import wire
 from mnemesh.errors import BadRequest, MnemeshError
@@ -39,26 +39,6 @@ from mnemesh.wire import Vector
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS watermark (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER NOT NULL);
-INSERT OR IGNORE INTO watermark VALUES (1, 0);
-CREATE TABLE IF NOT EXISTS spaces (
-    number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, name TEXT NOT NULL, dimension INTEGER NOT NULL,
-    metric TEXT NOT NULL, kind TEXT NOT NULL, model TEXT, UNIQUE (tenant, name));
-CREATE TABLE IF NOT EXISTS entities (
-    number INTEGER PRIMARY KEY, tenant TEXT NOT NULL, entity_id TEXT NOT NULL,
-    state BLOB NOT NULL,    -- empty until there is one
-    waiting BLOB NOT NULL,  -- puts that came after it; empty while the entity has a vector
-    UNIQUE (tenant, entity_id));
-CREATE INDEX IF NOT EXISTS crowded ON entities (number) WHERE length(waiting) > {MOST_WAITING};
--- place = space number << 40 | entity number: one B-tree, in which each space is one contiguous range.
-CREATE TABLE IF NOT EXISTS vectors (place INTEGER PRIMARY KEY, length REAL NOT NULL, halves BLOB NOT NULL);
-"""
-_LAYOUT = 5
-_STORED = """
-WITH wanted (tenant, entity_id) AS (VALUES {rows})
-SELECT number, tenant, entity_id, state, waiting FROM wanted CROSS JOIN entities USING (tenant, entity_id)
-"""
 _PUT_STATE = """
 INSERT OR FAIL INTO entities (number, tenant, entity_id, state, waiting) VALUES {rows}
 ON CONFLICT (number) DO UPDATE SET state = excluded.state, waiting = excluded.waiting
@@ -69,48 +49,10 @@ ON CONFLICT (tenant, entity_id) DO UPDATE SET waiting = CAST(waiting || excluded
 """
 _HAS_STATE = "SELECT 1 FROM entities WHERE tenant = ? AND entity_id = ? AND length(state) > 0"
 _CROWDED = f"SELECT number, tenant, entity_id, state, waiting FROM entities WHERE length(waiting) > {MOST_WAITING}"
-_ENTITY_BITS = 40
-_ENTITY_MASK = (1 << _ENTITY_BITS) - 1
-READ_STEP = 256
-"""Vectors that are read at once. A start with 1,000,000 needs 6 MiB less than with 1,024, and no longer."""
 _CACHE_KIB = 2_048
 """SQLite's page cache: the vectors are in memory already, and the file's pages in the system's cache. 32 MiB apply no
 faster: 50,000 x 384 at 33,000/s with either, random updates of 300,000 entities at 25,000/s."""
 _LARGEST_HALF = 65_504.0
-
-
-class VectorSpace(msgspec.Struct, frozen=True):
-    """One vector space of a tenant. `number` is its key in the file."""
-
-    number: int
-    tenant: str
-    name: str
-    dimension: int
-    metric: Metric
-    index: IndexKind
-    model: str | None
-
-
-class StoredVector(NamedTuple):
-    """A vector of a space, as it is read from the file: fp16 (d,) bytes that times `length` are the vector."""
-
-    entity: VectorState
-    length: float
-    halves: bytes
-
-    @property
-    def vector(self) -> Vector:
-        """Float32 (d,) to the precision of fp16."""
-        return _vector(self.length, self.halves)
-
-
-class Shown(NamedTuple):
-    """What is searched of a vector: its entity, what that may be filtered by, and its fp16 (d,) bytes."""
-
-    entity_id: str
-    type: str | None
-    attributes: dict[str, Any]
-    halves: bytes
 
 
 class SpaceSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,83 +83,6 @@ class Changes(NamedTuple):
     halved: list[Halved]
 
 
-class VectorReader:
-    """What the file holds, read on a connection of its own. Belongs to one thread at a time."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._db = connection
-
-    def close(self) -> None:
-        self._db.close()
-
-    def spaces(self) -> list[VectorSpace]:
-        """The vector spaces, in the order in which they came."""
-        return [VectorSpace(*row) for row in self._db.execute("SELECT * FROM spaces ORDER BY number")]
-
-    def stored(self, tenant: str, entity_ids: Iterable[str]) -> dict[str, VectorState]:
-        """Entities as they are in the file, for readers: what waits has no vector, and so does not concern them."""
-        names = [(tenant, entity_id) for entity_id in entity_ids]
-        found = select_all(self._db, _STORED, names)
-        return {entity_id: VectorState(number, tenant, entity_id, state) for number, _, entity_id, state, _ in found}
-
-    def vector(self, space: VectorSpace, entity: int) -> Vector | None:
-        """The vector of an entity by its number, float32 (d,) to the precision of fp16; `None` if it is just gone."""
-        kept = self.kept(space, entity)
-        return None if kept is None else _vector(*kept)
-
-    def kept(self, space: VectorSpace, entity: int) -> Kept | None:
-        """The vector of an entity by its number, as it is in the file."""
-        place = _place(space, entity)
-        kept: Kept | None = self._db.execute("SELECT length, halves FROM vectors WHERE place = ?", (place,)).fetchone()
-        return kept
-
-    def vectors_of(self, tenant: str, entity_id: str) -> dict[str, Vector]:
-        """An entity's vectors by space, float32 to the precision of fp16; none for a stranger."""
-        entity = self.stored(tenant, [entity_id]).get(entity_id)
-        if entity is None or not entity.spaces:
-            return {}
-        spaces = {space.name: space for space in self.spaces() if space.tenant == tenant}
-        found = {name: self.vector(spaces[name], entity.number) for name in entity.spaces if name in spaces}
-        return {name: vector for name, vector in found.items() if vector is not None}
-
-    def vectors_in(self, space: VectorSpace) -> Iterator[list[StoredVector]]:
-        """All vectors of a space with their entities, some at a time."""
-        rows = self._rows("number, tenant, entity_id, state, length, halves", space)
-        while some := rows.fetchmany(READ_STEP):
-            yield [StoredVector(VectorState(*state), length, halves) for *state, length, halves in some]
-
-    def shown_in(self, space: VectorSpace) -> Iterator[list[Shown]]:
-        """What a search of a space needs of all its vectors, some at a time."""
-        rows = self._rows("entity_id, state, halves", space)
-        while some := rows.fetchmany(READ_STEP):
-            yield [Shown(entity_id, *description_of(state), halves) for entity_id, state, halves in some]
-
-    def _rows(self, columns: str, space: VectorSpace) -> sqlite3.Cursor:
-        joined = f"SELECT {columns} FROM vectors JOIN entities ON number = place & ?"
-        return self._db.execute(f"{joined} WHERE place BETWEEN ? AND ? ORDER BY place", (_ENTITY_MASK, *_places(space)))
-
-    def count(self, space: VectorSpace | None = None) -> int:
-        """How many vectors there are, of one space or of all."""
-        places = (0, 1 << 62) if space is None else _places(space)
-        (count,) = self._db.execute("SELECT count(*) FROM vectors WHERE place BETWEEN ? AND ?", places).fetchone()
-        return int(count)
-
-    def digests(self) -> Digests:
-        """Of all vectors with their entities' types and attributes, the same on replicas that know the same.
-
-        Reads the whole file. What only tells how it came about (stamps, tombstones, row numbers) is left out, and so
-        are entities without a vector: whether their puts still wait is nobody's concern.
-        """
-        spaces = {(space.tenant, space.name): space for space in self.spaces()}
-        digests = Digests()
-        for row in self._db.execute("SELECT number, tenant, entity_id, state FROM entities"):
-            entity = VectorState(*row)
-            vectors = [(name, self.kept(spaces[entity.tenant, name], entity.number)) for name in entity.spaces]
-            if vectors:
-                digests.add(entity.tenant, entity.entity_id, (entity.type, entity.attributes, vectors))
-        return digests
-
-
 Holds: TypeAlias = Callable[[str, str], bool]
 """Whether an entity of a tenant has a vector."""
 
@@ -246,8 +111,8 @@ class VectorFile:
         self._partitions = frozenset(range(PARTITIONS) if partitions is None else partitions)
         self._db = connect(self.file)
         self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        keep_or_clear(self._db, site=site, partitions=self._partitions, incarnation=incarnation, layout=_LAYOUT)
-        self._db.executescript(_SCHEMA)
+        keep_or_clear(self._db, site=site, partitions=self._partitions, incarnation=incarnation, layout=LAYOUT)
+        self._db.executescript(SCHEMA)
         self._watermark = self.stands_in(self._db)
         (self._last_entity,) = self._db.execute("SELECT coalesce(max(number), 0) FROM entities").fetchone()
         self.read = VectorReader(self._db)
@@ -357,7 +222,7 @@ class VectorFile:
         """The entities whose records cannot wait: those that have a vector, get one, or are forgotten."""
         names = {(record.event.tenant, record.event.entity_id): None for record in records if self.shows(record)}
         known = {}
-        for number, tenant, entity_id, state, waiting in select_all(self._db, _STORED, list(names)):
+        for number, tenant, entity_id, state, waiting in select_all(self._db, STORED, list(names)):
             known[tenant, entity_id] = entity = VectorState(number, tenant, entity_id, state)
             merge_waiting(entity, waiting)
         for name in names:
@@ -426,10 +291,10 @@ class VectorFile:
                 (self._last_entity,) = db.execute("SELECT max(number) FROM entities").fetchone()
             db.executemany(
                 "DELETE FROM vectors WHERE place = ?",
-                [(_place(space, entity.number),) for entity, space in changes.gone],
+                [(place_of(space, entity.number),) for entity, space in changes.gone],
             )
             for space, owners, halves, lengths in changes.halved:
-                places = [_place(space, owner.number) for owner in owners]
+                places = [place_of(space, owner.number) for owner in owners]
                 rows = list(zip(places, lengths, halves, strict=True))
                 execute_all(db, "INSERT OR REPLACE INTO vectors VALUES {rows}", rows)
             db.execute("UPDATE watermark SET sequence = ?", (watermark,))
@@ -450,16 +315,3 @@ class VectorFile:
 
 _Waiting: TypeAlias = list[tuple[str, str, bytes, bytes]]
 """(tenant, entity, no state, puts one after another) of entities without a vector."""
-
-
-def _vector(length: float, halves: bytes) -> Vector:
-    return np.frombuffer(halves, HALF).astype(np.float32) * np.float32(length)
-
-
-def _places(space: VectorSpace) -> tuple[int, int]:
-    """The first and the last place that a vector of a space may have."""
-    return _place(space, 0), _place(space, _ENTITY_MASK)
-
-
-def _place(space: VectorSpace, entity: int) -> int:
-    return space.number << _ENTITY_BITS | entity
