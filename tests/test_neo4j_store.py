@@ -16,7 +16,7 @@ from test_stores import edge, log_of
 
 from bench.store_servers import Neo4jServer
 from memory_shards import breaker
-from memory_shards.stores import neo4j_store
+from memory_shards.stores import neo4j_batch, neo4j_store
 from memory_shards.stores.neo4j_client import Target
 from memory_shards.stores.neo4j_reader import Neo4jEdges
 from memory_shards.stores.neo4j_store import Neo4jStore
@@ -96,7 +96,7 @@ class PausedStore(Neo4jStore):
     stop: Any = None
 
     def _apply(self, tx: Any, records: Sequence[Record], watermark: int, after: int) -> int:
-        return super()._apply(Paused(tx, neo4j_store._PUT_EDGES, self.stop), records, watermark, after)  # type: ignore[arg-type]
+        return super()._apply(Paused(tx, neo4j_batch._PUT_EDGES, self.stop), records, watermark, after)  # type: ignore[arg-type]
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ An entity whose edges have validities that begin or end is not known by its edge
 
 Neo4j shows a transaction while it commits piece by piece. So a read looks whether one did meanwhile, which is said
 beside it (`:Commit`), and is done again with the shard's lock then, which whoever applies holds until all is there.
-Looks at `neo4j_client`, `neo4j_store`, `memory_shards.merge` and `mnemesh`.
+Looks at `neo4j_client`, `neo4j_store`, `neo4j_batch`, `memory_shards.merge` and `mnemesh`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from memory_shards.digests import Digests, fact_of_edge
 from memory_shards.merge import State, edge_view, fold
 from memory_shards.outside import OutsideProjection
 from memory_shards.stores import Counted, Edge, Walk
+from memory_shards.stores.neo4j_batch import decode_kept
 from memory_shards.stores.neo4j_client import key_of
-from memory_shards.stores.neo4j_store import Neo4jStore, decode_kept
+from memory_shards.stores.neo4j_store import Neo4jStore
 from mnemesh.clock import wall_ms
 from mnemesh.messages import Direction
 
