@@ -27,7 +27,7 @@ from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.by_url import space_maker
 from memory_shards.stores.halves import halved
 from memory_shards.stores.memory_vectors import AnySpace
-from memory_shards.stores.urls import environment
+from memory_shards.stores.urls import StoreUrls, environment
 
 BATCHES = (1, 8, 64, 256)
 CHUNK = 100_000
@@ -50,7 +50,7 @@ class Sizes:
 async def run(quick: bool, wanted: Sequence[str], urls: Sequence[str]) -> list[Row]:
     """Measure what is wanted, or everything, on each of these. Raises `BadRequest` where one finds no GPU."""
     for url in urls:
-        space_maker(url)
+        space_maker(StoreUrls(vectors=url).vectors)
     groups = (
         (tuple(name for url in urls for name in names_of(url)), search),
         (tuple(f"{name}_{part}" for name in map(name_of, urls) for part in ("mesh_rate", "mesh_recall")), search_mesh),
@@ -76,10 +76,10 @@ async def search(sizes: Sizes) -> list[Row]:
 
 
 def _search(sizes: Sizes) -> list[Row]:
+    rows_a_second = bandwidth(sizes) / (2 * DIMENSION)
     spaces = {url: space_maker(url)(1, DIMENSION, "cosine", "auto", None) for url in sizes.urls}
     queries = some(max(BATCHES), np.random.default_rng(1))
     took, exact = build(spaces, sizes.vectors, queries)
-    rows_a_second = bandwidth(sizes) / (2 * DIMENSION)
     rows = []
     for url, space in spaces.items():
         name = name_of(url)
@@ -142,7 +142,7 @@ def timed(space: AnySpace, queries: np.ndarray[Any, Any]) -> float:
 
 
 def bandwidth(sizes: Sizes) -> float:
-    """Bytes a second that the device of the first URL reads and writes."""
+    """Bytes a second that the device of the first URL reads and writes. Raises `BadRequest` where no library does."""
     kind, _, library = sizes.urls[0].partition(":")
     accelerator = Accelerator(library if kind == "cuda" else "")
     numbers = accelerator.array(np.zeros(sizes.read // 4, np.int32))

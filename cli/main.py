@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from cli.server import NatsServerError
-from mnemesh.errors import MnemeshError
+from mnemesh.errors import BadRequest, MnemeshError
 
 DATA = Path("mnemesh-data")
 COMMANDS = {
@@ -36,13 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn the errors a user can mend into one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parser_for(arguments).parse_args(arguments)
-    logging.basicConfig(
-        level=os.environ.get("MNEMESH_LOG", "INFO").upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells each instruction set that it tries
     try:
+        _log_to_stderr(os.environ.get("MNEMESH_LOG", "INFO").upper())
         status: int = flags.run(flags)
     except (MnemeshError, NatsServerError) as error:
         print(f"mnemesh: {error}", file=sys.stderr)
@@ -53,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mnemesh: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     return status
+
+
+def _log_to_stderr(level: str) -> None:
+    if level not in logging.getLevelNamesMapping():
+        raise BadRequest(f"MNEMESH_LOG is {level}; it may be DEBUG, INFO, WARNING or ERROR")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells each instruction set that it tries
 
 
 def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:

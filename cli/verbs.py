@@ -26,4 +26,4 @@ def text_in(file: Path, what: str) -> str:
     try:
         return file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"cannot read the {what} {file}: {error}") from error
+        raise BadRequest(f"cannot read the {what} {file}: {getattr(error, 'strerror', None) or error}") from error

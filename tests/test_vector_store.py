@@ -19,7 +19,7 @@ from memory_shards.stores import space as space_module
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.array_space import ArraySpace
 from memory_shards.stores.flat import flat
-from memory_shards.stores.gpu_flat import GpuFlat
+from memory_shards.stores.gpu_flat import MOST_FOUND, GpuFlat
 from memory_shards.stores.hnsw import Hnsw
 from memory_shards.stores.memory_vectors import MemoryVectors
 from memory_shards.stores.space import Space
@@ -88,12 +88,39 @@ class SmallSegments(GpuFlat):
         self._segment_rows = 1_000
 
 
+class Flat:
+    """In place of FAISS's index on a GPU: rounds queries to fp16, finds 2,048 at most, has room for so many rows."""
+
+    room = 1_000_000
+
+    def __init__(self, dimension: int, metric: Metric) -> None:
+        self._flat = flat(dimension, metric)
+
+    @property
+    def ntotal(self) -> int:
+        return int(self._flat.ntotal)
+
+    def add(self, vectors: Vector) -> None:
+        if len(vectors) > Flat.room:
+            raise RuntimeError("out of memory")
+        Flat.room -= len(vectors)
+        self._flat.add(vectors)
+
+    def search(self, vectors: Vector, k: int) -> Any:
+        if k > MOST_FOUND:
+            raise RuntimeError("too large a k")
+        return self._flat.search(vectors.astype(np.float16).astype(np.float32), k)
+
+    def __del__(self) -> None:
+        Flat.room += self.ntotal
+
+
 class OnHost(SmallSegments):
-    """The same but for the GPU: another flat index of FAISS, with the same methods."""
+    """The same but for the GPU."""
 
     @staticmethod
     def segments(dimension: int, metric: Metric) -> Callable[[], Any]:
-        return lambda: flat(dimension, metric)
+        return lambda: Flat(dimension, metric)
 
 
 @pytest.fixture(params=["faiss", "array", "gpu"], autouse=True)
@@ -766,40 +793,137 @@ def test_in_quiet_a_search_has_the_tail_brought_into_the_graph(
     assert all(ids(find(store, vectors[row], k=1)) == [f"e{row}"] for row in range(30))
 
 
+def near_in(kept: Vector, wanted: Vector, metric: str) -> Vector:
+    """The exact scores."""
+    rows, asked = kept.astype(np.float64), wanted.astype(np.float64)
+    if metric == "l2":
+        return -np.square(rows - asked).sum(axis=1)
+    if metric == "cosine":
+        rows, asked = rows / np.linalg.norm(rows, axis=1, keepdims=True), asked / np.linalg.norm(asked)
+    return rows @ asked
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e6])
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 def test_a_query_that_does_not_fit_fp16_finds_the_nearest(
     store: MemoryVectors, log: Log, metric: str, scale: float
 ) -> None:
     vectors, wanted = latent(2_000, 16, 1), latent(1, 16, 2)[0] * np.float32(scale)
-    applied(
-        store,
-        [log.put(f"e{row}", vectors={"v": each}, spaces={"v": {"metric": metric}}) for row, each in enumerate(vectors)],
-    )
+    spaces = {"v": {"metric": metric}}
+    for start, end in ((0, 1_990), (1_990, 2_000)):  # the last are in the tail
+        applied(store, [log.put(f"e{row}", vectors={"v": vectors[row]}, spaces=spaces) for row in range(start, end)])
+        store.wait_until_built()
+    scores = near_in(vectors.astype(np.float16), wanted, metric)
+    hits = find(store, wanted, space="v", k=20)
+    assert [hit.score for hit in hits] == pytest.approx(np.sort(scores)[::-1][:20].tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_query_whose_scores_would_be_infinite_is_refused(store: MemoryVectors, log: Log, metric: str) -> None:
+    applied(store, [log.put("e", vectors={"v": vector(1, 2)}, spaces={"v": {"metric": metric}})])
+    with pytest.raises(BadRequest, match="beyond 1e"):
+        find(store, vector(1e37, 0), space="v")
+
+
+@pytest.mark.parametrize(
+    ("metric", "centre", "spread"), [("cosine", 1, 1e-3), ("l2", 100, 0.1), ("l2", 1_000, 0.5), ("ip", 10, 0.1)]
+)
+def test_the_nearest_of_many_that_are_close_together_are_found(
+    store: MemoryVectors, log: Log, metric: str, centre: float, spread: float
+) -> None:
+    random = np.random.default_rng(5)
+    vectors = (centre + spread * random.standard_normal((4_000, 24))).astype(np.float32)
+    spaces = {"v": {"metric": metric, "index": "flat"}}
+    applied(store, [log.put(f"e{row}", vectors={"v": each}, spaces=spaces) for row, each in enumerate(vectors)])
     store.wait_until_built()
-    kept = vectors.astype(np.float16).astype(np.float64)
-    scores = kept @ wanted if metric == "ip" else -np.square(kept - wanted).sum(axis=1)
-    (hit,) = find(store, wanted, space="v", k=1)
-    assert scores[int(hit.entity_id[1:])] == pytest.approx(scores.max(), rel=1e-3)
+    kept = np.stack([store.vectors_of(TENANT, f"e{row}")["v"] for row in range(len(vectors))])
+    for wanted in vectors[:3]:
+        scores = near_in(kept, wanted, metric)
+        found = [scores[int(hit.entity_id[1:])] for hit in find(store, wanted, space="v", k=10)]
+        assert found == pytest.approx(np.sort(scores)[::-1][:10].tolist(), rel=2e-6, abs=1e-6)
+
+
+def test_a_tail_of_what_is_far_does_not_hide_the_near(store: MemoryVectors, log: Log) -> None:
+    """Of what is near most does not pass the filter; what passes is fair, and in the tail far."""
+    random = np.random.default_rng(3)
+    towards = np.eye(16, dtype=np.float32)
+    kinds = [("near", 3_000, towards[0]), ("fair", 1_500, towards[0] + towards[1] / 4), ("far", 500, -towards[0])]
+    for kind, count, direction in kinds:
+        some = direction + 0.01 * random.standard_normal((count, 16)).astype(np.float32)
+        writes = [
+            log.put(f"{kind}{row}", vectors={"v": each}, attributes={"in": kind != "near"}, spaces=AS_GRAPH)
+            for row, each in enumerate(some)
+        ]
+        applied(store, writes)
+        store.wait_until_built()
+    assert {hit.entity_id[:4] for hit in find(store, towards[0], space="v", k=10, filter={"in": True})} == {"fair"}
+
+
+AS_GRAPH = {"v": {"index": "hnsw"}}
+
+
+# ── room on a GPU ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Says for how many rows the GPU has room."""
+    if GPU_IS_HERE:
+        pytest.skip("a real GPU has room for more than a test has rows")
+    return lambda rows: monkeypatch.setattr(Flat, "room", rows)
+
+
+def all_found(store: MemoryVectors, vectors: Vector, rows: range) -> bool:
+    return all(ids(find(store, vectors[row], space="v", k=1)) == [f"e{row}"] for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["gpu"], indirect=True)
 def test_rows_that_find_no_room_on_a_gpu_are_scanned_beside_it(
-    store: MemoryVectors, log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: MemoryVectors, log: Log, room: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     vectors = latent(5_000, 16, 1)
-    for start in (0, 500):
-        end = start + 500 if not start else len(vectors)
-        if start:
-            (space,) = store._spaces.values()
-            monkeypatch.setattr(space._head, "_segment", full)  # type: ignore[union-attr]
+    room(3_500)
+    for start, end in ((0, 2_500), (2_500, 5_000)):
         applied(store, [log.put(f"e{row}", vectors={"v": vectors[row]}) for row in range(start, end)])
         store.wait_until_built()
     assert "out of memory" in caplog.text
-    assert space._head_size == 1_000, "what was begun is filled"
-    assert all(ids(find(store, vectors[row], space="v", k=1)) == [f"e{row}"] for row in range(0, 5_000, 50))
+    (space,) = store._spaces.values()
+    assert 2_500 <= space._head_size <= 3_500
+    assert all_found(store, vectors, range(0, 5_000, 50))
     assert len(find(store, vectors[0], space="v", k=5_000)) == 5_000
+    assert len(find(store, vectors[0], space="v", k=2_500)) == 2_500
 
 
-def full() -> Any:
-    raise RuntimeError("out of memory")
+@pytest.mark.parametrize("kind", ["gpu"], indirect=True)
+def test_what_fits_is_on_the_gpu_after_a_start_too(tmp_path: Path, log: Log, room: Callable[[int], None]) -> None:
+    vectors = latent(5_000, 16, 1)
+    store = opened(tmp_path)
+    applied(store, [log.put(f"e{row}", vectors={"v": each}) for row, each in enumerate(vectors)])
+    store.close()
+    room(3_500)
+    store = opened(tmp_path)
+    store.wait_until_built()
+    (space,) = store._spaces.values()
+    assert space._head_size == 3_000, "whole segments"
+    assert all_found(store, vectors, range(0, 5_000, 50))
+    store.close()
+    assert Flat.room == 3_500
+
+
+@pytest.mark.parametrize("kind", ["gpu"], indirect=True)
+def test_a_space_that_takes_most_of_a_gpu_is_rid_of_its_dead_rows(
+    store: MemoryVectors, log: Log, room: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space_module, "RETRY_S", 0.0)
+    vectors = latent(4_000, 16, 1)
+    room(7_000)
+    for turn in range(6):
+        some = range(0, 4_000, 1 if turn == 0 else 2)
+        vectors[some] = latent(len(some), 16, 10 + turn)
+        applied(store, [log.put(f"e{row}", vectors={"v": vectors[row]}) for row in some])
+        for _ in range(4):
+            store.wait_until_built()
+            find(store, vectors[0], space="v")
+        (space,) = store._spaces.values()
+        assert len(space._entity_ids) <= 6_000
+        assert all_found(store, vectors, range(0, 4_000, 100))

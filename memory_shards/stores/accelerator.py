@@ -43,7 +43,7 @@ class Accelerator:
 
     def array(self, values: NDArray[Any]) -> Any:
         """A copy of NumPy's, of the same type."""
-        return self._xp.asarray(np.ascontiguousarray(values), **self._device)
+        return self._xp.asarray(np.array(values, order="C"), **self._device)
 
     def indices(self, rows: NDArray[Any]) -> Any:
         """NumPy's rows, to index with."""
@@ -58,16 +58,21 @@ class Accelerator:
         on_host: NDArray[Any] = np.asarray(array)
         return on_host
 
-    def product(self, queries: Any, rows: Any, *, halves: bool) -> Any:
-        """(q, d) fp32 by (n, d) fp16: (q, n). As halves, or widened first."""
-        if halves:
-            return self._xp.matmul(self._xp.astype(queries, self._xp.float16), rows.T)
-        return self._xp.matmul(queries, self.wide(rows).T)
+    def product_of_halves(self, queries: Any, rows: Any) -> Any:
+        """(q, d) fp32 by (n, d) fp16: (q, n) fp16."""
+        return self._xp.matmul(self._xp.astype(queries, self._xp.float16), rows.T)
 
-    def squares(self, rows: Any) -> Any:
-        """(n,) squared lengths of (n, d) rows, fp32."""
-        wide = self.wide(rows)
-        return self._xp.sum(wide * wide, axis=1)
+    def wide(self, values: Any) -> Any:
+        """As fp32."""
+        return self._xp.astype(values, self._xp.float32)
+
+    def sums(self, values: Any) -> Any:
+        """Along the last axis."""
+        return self._xp.sum(values, axis=-1)
+
+    def mean(self, rows: Any) -> Any:
+        """(1, d) of (n, d)."""
+        return self._xp.mean(rows, axis=0, keepdims=True)
 
     def best(self, scores: Any, k: int) -> tuple[Any, Any]:
         """The k largest of each row of (q, n), in no order: (q, k) scores and places."""
@@ -99,19 +104,6 @@ class Accelerator:
     def at(self, values: Any, places: Any) -> Any:
         """(q, k) values at places of each row."""
         return self._xp.take_along_axis(values, places, axis=1)
-
-    def wide(self, values: Any) -> Any:
-        """As fp32."""
-        return self._xp.astype(values, self._xp.float32)
-
-    def products(self, queries: Any, rows: Any) -> Any:
-        """(q, c) fp32: each query by its own (q, c, d) rows."""
-        return self._xp.sum(self.wide(rows) * queries[:, None, :], axis=2)
-
-    def distances(self, queries: Any, rows: Any) -> Any:
-        """(q, c) fp32: each query's squared distances from its own (q, c, d) rows."""
-        apart = self.wide(rows) - queries[:, None, :]
-        return self._xp.sum(apart * apart, axis=2)
 
 
 def _found() -> str:

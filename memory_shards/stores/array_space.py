@@ -1,6 +1,8 @@
 """A vector space on an accelerator: fp16 rows in its memory, searched exactly, chunk by chunk.
 
-    queries by chunk of rows (one fp16 matrix product) → best of each chunk → those that matter once more, in fp32
+    queries by chunk of rows (one matrix product) → best of each chunk → those that matter once more, exactly
+
+Cosine spaces take the product in fp16, and in fp32 for queries that more lie close to than are looked at again.
 
 Where an array lives is its library's business: CuPy or PyTorch, whichever the machine has (Jetson images ship them),
 through the array API; the same code runs on NumPy. The rows' entities and attributes stay on the host. A row that is
@@ -27,13 +29,13 @@ CHUNK_SCORES = 128 << 20
 """Scores of one product: so many rows at once that the queries' scores take this many numbers."""
 
 CHUNK_NUMBERS = 64 << 20
-"""Numbers of the rows of one product, where a metric has them widened to fp32."""
+"""Numbers of rows at once, where they are copied: gathered by a filter, or widened to fp32."""
 
 SPARE = 32
 """Candidates beyond twice `k` that are scored again."""
 
 FP16_ERROR = 4e-3
-"""How far apart scores of unit vectors are in fp16 and fp32, at most: what is so near to the k-th is scored again."""
+"""How far apart scores of unit vectors are in fp16 and fp32, at most."""
 
 
 class ArraySpace:
@@ -124,36 +126,45 @@ class ArraySpace:
         if self.metric == "cosine":
             lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
             vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
-        queries = self._on.array(vectors)
-        most = 2 * k + SPARE
-        while True:
-            most = min(most, available)
-            rough, places = self._candidates(queries, most, passing)
-            scores = self._on.host(self._rescored(queries, places))
-            best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-            kth = np.take_along_axis(scores, best[:, -1:], 1)
-            sure = self._on.host(rough).min(axis=1) < kth[:, 0] - FP16_ERROR
-            if most == available or self.metric != "cosine" or sure.all():
-                break
-            most *= 4  # as many lie close together
-        return np.take_along_axis(scores, best, 1), np.take_along_axis(self._on.host(places), best, 1)
+        most = min(2 * k + SPARE, available)
+        by_halves = self.metric == "cosine"  # only unit vectors are sure to stay within fp16 as products
+        scores, rows, least = self._nearest(vectors, k, most, passing, by_halves)
+        if by_halves and most < available:
+            unsure = np.flatnonzero(least >= scores[:, -1] - FP16_ERROR)
+            if len(unsure):  # as many lie close together
+                scores[unsure], rows[unsure], _ = self._nearest(vectors[unsure], k, most, passing, False)
+        return scores, rows
 
     def entity_at(self, row: int) -> str:
         """The entity of a row."""
         return self._entity_ids[row]
 
-    def _candidates(self, queries: Any, most: int, passing: Rows | None) -> tuple[Any, Any]:
-        """The best of each chunk, merged: (q, most) scores and rows, in no order, on the device."""
+    def _nearest(
+        self, vectors: NDArray[np.float32], k: int, most: int, passing: Rows | None, halves: bool
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+        """The (q, k) exact scores and rows of the best of `most` candidates, and (q,) the least of their products."""
+        queries = self._on.array(vectors)
+        rough, places = self._candidates(queries, most, passing, halves)
+        rows = self._on.host(places)
+        scores = self._exact(queries, places)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        least = self._on.host(rough).min(axis=1).astype(np.float32)
+        return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1), least
+
+    def _candidates(self, queries: Any, most: int, passing: Rows | None, halves: bool) -> tuple[Any, Any]:
+        """The best of each chunk, merged: (q, most) products and rows, in no order, on the device."""
         size = len(self._entity_ids) if passing is None else len(passing)
         step = CHUNK_SCORES // len(queries)
-        if self.metric != "cosine":
+        if passing is not None or not halves:  # a chunk is a copy then
             step = min(step, CHUNK_NUMBERS // self.dimension)
         step = max(most, step)
         rows = None if passing is None else self._on.indices(passing)
+        centre = self._on.mean(queries)
         parts = []
         for start in range(0, size, step):
             end = min(start + step, size)
-            product = self._scores(queries, self._halves[start:end] if rows is None else self._halves[rows[start:end]])
+            chunk = self._halves[start:end] if rows is None else self._halves[rows[start:end]]
+            product = self._products(queries, chunk, centre, halves)
             if rows is None and self._free:
                 product[:, self._on.indices(self._dead_between(start, end) - start)] = -np.inf
             scores, places = self._on.best(product, min(most, end - start))
@@ -169,19 +180,26 @@ class ArraySpace:
             self._dead = np.sort(np.array(self._free, np.intp))
         return self._dead[slice(*np.searchsorted(self._dead, (start, end)))]
 
-    def _scores(self, queries: Any, chunk: Any) -> Any:
-        """(q, n), larger is better. Only unit vectors are sure to stay within fp16 as products."""
-        if self.metric == "cosine":
-            return self._on.product(queries, chunk, halves=True)
-        product = self._on.product(queries, chunk, halves=False)
-        if self.metric == "ip":
-            return product
-        return 2 * product - self._on.squares(chunk)[None, :]
+    def _products(self, queries: Any, chunk: Any, centre: Any, halves: bool) -> Any:
+        """(q, n), larger is better: in the order of the scores."""
+        if halves:
+            return self._on.product_of_halves(queries, chunk)
+        wide = self._on.wide(chunk)
+        if self.metric != "l2":
+            return queries @ wide.T
+        wide = wide - centre  # far from there squares would leave nothing of a difference
+        return 2 * (queries - centre) @ wide.T - self._on.sums(wide * wide)[None, :]
 
-    def _rescored(self, queries: Any, rows: Any) -> Any:
-        """(q, c) exact scores of (q, c) rows, on the device."""
-        chunk = self._halves[rows]
-        return -self._on.distances(queries, chunk) if self.metric == "l2" else self._on.products(queries, chunk)
+    def _exact(self, queries: Any, rows: Any) -> NDArray[np.float32]:
+        """(q, c) scores of (q, c) rows, in fp32."""
+        step = max(1, CHUNK_NUMBERS // (rows.shape[1] * self.dimension))
+        parts = []
+        for start in range(0, len(queries), step):
+            asked = queries[start : start + step][:, None, :]
+            chunk = self._on.wide(self._halves[rows[start : start + step]])
+            each = -((chunk - asked) ** 2) if self.metric == "l2" else chunk * asked
+            parts.append(self._on.host(self._on.sums(each)))
+        return np.concatenate(parts)
 
     # ── what other spaces have to do ────────────────────────────────────────────────────────────────────────
 
@@ -194,3 +212,6 @@ class ArraySpace:
 
     def adopt(self) -> None:
         """There is none to swap in."""
+
+    def close(self) -> None:
+        """What the device has goes with this."""

@@ -55,3 +55,6 @@ class Hnsw:
         """Nearly the `k` best of the rows in `mask` (all if `None`), and fewer where the graph did not come by more."""
         effort = max(EF_SEARCH, 2 * k) * (1 if mask is None else 2)
         return search(self._graph, vectors, k, mask, FAISS.SearchParametersHNSW(efSearch=effort))
+
+    def release(self) -> None:
+        """There is nothing but memory of this process."""

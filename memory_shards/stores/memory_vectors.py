@@ -4,7 +4,7 @@ The spaces are built from the file when the store is opened; `apply` commits to 
 to date, so a search right after it sees its records.
 
 Every method runs on the one worker thread that owns the store, with one OpenMP thread (set for that thread on
-each call, never for the process). Only graphs are built elsewhere, from copies, on a thread of the store.
+each call, never for the process). Only what searches most of a space is built elsewhere, on a thread of the store.
 
 Looks at `vector_file`, `space`, `array_space`, `columns` and `mnemesh`.
 """
@@ -40,6 +40,9 @@ from mnemesh.messages import Hit
 from mnemesh.wire import Vector
 
 AnySpace: TypeAlias = Space | ArraySpace
+
+LARGEST_ASKED = 1e15
+"""A number of a query that is not normalised: times what vectors may have it is far from fp32's largest."""
 
 
 class MemoryVectors:
@@ -89,6 +92,8 @@ class MemoryVectors:
         """Stop building, release the file and the thread."""
         self._closing.set()
         self._builder.shutdown(cancel_futures=True)
+        for space in self._spaces.values():
+            space.close()
         self.stored.close()
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,6 +187,8 @@ class MemoryVectors:
         vector = wire.as_vector(query.vector)
         if len(vector) != space.dimension:
             raise BadRequest(f"the vector has {len(vector)} dimensions, space {query.space!r} has {space.dimension}")
+        if space.metric != "cosine" and np.abs(vector).max() > LARGEST_ASKED:
+            raise BadRequest(f"the vector has a number beyond {LARGEST_ASKED:.0e}")
         conditions = parse_filter(query.filter)
         space.adopt()
         space.maintain(self._submit)
@@ -225,7 +232,7 @@ class MemoryVectors:
     # ── the index in memory ─────────────────────────────────────────────────────────────────────────────────
 
     def wait_until_built(self) -> None:
-        """Wait for the graphs under construction, and search with them from now on."""
+        """Wait for the indices under construction, and search with them from now on."""
         wait([space.build for space in self._spaces.values() if space.build])
         for space in self._spaces.values():
             space.adopt()

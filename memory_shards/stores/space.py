@@ -33,15 +33,12 @@ LEAST_TAIL, TAIL_SHARE = 1_024, 1 / 8
 QUIET_S, QUIET_TAIL_SHARE = 1.0, 1 / 64
 """What the share is while nothing is written: to extend a graph copies it, so it is seldom done under load."""
 
-GROWING_TAIL_SHARE = 0.0
-"""What it is where the head grows in place."""
-
 EXACT_SHARE = 0.15
 """Where fewer rows pass a filter, they are gathered and scanned: 15 µs for 365 of 100,000 x 96 and 150 µs
 for 2,000 of 20,000 x 384. A bitmap over all rows takes 270 and 120 µs, and a filtered graph loses recall."""
 
 RETRY_S = 60.0
-"""How long a space whose head could not be built (for want of memory, say) is left without one."""
+"""How long a space whose head has not room for all rows, or could not be built, is left so."""
 
 DEAD_SHARE = 0.25
 LEAST_DEAD = 256
@@ -66,10 +63,16 @@ class Head(Protocol):
         """The flat index of its rows."""
 
     def extended(self, codes: Codes, stopped: Callable[[], bool]) -> Head:
-        """With these rows added. Raises `InterruptedError` once it is `stopped`, `RuntimeError` for want of memory."""
+        """With these rows added, as many of them as there is memory for.
+
+        Raises `InterruptedError` once it is `stopped`, and another error where it came to nothing.
+        """
 
     def search(self, vectors: NDArray[np.float32], k: int, mask: Mask | None) -> Found:
         """The `k` best of the rows in `mask` (all if `None`) for each vector; row -1 where it did not come by more."""
+
+    def release(self) -> None:
+        """Give back what it has. It is not asked again."""
 
 
 class _Build(NamedTuple):
@@ -173,15 +176,12 @@ class Space:
         if passing is not None and available < EXACT_SHARE * size:
             return self._search_few(vectors, k, passing)
         mask = self._mask(passing)
-        tail = self._search_tail(vectors, k, mask)
+        size = self._head_size
+        tail = self._scan(self._tail, vectors, k, mask if mask is None else mask[size:])
+        tail = tail[0], np.where(tail[1] < 0, tail[1], tail[1] + size)
         if self._head is None:
             return tail
-        if mask is not None:
-            mask = mask[: self._head_size]
-        found = merged(self._head.search(vectors, k, mask), tail, k)
-        if (found[1] < 0).any():
-            found = merged(search(self._head.stored, vectors, k, mask), tail, k)
-        return found
+        return merged(self._search_head(self._head, vectors, k, mask if mask is None else mask[:size]), tail, k)
 
     def entity_at(self, row: int) -> str:
         """The entity of a row."""
@@ -193,15 +193,22 @@ class Space:
         scores, positions = search(few, vectors, k, None)
         return scores, rows[positions]
 
-    def _search_tail(self, vectors: NDArray[np.float32], k: int, mask: Mask | None) -> Found:
-        if mask is not None:
-            mask = mask[self._head_size :]
-        if len(vectors) >= MATRIX_FROM:
-            found = self._matrix_scan.search(codes_of(self._tail), vectors, k, mask)
-            scores, rows = scored(found, METRICS[self.metric])
-        else:
-            scores, rows = search(self._tail, vectors, k, mask)
-        return scores, np.where(rows < 0, rows, rows + self._head_size)
+    def _search_head(self, head: Head, vectors: NDArray[np.float32], k: int, mask: Mask | None) -> Found:
+        """The rows of the head are scanned for those queries that it came by too few for."""
+        k = min(k, head.size if mask is None else int(np.count_nonzero(mask)))
+        if not k:
+            return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
+        scores, rows = head.search(vectors, k, mask)
+        short = np.flatnonzero((rows < 0).any(axis=1))
+        if len(short):
+            scores[short], rows[short] = self._scan(head.stored, vectors[short], k, mask)
+        return scores, rows
+
+    def _scan(self, index: Any, vectors: NDArray[np.float32], k: int, mask: Mask | None) -> Found:
+        """All rows of a flat index."""
+        if len(vectors) < MATRIX_FROM:
+            return search(index, vectors, k, mask)
+        return scored(self._matrix_scan.search(codes_of(index), vectors, k, mask), METRICS[self.metric])
 
     def _mask(self, passing: Rows | None) -> Mask | None:
         """Which rows may be found; `None` for all."""
@@ -251,9 +258,9 @@ class Space:
     def _longest_tail(self) -> float:
         if self._head is None:
             return self._worth
-        share = QUIET_TAIL_SHARE if monotonic() - self._written_at > QUIET_S else TAIL_SHARE
         if self._head.grows:
-            share = GROWING_TAIL_SHARE
+            return LEAST_TAIL
+        share = QUIET_TAIL_SHARE if monotonic() - self._written_at > QUIET_S else TAIL_SHARE
         return max(LEAST_TAIL, self._head_size * share)
 
     def adopt(self) -> None:
@@ -261,30 +268,49 @@ class Space:
         if self._build is None or not self._build.head.done():
             return
         build, self._build = self._build, None
+        size = len(self._entity_ids)
         if error := build.head.exception():
             self._failed(error)
+            if self._head and self._head.grows:  # perhaps there is room for one without the other
+                self._renumber(np.arange(size), None)
+                self._failed_at = -RETRY_S
             return
-        self._renumber(np.append(build.order, np.arange(build.size, len(self._entity_ids))), build.head.result())
+        head = build.head.result()
+        if head.size < len(build.order) and not (self._head and self._head.grows):  # which now makes room
+            self._failed()
+        self._renumber(np.append(build.order, np.arange(build.size, size)), head)
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: BaseException | None = None) -> None:
         self._failed_at = monotonic()
-        _log.error("an index could not be built; the rows outside of it are scanned", exc_info=error)
+        _log.error("an index has not room for all rows; those outside of it are scanned", exc_info=error)
+
+    def close(self) -> None:
+        """It is not used again."""
+        if self._head:
+            self._head.release()
 
     def _grow(self, head: Head) -> None:
         """Bring the tail into the head, dead rows too: no row gets another number."""
         covered, codes = head.size, codes_of(self._tail)
-        try:
-            head.extended(codes, lambda: False)
-        except RuntimeError as error:
-            self._failed(error)
-        rest = flat(self.dimension, self.metric)
-        if head.size < covered + len(codes):
-            rest.add_sa_codes(codes[head.size - covered :].copy())
-        self._tail = rest
+        head.extended(codes, lambda: False)
+        added = head.size - covered
+        if added < len(codes):
+            self._failed()
+        if added:
+            rest = flat(self.dimension, self.metric)
+            if added < len(codes):
+                rest.add_sa_codes(codes[added:])
+            self._tail = rest
 
     def _built(self, base: Head | None, codes: Codes, stopped: Callable[[], bool]) -> Head:
         """On the builder's thread: `base`, or a new head, with the codes added."""
-        return (base or self._kind(self.dimension, self.metric)).extended(codes, stopped)
+        head = base or self._kind(self.dimension, self.metric)
+        try:
+            return head.extended(codes, stopped)
+        except BaseException:
+            if head is not base:
+                head.release()
+            raise
 
     def _renumber(self, order: Rows, head: Head | None) -> None:
         """New row i is old row `order[i]`; the first of them lie in `head`, the others become the tail."""
@@ -292,6 +318,8 @@ class Space:
         rest = order[head.size if head else 0 :]
         if len(rest):
             tail.add_sa_codes(self._gather(rest))
+        if self._head and self._head is not head:
+            self._head.release()
         self._tail, self._head = tail, head
         self._live = self._live[order]
         self._entity_ids = [self._entity_ids[row] for row in order.tolist()]

@@ -360,7 +360,10 @@ def read_credentials(credentials: str | Path) -> dict[str, Any]:
         raise BadRequest(f"cannot read the credentials file {credentials}: {error.strerror}") from error
     except ValueError as error:
         raise BadRequest(f"{credentials} is not a credentials file of Mnemesh") from error
-    return held if isinstance(held, dict) else {}
+    texts = ("url", "user", "password", "inbox_prefix")
+    if not isinstance(held, dict) or not all(isinstance(held.get(each, ""), str) for each in texts):
+        raise BadRequest(f"{credentials} is not a credentials file of Mnemesh")
+    return held
 
 
 def _backoff_s(failures: int, error: MnemeshError) -> float:
