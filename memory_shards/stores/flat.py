@@ -17,7 +17,6 @@ METRICS = {"cosine": faiss.METRIC_INNER_PRODUCT, "ip": faiss.METRIC_INNER_PRODUC
 Codes: TypeAlias = NDArray[np.uint8]
 """(n, 2 d) bytes of n rows of fp16."""
 
-Bits: TypeAlias = NDArray[np.uint8]
 Mask: TypeAlias = NDArray[np.bool_]
 Found: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
 """(q, k) scores, larger is better, and (q, k) rows, best first; row -1 where there was no more."""
@@ -39,8 +38,8 @@ def codes_of(index: Any) -> Codes:
 def search(index: Any, vectors: NDArray[np.float32], k: int, mask: Mask | None, parameters: Any = None) -> Found:
     """Let an index of FAISS search its rows in `mask` (all if `None`), with parameters of its kind."""
     parameters = parameters or faiss.SearchParameters()
-    bits: Bits | None = None if mask is None else np.packbits(mask, bitorder="little")
-    if bits is not None:
+    if mask is not None:
+        bits = np.packbits(mask, bitorder="little")
         parameters.sel = faiss.IDSelectorBitmap(index.ntotal, faiss.swig_ptr(bits))
     return scored(index.search(np.ascontiguousarray(vectors), k, params=parameters), index.metric_type)
 

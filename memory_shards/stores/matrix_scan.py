@@ -1,17 +1,16 @@
 """Exact search for many queries at once: rows of fp16 become fp32 block by block, each for one matrix product.
 
 FAISS scans an SQfp16 index for one query after another. From some 10 queries on a matrix product per block wins, though
-the block has first to be widened; no fp32 copy of a space has to be kept. Looks at FAISS and `halves`.
+the block has first to be widened; no fp32 copy of a space has to be kept. Looks at `flat` and `halves`.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from memory_shards.stores.flat import FAISS
 from memory_shards.stores.halves import widened
 
 MATRIX_FROM = 10
@@ -24,11 +23,10 @@ faiss-cpu 1.15.1 with AVX-512; the scan slows down further where rows are masked
 """
 
 _BLOCK_BYTES = 3 << 20
-_FAISS: Any = faiss
 
 # Below this FAISS multiplies query by query without BLAS. It is global, but nothing else in a shard's process searches
 # fp32 rows exhaustively; DESIGN's `3 * d` is for those who ask with single queries too.
-_FAISS.cvar.distance_compute_blas_threshold = 1
+FAISS.cvar.distance_compute_blas_threshold = 1
 
 
 class MatrixScan:
@@ -49,14 +47,14 @@ class MatrixScan:
         """
         if not len(self._bits):
             self._bits = np.empty((self._rows, self._dimension), np.int32)
-        heap = _FAISS.ResultHeap(len(vectors), k, keep_max=self._metric == faiss.METRIC_INNER_PRODUCT)
+        heap = FAISS.ResultHeap(len(vectors), k, keep_max=self._metric == faiss.METRIC_INNER_PRODUCT)
         for start in range(0, len(codes), self._rows):
             some = codes[start : start + self._rows]
             wide = widened(some, self._bits[: len(some)])
             if mask is not None:
                 # What is compared with NaN never wins, except where FAISS looks for a single best.
                 wide[~mask[start : start + self._rows]] = np.nan
-            distances, rows = _FAISS.knn(vectors, wide, max(k, 2), metric=self._metric)
+            distances, rows = FAISS.knn(vectors, wide, max(k, 2), metric=self._metric)
             heap.add_result(distances, np.where(rows < 0, rows, rows + start))
         heap.finalize()
         return heap.D, heap.I
