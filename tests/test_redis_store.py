@@ -219,3 +219,16 @@ async def check_whole(stores: Stores, log: Sequence[Record]) -> None:
         assert [event.sequence for event in events] == sequences
         seen = await got(stores, entity_id) or {}
         assert seen["attributes"] == {f"a{n}": n for n in sequences}
+
+
+async def test_a_batch_may_be_larger_than_what_redis_takes_as_one_argument(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path / "redis", "--proto-max-bulk-len", "20mb")
+    with running(server):
+        backend = Backend.of(StoreUrls(attributes=server.url), tmp_path / "stores")
+        async with backend.opened() as stores:
+            blob = "x" * 400_000
+            await apply(stores, log_of(*(put(ms=n, entity_id=f"e{n}", attributes={"b": blob}) for n in range(1, 81))))
+            for n in (1, 40, 80):
+                document = await stores.documents.get("acme", f"e{n}")
+                assert document is not None
+                assert document.attributes == {"b": blob}

@@ -88,6 +88,7 @@ class Batch:
         commands = Commands()
         for name, entity in self._merger.dirty.items():
             self._write_entity(commands, name, entity)
+            commands.cut()
         commands.add_all((b"MSET",), self._ledgers)
         self._write_indices(commands)
         partition_of = {record.sequence: record.partition for record in self._records}
@@ -176,24 +177,31 @@ class Batch:
 class Commands:
     """Commands that one script runs: each that a client sends costs it some 10 µs, each of a script the server 2.
 
-    They go to it as one text, of MessagePack: 0.05 µs an argument, where arguments of its own would take 0.4. A whole
-    number is one of Lua's there, which is exact up to 2⁵³; bytes are taken as they are.
+    They go to it as a text of MessagePack, or a few where there is much: 0.05 µs an argument, where arguments of its
+    own would take 0.4. A whole number is one of Lua's there, which is exact up to 2⁵³; bytes are taken as they are.
     """
 
     SCRIPT = """
-local replies, at, command = {}, 0
-while at >= 0 do
-    at, command = cmsgpack.unpack_one(ARGV[1], at)
-    replies[#replies + 1] = redis.call(unpack(command))
+local replies = {}
+for _, text in ipairs(ARGV) do
+    local at, command = 0
+    while at >= 0 do
+        at, command = cmsgpack.unpack_one(text, at)
+        replies[#replies + 1] = redis.call(unpack(command))
+    end
 end
 return replies
 """
     MOST_ARGUMENTS = 4_000
     """Lua's stack takes twice as many. An even number, as many commands take pairs."""
 
+    LONG_BYTES = 16 << 20
+    """A server takes 512 MiB an argument, where nobody set less."""
+
     def __init__(self) -> None:
         self._packer = msgpack.Packer(use_bin_type=False, autoreset=False)  # Redis reads the older kind, without `bin`
         self._pack = self._packer.pack
+        self._texts: list[bytes] = []
 
     def add(self, name: bytes, key: bytes, *arguments: Any) -> None:
         """One command on a key."""
@@ -204,9 +212,15 @@ return replies
         for start in range(0, len(arguments), self.MOST_ARGUMENTS):
             self._pack((*begin, *arguments[start : start + self.MOST_ARGUMENTS]))
 
+    def cut(self) -> None:
+        """Begin another text where this one is long."""
+        if len(self._packer.getbuffer()) > self.LONG_BYTES:
+            self._texts.append(self._packer.bytes())
+            self._packer.reset()
+
     def run(self, client: AnyRedis, key: bytes) -> Any:
         """What each says, or in a transaction that it will; `key` is one of theirs. At least one was added."""
-        return client.execute_command("EVAL", self.SCRIPT, 1, key, self._packer.bytes())
+        return client.execute_command("EVAL", self.SCRIPT, 1, key, *self._texts, *filter(None, [self._packer.bytes()]))
 
 
 def _member(sequence: int, entity_id: str) -> bytes:

@@ -1,7 +1,8 @@
 """How documents lie in Redis: the keys of a partition, and what is in them.
 
 All keys of a partition begin with `mnemesh:{<site>.<partition>}`, so Redis Cluster keeps them in one hash slot, and one
-transaction can write them. Then the tenant, so that an ACL can say `~mnemesh:*:<tenant>:*`.
+transaction can write them. Then the tenant, so that an ACL can say `~mnemesh:*:<tenant>:*`. A shard itself needs
+`~mnemesh:*` and `+@all -@dangerous +info`: a script that an ACL refuses half-way has half of its effects.
 
     …:<tenant>:entity:<id>   hash    what is so now: attributes as JSON by their names, and `:type`, `:text`, `:spaces`,
                                      `:version`, `:exact_from`. Gone when it is forgotten, or all of it has expired.
@@ -119,11 +120,17 @@ def fields_of(state: State, version: int) -> list[bytes]:
     return fields
 
 
-@lru_cache(4_096)
 def field(attribute: str) -> bytes:
     """The field of an attribute. Those that begin with a colon get another one, so that none is one of ours."""
+    return _known_field(attribute) if len(attribute) <= 256 else _field(attribute)
+
+
+def _field(attribute: str) -> bytes:
     name = attribute.encode()
     return b":" + name if name.startswith(b":") else name
+
+
+_known_field = lru_cache(4_096)(_field)
 
 
 def attributes_in(fields: dict[bytes, bytes]) -> dict[str, Any]:
