@@ -23,7 +23,7 @@ import numpy as np
 from bench.documents import write_all
 from bench.report import Row, ratio, value
 from bench.sites import agent_of, running_mesh
-from bench.vectors import DIMENSION, LATENT
+from bench.vectors import DIMENSION, some
 from cli.mesh import Mesh
 from memory_shards.snapshots.settings import SnapshotSettings
 from mnemesh import Consistency, Memory, subjects
@@ -72,13 +72,10 @@ async def _fill(memory: Memory, count: int) -> np.ndarray[Any, Any]:
 
 def _blocks(count: int) -> Iterator[list[Mapping[str, Any]]]:
     """As `bench.vectors` makes them, a part at a time."""
-    mix = np.random.default_rng(0).standard_normal((LATENT, DIMENSION)).astype(np.float32)
     random = np.random.default_rng(7)
     for start in range(0, count, BLOCK):
-        size = min(BLOCK, count - start)
-        latent = random.standard_normal((size, LATENT)).astype(np.float32) @ mix
-        noise = 0.3 * LATENT**0.5 * random.standard_normal((size, DIMENSION)).astype(np.float32)
-        yield [{"entity_id": f"v:{start + n}", "vectors": {"s": vector}} for n, vector in enumerate(latent + noise)]
+        vectors = some(min(BLOCK, count - start), random)
+        yield [{"entity_id": f"v:{start + n}", "vectors": {"s": vector}} for n, vector in enumerate(vectors)]
 
 
 async def _snapshot(mesh: Mesh) -> Snapshot:

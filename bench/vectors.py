@@ -15,8 +15,6 @@ DIMENSION = 384
 LATENT = 32
 K = 10
 
-_MIX = np.random.default_rng(0).standard_normal((LATENT, DIMENSION), np.float32)
-
 
 def made(
     count: int, queries: int, seed: int = 7
@@ -30,7 +28,8 @@ def made(
 
 def some(count: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
     """Unit vectors, float32."""
-    latent = random.standard_normal((count, LATENT), np.float32) @ _MIX
+    mix = np.random.default_rng(0).standard_normal((LATENT, DIMENSION), np.float32)
+    latent = random.standard_normal((count, LATENT), np.float32) @ mix
     noisy = latent + np.float32(0.3 * LATENT**0.5) * random.standard_normal((count, DIMENSION), np.float32)
     unit: np.ndarray[Any, Any] = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
     return unit

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import up
+from cli import shard_flags
 from cli.allocator import give_large_back
 from memory_shards.snapshots.settings import NONE, SnapshotSettings
 from memory_shards.stores.urls import EMBEDDED, StoreUrls
@@ -45,19 +45,18 @@ class RunOptions:
     until_stdin_closes: bool = False
 
 
-def add_flags(command: argparse.ArgumentParser, data: Path) -> None:
-    command.add_argument("service", choices=("gateway", "router", "shard", "hub", "views"))
-    command.add_argument("--credentials", type=Path, help="credentials file of the service's role")
-    command.add_argument("--url", help="NATS server (default: the credentials' own)")
-    command.add_argument("--site", default="hub", help="site whose log it serves (default: %(default)s)")
-    command.add_argument("--shard", default="s0", help="name in the shard map (default: %(default)s)")
-    command.add_argument("--folder", type=Path, help="where the shard's stores are (default: mnemesh-data/shards/NAME)")
-    up.add_store_flags(command)
-    up.add_snapshot_flags(command)
-    command.add_argument("--metrics-host", default="127.0.0.1")
-    command.add_argument("--metrics-port", type=int, default=0, help="0: a free one, which the log names")
-    command.add_argument("--until-stdin-closes", action="store_true", help="also drain when standard input ends")
-    command.set_defaults(data=data)
+def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
+    parser.add_argument("service", choices=("gateway", "router", "shard", "hub", "views"))
+    parser.add_argument("--credentials", type=Path, help="credentials file of the service's role")
+    parser.add_argument("--url", help="NATS server (default: the credentials' own)")
+    parser.add_argument("--site", default="hub", help="site whose log it serves (default: %(default)s)")
+    parser.add_argument("--shard", default="s0", help="name in the shard map (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help=f"where the shard's stores are (default: {data}/shards/NAME)")
+    shard_flags.add_flags(parser)
+    parser.add_argument("--metrics-host", default="127.0.0.1")
+    parser.add_argument("--metrics-port", type=int, default=0, help="0: a free one, which the log names")
+    parser.add_argument("--until-stdin-closes", action="store_true", help="also drain when standard input ends")
+    parser.set_defaults(data=data)
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -75,8 +74,8 @@ def run(flags: argparse.Namespace) -> int:
         site=flags.site,
         shard=flags.shard,
         folder=flags.folder or flags.data / "shards" / flags.shard,
-        stores=up.stores(flags),
-        snapshots=up.snapshots(flags),
+        stores=shard_flags.stores(flags),
+        snapshots=shard_flags.snapshots(flags),
         metrics_host=flags.metrics_host,
         metrics_port=flags.metrics_port,
         until_stdin_closes=flags.until_stdin_closes,

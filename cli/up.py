@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
+from cli import shard_flags
 from cli.mesh import Mesh, MeshOptions
 from cli.server_config import ServerOptions
-from memory_shards.snapshots.settings import KNOWN as KNOWN_TARGETS
-from memory_shards.snapshots.settings import SnapshotSettings, seconds_of
-from memory_shards.stores.urls import KNOWN, StoreUrls, environment
 from mnemesh.errors import BadRequest
 from mnemesh.host import run as run_process
 from mnemesh.host import until_stopped
@@ -23,20 +19,19 @@ LAST_PORT = 65_535
 COMPRESSIONS = ("s2_auto", "s2_fast", "s2_better", "s2_best", "off")
 
 
-def add_flags(command: argparse.ArgumentParser, data: Path) -> None:
+def add_flags(parser: argparse.ArgumentParser, data: Path) -> None:
     """Those of a whole mesh."""
-    add_server_flags(command, data)
-    command.add_argument("--site", default="hub", help="the site's name (default: %(default)s)")
-    command.add_argument("--region", default="", help="where the site is, for policies and for what devices want")
-    command.add_argument("--leaf-port", type=int, default=0, help="where devices connect; NATS's own is 7422 (0: none)")
-    command.add_argument(
+    add_server_flags(parser, data)
+    parser.add_argument("--site", default="hub", help="the site's name (default: %(default)s)")
+    parser.add_argument("--region", default="", help="where the site is, for policies and for what devices want")
+    parser.add_argument("--leaf-port", type=int, default=0, help="where devices connect; NATS's own is 7422 (0: none)")
+    parser.add_argument(
         "--leaf-compression", default="s2_auto", choices=COMPRESSIONS, help="of what crosses to devices"
     )
-    command.add_argument("--shards", type=int, default=2, help="how many shards (default: %(default)s)")
-    command.add_argument("--replicas", type=int, default=1, help="processes of each shard (default: %(default)s)")
-    add_store_flags(command)
-    add_snapshot_flags(command)
-    command.add_argument("--metrics-port", type=int, default=9464, help="first of the services' ports; 0: free ones")
+    parser.add_argument("--shards", type=int, default=2, help="how many shards (default: %(default)s)")
+    parser.add_argument("--replicas", type=int, default=1, help="processes of each shard (default: %(default)s)")
+    shard_flags.add_flags(parser)
+    parser.add_argument("--metrics-port", type=int, default=9464, help="first of the services' ports; 0: free ones")
 
 
 def run(flags: argparse.Namespace) -> int:
@@ -44,59 +39,20 @@ def run(flags: argparse.Namespace) -> int:
     return run_process(lambda stop: _up(options(flags), stop))
 
 
-def add_server_flags(command: argparse.ArgumentParser, data: Path) -> None:
+def add_server_flags(parser: argparse.ArgumentParser, data: Path) -> None:
     """The flags of whoever runs a nats-server and lets agents in."""
-    command.add_argument("--data", type=Path, default=data, help="folder for everything (default: %(default)s)")
-    command.add_argument("--host", default="127.0.0.1", help="where NATS listens (default: %(default)s)")
-    command.add_argument("--port", type=int, default=4222, help="NATS port (default: %(default)s)")
-    command.add_argument("--monitoring-port", type=int, default=8222)
-    command.add_argument(
+    parser.add_argument("--data", type=Path, default=data, help="folder for everything (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="where NATS listens (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=4222, help="NATS port (default: %(default)s)")
+    parser.add_argument("--monitoring-port", type=int, default=8222)
+    parser.add_argument(
         "--durability",
         choices=("synced", "interval"),
         default="synced",
         help="synced: every commit is on disk before it is acknowledged (default); interval: left to the server",
     )
-    command.add_argument("--tenant", action="append", help="a tenant to make; may be repeated (default: demo)")
-    command.add_argument("--agent", action="append", help="TENANT.AGENT to make; may be repeated (default: demo.alice)")
-
-
-def add_store_flags(command: argparse.ArgumentParser) -> None:
-    """Where the shards keep what."""
-    for field in fields(StoreUrls):
-        command.add_argument(
-            f"--{field.name}",
-            metavar="URL",
-            default=os.environ.get(environment(field.name), field.default),
-            help=f"store of the {field.name}: {' '.join(KNOWN[field.name])} (default: ${environment(field.name)}, "
-            f"else {field.default})",
-        )
-
-
-def add_snapshot_flags(command: argparse.ArgumentParser) -> None:
-    """Where the shards' snapshots go, and how often."""
-    target, every = environment("snapshots"), environment("snapshot_every")
-    command.add_argument(
-        "--snapshots",
-        metavar="URL",
-        default=os.environ.get(target, ""),
-        help=f"where snapshots of the shards go: {' '.join(KNOWN_TARGETS)} (default: ${target}, else nowhere)",
-    )
-    command.add_argument(
-        "--snapshot-every",
-        metavar="TIME",
-        default=os.environ.get(every, "1h"),
-        help=f"how often each shard takes one, such as 30m or 1h (default: ${every}, else 1h)",
-    )
-
-
-def snapshots(flags: argparse.Namespace) -> SnapshotSettings:
-    """What the flags say of snapshots. Raises `BadRequest`."""
-    return SnapshotSettings(url=flags.snapshots, every_s=seconds_of(flags.snapshot_every))
-
-
-def stores(flags: argparse.Namespace) -> StoreUrls:
-    """The stores that the flags name. Raises `BadRequest`."""
-    return StoreUrls(**{field.name: getattr(flags, field.name) for field in fields(StoreUrls)})
+    parser.add_argument("--tenant", action="append", help="a tenant to make; may be repeated (default: demo)")
+    parser.add_argument("--agent", action="append", help="TENANT.AGENT to make; may be repeated (default: demo.alice)")
 
 
 def options(flags: argparse.Namespace) -> MeshOptions:
@@ -116,8 +72,8 @@ def options(flags: argparse.Namespace) -> MeshOptions:
         tenants=tenants,
         agents=agents,
         metrics_port=flags.metrics_port,
-        stores=stores(flags),
-        snapshots=snapshots(flags),
+        stores=shard_flags.stores(flags),
+        snapshots=shard_flags.snapshots(flags),
     )
 
 

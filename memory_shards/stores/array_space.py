@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from memory_shards.stores.accelerator import Accelerator
 from memory_shards.stores.columns import Columns, Condition, Rows, grown
 from memory_shards.stores.flat import Found
-from memory_shards.stores.halves import Halves
+from memory_shards.stores.halves import Halves, units
 from mnemesh.messages import IndexKind, Metric
 
 LEAST_ROWS = 1_024
@@ -124,8 +124,7 @@ class ArraySpace:
         if k < 1:
             return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
         if self.metric == "cosine":
-            lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-            vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+            vectors = units(vectors)
         most = min(2 * k + SPARE, available)
         by_halves = self.metric == "cosine"  # only unit vectors are sure to stay within fp16 as products
         scores, rows, least = self._nearest(vectors, k, most, passing, by_halves)

@@ -37,6 +37,12 @@ def halved(vectors: NDArray[np.float32], metric: Metric) -> tuple[Halves, NDArra
     return exact.astype(np.float16), lengths
 
 
+def units(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n, d) queries as cosine spaces take them: of length one, but for zeros."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+
 def halves_of(vectors: Sequence[Vector | Kept | None], dimension: int, metric: Metric) -> tuple[Halves, list[float]]:
     """(n, d) halves and n lengths: of new vectors, and of those that were kept so before."""
     halves = np.empty((len(vectors), dimension), np.float16)

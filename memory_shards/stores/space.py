@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from memory_shards.stores.columns import Columns, Condition, Rows, grown
 from memory_shards.stores.flat import METRICS, Codes, Found, Mask, codes_of, flat, merged, scored, search
-from memory_shards.stores.halves import Halves
+from memory_shards.stores.halves import Halves, units
 from memory_shards.stores.hnsw import Hnsw
 from memory_shards.stores.matrix_scan import MATRIX_FROM, MatrixScan
 from mnemesh.messages import IndexKind, Metric
@@ -171,8 +171,7 @@ class Space:
         if k < 1:
             return np.zeros((len(vectors), 0), np.float32), np.zeros((len(vectors), 0), np.int64)
         if self.metric == "cosine":
-            lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-            vectors = (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+            vectors = units(vectors)
         if passing is not None and available < EXACT_SHARE * size:
             return self._search_few(vectors, k, passing)
         mask = self._mask(passing)
