@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from test_merge import FUTURE, carried, forget, interleaved, put, records, site_
 from test_sqlite_store import ENTITIES, Model, shown
 
 from memory_shards.merger import Merger
-from memory_shards.stores import VectorQuery, WentBack
+from memory_shards.stores import VectorQuery, WentBack, milvus_client, neo4j_client, redis_client
 from memory_shards.stores.by_url import Stores
 from memory_shards.stores.urls import EMBEDDED
 from mnemesh.clock import wall_ms
@@ -554,3 +555,21 @@ async def by_part(stores: Stores) -> dict[str, Any]:
         for part, digests in (await facet.counted(digest=True)).digests.items():
             parts[part] = digests.by_partition()
     return parts
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "says"),
+    [
+        ("redis", redis_client, r"attributes redis://\S+: Redis [\d.]+ is too old: it must be 99.0 or later"),
+        ("neo4j", neo4j_client, r"edges bolt://\S+: Neo4j [\d.]+ is too old: it must be 99.0 or later"),
+        ("milvus", milvus_client, r"vectors milvus://\S+: Milvus v?[\d.]+\S* is too old: it must be 99.0 or later"),
+    ],
+    indirect=["backend"],
+)
+async def test_a_server_of_an_older_version_is_refused_with_the_setting(
+    backend: Backend, module: ModuleType, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OLDEST", (99, 0))
+    with pytest.raises(BadRequest, match=says):
+        async with backend.opened():
+            pass

@@ -93,7 +93,8 @@ def open_sync(target: Target) -> neo4j.Driver:
     except BaseException as error:
         if driver is not None:
             driver.close()
-        if isinstance(error, AuthError | ClientError | ConfigurationError | ValueError):
+        is_refusal = isinstance(error, AuthError | ClientError | ConfigurationError | ValueError)
+        if is_refusal and not isinstance(error, BadRequest):  # which is a ValueError, and says it all
             raise BadRequest(f"Neo4j refuses: {str(error)[:200]}") from error
         raise
     return driver

@@ -39,6 +39,8 @@ def open_sync(url: str) -> tuple[AnyRedis, bool]:
             return client, False
         client.close()
         return RedisCluster.from_url(url, **timeouts), True
+    except BadRequest:  # which is a ValueError, and says it all
+        raise
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError, ValueError) as error:
         raise BadRequest(f"Redis refuses: {str(error)[:200]}") from error
 
